@@ -1,0 +1,190 @@
+"""What the core asks of a backend, and how backends are found.
+
+A backend is a pure function of (parameters, batch, settings): order, augmentation, mixing, drop-path
+masks, schedules and initial values are computed in `arm_core` and handed over as NumPy arrays. That
+makes two backends comparable step by step, and a run portable between them.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.optimizer import OptimizerSettings
+from arm_core.spec import ModelSpec
+
+Array = npt.NDArray[np.float32]
+ENTRY_POINTS = "arm_vision.backends"
+
+
+class Precision(StrEnum):
+    """Type of the matrix products; master weights, scan state, A, D and dt stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a backend runs a model; nothing here changes the maths."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, or a device name of the backend (`gpu` for MLX, `cuda` or `cuda:1` for torch)."""
+    scan: str = "auto"
+    """Name of the scan implementation; `auto` lets the backend decide once."""
+    precision: Precision = Precision.FLOAT32
+    threads: int | None = None
+    """CPU threads; None leaves the libraries' own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch as a backend sees it."""
+
+    images: Array
+    """(B, H, W, 3), normalised."""
+    targets: Array | None = None
+    """(B, classes) probabilities for a classifier (smoothing and mixing included), None in pretraining."""
+    branch_scale: Array | None = None
+    """(depth, 2, B) factors of the mixer and MLP branches: 0 for a dropped path, else 1 / (1 - rate).
+    None for no drop path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a training step reports."""
+
+    loss: float
+    """Mean over the micro-batches, before the update."""
+    grad_norm: float
+    """L2 norm over all trainable gradients, before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+class PendingStep(Protocol):
+    """A training step under way; `result()` waits for the device."""
+
+    def result(self) -> StepResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything a step changes, by parameter name; moments and EMA cover the trainable ones."""
+
+    parameters: dict[str, Array]
+    exp_avg: dict[str, Array] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Array] = field(default_factory=dict)
+    ema: dict[str, Array] = field(default_factory=dict)
+    """Empty unless an EMA is kept."""
+
+
+class Engine(Protocol):
+    """One model on one device."""
+
+    spec: ModelSpec
+    device: str
+    """In words, for people and for the run's record."""
+    scan: str
+    """The scan implementation in use; never `auto`."""
+
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        """Inference on (B, H, W, 3) normalised images, as float32 arrays.
+
+        A classifier returns `features` (B, D), the pooled vector before the head, and `logits`
+        (B, classes). A pretraining model returns `encoder` (B, tokens, decoder width, decoder depth),
+        `prediction` (B, tokens, patch values), `loss_per_token` (tokens,) and `loss` ().
+        `intermediates` adds the tensors named in `arm_core.reference.model`.
+        """
+
+    def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
+        """Loss and the gradient of every trainable parameter, by name; nothing is updated."""
+
+    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> PendingStep:
+        """One AdamW update from the mean gradient of the micro-batches.
+
+        step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
+        A non-finite loss or gradient norm leaves the state as it was.
+        """
+
+    def export_state(self) -> TrainingState: ...
+
+    def load_state(self, state: TrainingState) -> None:
+        """Replace parameters (checked against the table), moments and EMA."""
+
+
+class Backend(Protocol):
+    """A framework as found through the entry point; importing it must not import the framework."""
+
+    name: str
+
+    def missing(self) -> str | None:
+        """None where the framework can be used, else a sentence: what is missing, what to install."""
+
+    def version(self) -> str: ...
+
+    def devices(self) -> list[str]:
+        """Device names, the one that `auto` takes first."""
+
+    def scans(self, device: str) -> Mapping[str, str | None]:
+        """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
+
+    def create_engine(
+        self,
+        spec: ModelSpec,
+        parameters: Mapping[str, Array],
+        *,
+        optimizer: OptimizerSettings | None = None,
+        options: EngineOptions | None = None,
+    ) -> Engine: ...
+
+
+def installed_backends() -> dict[str, Backend]:
+    """All backends that are registered, usable or not, by name."""
+    return {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+
+
+def preferred_order() -> tuple[str, ...]:
+    """Names in the order that `auto` tries: MLX on Apple Silicon, torch elsewhere."""
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return ("mlx", "cuda") if apple else ("cuda", "mlx")
+
+
+def choose_backend(name: str = "auto") -> Backend:
+    """The backend of that name, or for `auto` the first usable one; a ValueError says what to install."""
+    known = installed_backends()
+    if name != "auto":
+        if name not in known:
+            raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(sorted(known))}")
+        if reason := known[name].missing():
+            raise ValueError(f"backend {name!r} cannot run here: {reason}")
+        return known[name]
+    order = [n for n in preferred_order() if n in known] + [n for n in known if n not in preferred_order()]
+    reasons = {n: known[n].missing() for n in order}
+    for n in order:
+        if reasons[n] is None:
+            return known[n]
+    raise ValueError("no backend can run here: " + "; ".join(f"{n}: {why}" for n, why in reasons.items()))
+
+
+def choose_scan(scans: Mapping[str, str | None], requested: str) -> str:
+    """Resolve a scan name against what a backend offers: `auto` takes the first usable one."""
+    if requested == "auto":
+        usable = [name for name, why in scans.items() if why is None]
+        if not usable:
+            raise ValueError("no scan can run here: " + "; ".join(f"{n}: {why}" for n, why in scans.items()))
+        return usable[0]
+    if requested not in scans:
+        raise ValueError(f"unknown scan {requested!r} for this backend; known are auto, {', '.join(scans)}")
+    if why := scans[requested]:
+        raise ValueError(f"scan {requested!r} cannot run here: {why}")
+    return requested
