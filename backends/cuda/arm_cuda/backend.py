@@ -1,0 +1,48 @@
+"""How the core finds this backend: what is missing, which devices and scans there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from arm_core.backend import Array, Engine, EngineOptions
+from arm_core.optimizer import OptimizerSettings
+from arm_core.spec import ModelSpec
+
+
+class CudaBackend:
+    """Implements `arm_core.backend.Backend`; torch is imported by the methods that need it."""
+
+    name = "cuda"
+
+    def missing(self) -> str | None:
+        return None if find_spec("torch") else "torch is not installed; pip install 'arm-vision[cuda]'"
+
+    def version(self) -> str:
+        return f"torch {version('torch')}"
+
+    def devices(self) -> list[str]:
+        import torch
+
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        return [*cuda, "cpu"]
+
+    def scans(self, device: str) -> Mapping[str, str | None]:
+        from arm_cuda.scan import scans
+
+        return scans(device)
+
+    def create_engine(
+        self,
+        spec: ModelSpec,
+        parameters: Mapping[str, Array],
+        *,
+        optimizer: OptimizerSettings | None = None,
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        from arm_cuda.engine import TorchEngine
+
+        return TorchEngine(
+            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options or EngineOptions()
+        )

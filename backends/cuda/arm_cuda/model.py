@@ -1,0 +1,275 @@
+"""Both models as torch modules whose parameter names and shapes are those of the parameter table.
+
+Sizes in comments: B images, T tokens, D width, K directions, R dt rank, N states, E decoder width.
+Every forward takes `seen`, a dict that collects the intermediate tensors named in
+`arm_core.reference.model`, or None to collect nothing.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arm_core.parameters import parameter_table
+from arm_core.reference.model import TARGET_EPS
+from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
+from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
+from arm_cuda.scan import directional_conv, selective_scan
+
+Seen = dict[str, Tensor] | None
+
+
+def note(seen: Seen, name: str, value: Tensor) -> Tensor:
+    """Keep an intermediate tensor where somebody asked for it."""
+    if seen is not None:
+        seen[name] = value
+    return value
+
+
+def empty(*shape: int) -> nn.Parameter:
+    """A parameter without a value: the engine loads every one of them, strictly, by name."""
+    return nn.Parameter(torch.empty(shape))
+
+
+def unfold_patches(images: Tensor, patch: int) -> Tensor:
+    """(B, H, W, C) -> (B, patches, patch * patch * C), raster order, values (row, column, channel)."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(2, 3).reshape(batch, -1, patch * patch * channels)
+
+
+class DirectionalWeight(nn.Module):
+    """A weight, and where asked for a bias, with a leading direction axis K."""
+
+    def __init__(self, *shape: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = empty(*shape)
+        self.bias = empty(*shape[:2]) if bias else None
+
+    def project(self, x: Tensor) -> Tensor:
+        """One matrix product per direction: (K, B, T, in) -> (K, B, T, out), without the bias."""
+        directions, batch, tokens, _ = x.shape
+        product = torch.bmm(x.flatten(1, 2), self.weight.mT)
+        return product.view(directions, batch, tokens, -1)
+
+
+class Mixer(nn.Module):
+    """Mamba-1 over K directions that share in_proj, gate and out_proj."""
+
+    def __init__(self, spec: EncoderSpec, directions: int, scan: str) -> None:
+        super().__init__()
+        self.split = [spec.dt_rank, spec.state, spec.state]
+        self.scan = scan
+        width = spec.width
+        self.in_proj = nn.Linear(width, 2 * width, bias=False)
+        self.conv = DirectionalWeight(directions, width, spec.conv_width, bias=True)
+        self.x_proj = DirectionalWeight(directions, sum(self.split), width, bias=False)
+        self.dt_proj = DirectionalWeight(directions, width, spec.dt_rank, bias=True)
+        self.A_log = empty(directions, width, spec.state)
+        self.D = empty(directions, width)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = directional_conv(x, self.conv.weight, self.conv.bias, order, impl=self.scan)  # (K, B, T, D)
+        low, B, C = self.x_proj.project(u).split(self.split, dim=-1)
+        dt = self.dt_proj.project(low)  # bias and softplus belong to the scan
+        A = -torch.exp(self.A_log.float())
+        out = selective_scan(u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan)
+        return cast(Tensor, self.out_proj(out))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(spec.width, spec.mlp_width)
+        self.w2 = nn.Linear(spec.width, spec.mlp_width)
+        self.w3 = nn.Linear(spec.mlp_width, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.w3(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class Block(nn.Module):
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)); `scale` (2, B) holds the drop-path factors."""
+
+    def __init__(self, spec: EncoderSpec, directions: int, scan: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.mixer = Mixer(spec, directions, scan)
+        self.norm2 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.mlp = SwiGLU(spec)
+
+    def forward(self, x: Tensor, order: Tensor, scale: Tensor | None, name: str, seen: Seen) -> Tensor:
+        branch = note(seen, f"{name}.mixer", self.mixer(self.norm1(x), order))
+        x = x + (branch if scale is None else branch * scale[0, :, None, None])
+        branch = self.mlp(self.norm2(x))
+        return note(seen, name, x + (branch if scale is None else branch * scale[1, :, None, None]))
+
+
+class Trunk(nn.Module):
+    """What both models share: patch embedding, blocks, and the order table of their scans."""
+
+    order: Tensor
+
+    def __init__(self, spec: ModelSpec, scan: str) -> None:
+        super().__init__()
+        encoder = spec.encoder
+        self.patch_embed = nn.Linear(encoder.patch_values, encoder.width)
+        self.layers = nn.ModuleList(Block(encoder, spec.directions, scan) for _ in range(encoder.depth))
+        self.register_buffer("order", torch.from_numpy(direction_orders(spec)), persistent=False)
+
+    def blocks(self, x: Tensor, branch_scale: Tensor | None, seen: Seen) -> list[Tensor]:
+        """Run all blocks on tokens (B, T, D) and return the output of each."""
+        outputs = [note(seen, "tokens", x)]
+        for i, layer in enumerate(self.layers):
+            scale = None if branch_scale is None else branch_scale[i]
+            outputs.append(layer(outputs[-1], self.order, scale, f"layers.{i}", seen))
+        return outputs[1:]
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        def split(x: Tensor) -> Tensor:  # (B, T, E) -> (B, heads, T, E / heads)
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.key_value(latent).chunk(2, dim=-1)
+        out = F.scaled_dot_product_attention(split(self.query(query)), split(key), split(value), attn_mask=mask)
+        return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+
+
+class DecoderBlock(nn.Module):
+    """Queries (B, T, E) attend to the latents of earlier clusters; there is no self-attention."""
+
+    def __init__(self, spec: PretrainSpec) -> None:
+        super().__init__()
+        width, eps = spec.decoder_width, spec.encoder.norm_eps
+        self.norm_query = nn.LayerNorm(width, eps=eps)
+        self.norm_latent = nn.LayerNorm(width, eps=eps)
+        self.attention = CrossAttention(width, spec.decoder_heads)
+        self.norm_mlp = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_query(x), self.norm_latent(latent), mask)
+        return cast(Tensor, x + self.mlp(self.norm_mlp(x)))
+
+
+class PretrainModel(Trunk):
+    """Predicts the pixels of each cluster from the clusters before it (paper, section 3.2)."""
+
+    encoder_patches: Tensor
+    target_patches: Tensor
+    mask: Tensor
+
+    def __init__(self, spec: PretrainSpec, scan: str) -> None:
+        super().__init__(spec, scan)
+        self.spec = spec
+        encoder, width = spec.encoder, spec.decoder_width
+        self.pos_embed = empty(spec.patches, encoder.width)
+        self.tap_norms = nn.ModuleList(nn.LayerNorm(encoder.width, eps=encoder.norm_eps) for _ in spec.taps)
+        self.taps_to_decoder = nn.Linear(len(spec.taps) * encoder.width, width * spec.decoder_depth)
+        self.decoder_pos_embed = empty(spec.patches, width)
+        self.query_token = empty(width)
+        self.decoder = nn.ModuleList(DecoderBlock(spec) for _ in range(spec.decoder_depth))
+        self.prediction_norm = nn.LayerNorm(width, eps=encoder.norm_eps)
+        self.prediction = nn.Linear(width, encoder.patch_values)
+        for name, table in (
+            ("encoder_patches", encoder_patches(spec)),
+            ("target_patches", target_patches(spec)),
+            ("mask", decoder_mask(spec)),
+        ):
+            self.register_buffer(name, torch.from_numpy(table), persistent=False)
+
+    def forward(
+        self, images: Tensor, branch_scale: Tensor | None = None, seen: Seen = None
+    ) -> dict[str, Tensor]:
+        spec = self.spec
+        patches = unfold_patches(images, spec.encoder.patch)
+        tokens = self.patch_embed(patches[:, self.encoder_patches]) + self.pos_embed[self.encoder_patches]
+        outputs = self.blocks(tokens, branch_scale, seen)
+
+        taps = [norm(outputs[i - 1]) for norm, i in zip(self.tap_norms, spec.taps, strict=True)]
+        joined = note(seen, "taps_to_decoder", self.taps_to_decoder(torch.cat(taps, dim=-1)))
+        latents = joined.unflatten(-1, (spec.decoder_width, spec.decoder_depth))  # (B, T, E, blocks)
+
+        x = (self.query_token + self.decoder_pos_embed[self.target_patches]).expand(len(images), -1, -1)
+        note(seen, "queries", x)
+        for j, block in enumerate(self.decoder):
+            x = note(seen, f"decoder.{j}", block(x, latents[..., j], self.mask))
+        prediction = self.prediction(self.prediction_norm(x))
+        loss = (prediction.float() - self.target(patches)).square().mean((0, 2))
+        return {"encoder": latents, "prediction": prediction, "loss_per_token": loss, "loss": loss.mean()}
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What the decoder regresses, (B, T, patch values) float32."""
+        target = patches[:, self.target_patches]
+        if self.spec.target is Target.RAW:
+            return target
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+        return (target - mean) * torch.rsqrt(variance + TARGET_EPS)
+
+
+class Classifier(Trunk):
+    """Names the class of an image from K scans of its patches around a class token."""
+
+    def __init__(self, spec: ClassifierSpec, scan: str) -> None:
+        super().__init__(spec, scan)
+        self.spec = spec
+        width = spec.encoder.width
+        self.cls_token = empty(width)
+        self.pos_embed = empty(spec.tokens, width)
+        self.norm_f = nn.LayerNorm(width, eps=spec.encoder.norm_eps)
+        self.head = nn.Linear(width, spec.classes)
+
+    def forward(
+        self, images: Tensor, branch_scale: Tensor | None = None, seen: Seen = None
+    ) -> dict[str, Tensor]:
+        middle = self.spec.class_position
+        x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
+        token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + self.pos_embed
+        x = note(seen, "norm_f", self.norm_f(self.blocks(x, branch_scale, seen)[-1]))
+        if self.spec.pooling is Pooling.MEAN:
+            features = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
+        else:
+            features = x[:, middle]
+        return {"features": features, "logits": self.head(features)}
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images of -sum(targets * log_softmax(logits)). logits, targets: (B, classes)."""
+    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def build_model(spec: ModelSpec, scan: str, device: torch.device) -> PretrainModel | Classifier:
+    """The model without values; its names and shapes are checked against the parameter table."""
+    with torch.device("meta"):  # nothing is initialised: values come from the core
+        model = PretrainModel(spec, scan) if isinstance(spec, PretrainSpec) else Classifier(spec, scan)
+    table = parameter_table(spec)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes == {name: row.shape for name, row in table.items()}, "model and parameter table differ"
+    model.load_state_dict({name: torch.empty(s, device=device) for name, s in shapes.items()}, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(table[name].trainable)
+    return model.to(device)  # the integer tables
