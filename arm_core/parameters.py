@@ -92,7 +92,7 @@ def _dt_bias(stream: Stream, shape: Shape) -> npt.NDArray[np.floating]:
     """Inverse softplus of a log-uniform step size, so that softplus(bias) lies in `DT_RANGE`."""
     low, high = np.log(DT_RANGE)
     dt = np.maximum(np.exp(low + stream.uniform(math.prod(shape)) * (high - low)), DT_FLOOR)
-    return (dt + np.log(-np.expm1(-dt))).reshape(shape)
+    return np.asarray(dt + np.log(-np.expm1(-dt))).reshape(shape)
 
 
 def _sincos(grid: tuple[int, int], stream: Stream, shape: Shape) -> npt.NDArray[np.floating]:

@@ -161,7 +161,8 @@ class PretrainSpec:
         _require_positive("cluster", height=self.cluster[0], width=self.cluster[1])
         _require(
             rows % self.cluster[0] == 0 and columns % self.cluster[1] == 0,
-            f"clusters of {self.cluster[0]}x{self.cluster[1]} patches do not tile the grid of {rows}x{columns} patches",
+            f"clusters of {self.cluster[0]}x{self.cluster[1]} patches do not tile "
+            f"the grid of {rows}x{columns} patches",
         )
         _require(
             self.clusters >= 2,
@@ -250,7 +251,10 @@ class ClassifierSpec:
             len(set(self.scan_directions)) == len(self.scan_directions),
             f"each scan direction may stand once, found {', '.join(self.scan_directions)}",
         )
-        _require(self.patches >= 2, "a classifier needs two patches or more: its class token stands in their middle")
+        _require(
+            self.patches >= 2,
+            "a classifier needs two patches or more: its class token stands in their middle",
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -309,7 +313,8 @@ def from_json(data: Mapping[str, Any]) -> ModelSpec:
     kind = data.get("kind")
     if kind not in _KINDS:
         raise ValueError(f"config: expected kind {' or '.join(_KINDS)}, found {kind!r}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in ("format", "kind")}
+    fields = {k: v for k, v in data.items() if k not in ("format", "kind")}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     encoder = values.pop("encoder", None)
     if not isinstance(encoder, Mapping):
         raise ValueError(f"config: expected 'encoder' to be an object, found {encoder!r}")

@@ -78,4 +78,4 @@ def selective_scan(
             decay = np.exp(step[:, p, :, None] * A[k])
             h = decay * h + (step[:, p] * u[k, :, p])[..., None] * B[k, :, p, None, :]
             mean[:, p] += np.einsum("bdn,bn->bd", h, C[k, :, p]) + D[k] * u[k, :, p]
-    return silu(np.asarray(z, np.float64)) * mean / directions
+    return np.asarray(silu(np.asarray(z, np.float64)) * mean / directions)
