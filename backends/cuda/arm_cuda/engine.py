@@ -144,7 +144,9 @@ class TorchEngine:
         if not arrays:
             return {name: torch.zeros_like(p, requires_grad=False) for name, p in self._trainable.items()}
         if difference := sorted(set(arrays) ^ set(self._trainable)):
-            raise ValueError(f"{what}: expected the trainable parameters, differs in {', '.join(difference[:5])}")
+            raise ValueError(
+                f"{what}: expected the trainable parameters, differs in {', '.join(difference[:5])}"
+            )
         return {name: self._put(arrays[name], copy=True) for name in self._trainable}
 
     def _put(self, array: Array, *, copy: bool = False) -> Tensor:

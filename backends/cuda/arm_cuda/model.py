@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 
 from arm_core.parameters import parameter_table
@@ -144,7 +144,9 @@ class CrossAttention(nn.Module):
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         key, value = self.key_value(latent).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(split(self.query(query)), split(key), split(value), attn_mask=mask)
+        out = F.scaled_dot_product_attention(
+            split(self.query(query)), split(key), split(value), attn_mask=mask
+        )
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))
 
 

@@ -1,0 +1,86 @@
+"""Curves as SVG text, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+INK, FAINT = "#333344", "#d8d8e0"
+COLOURS = ("#0b6bcb", "#c4501b", "#5b8c2a", "#7a4fb5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line of a figure: several runs of the same thing, drawn as their mean and spread."""
+
+    label: str
+    steps: Sequence[int]
+    runs: npt.NDArray[np.floating]
+    """(runs, steps)"""
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # slow to import: only a report needs it
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    return figure, axes
+
+
+def _svg(figure: Any, description: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "arm-vision"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": description})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def loss_figure(
+    steps: Sequence[int], losses: Sequence[float], *, title: str, width: float = 7.2, height: float = 2.8
+) -> str:
+    """Training loss against steps, SVG; the raw values faint, a running mean on top."""
+    values = np.asarray(losses, dtype=np.float64)
+    window = max(1, len(values) // 30)
+    smooth = np.convolve(np.pad(values, (window - 1, 0), mode="edge"), np.ones(window) / window, "valid")
+    figure, axes = _figure(width, height)
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.8)
+    axes.set_xlabel("training step", color=INK, fontsize=9)
+    axes.set_ylabel("loss", color=INK, fontsize=9)
+    return _svg(figure, title)
+
+
+def accuracy_figure(
+    curves: Sequence[Curve], lines: dict[str, float], *, title: str, width: float = 5.2, height: float = 3.4
+) -> str:
+    """Accuracy in percent against steps, SVG: mean over the runs, band from lowest to highest run.
+
+    `lines` are horizontal references (a baseline's accuracy by its label).
+    """
+    figure, axes = _figure(width, height)
+    for curve, colour in zip(curves, COLOURS, strict=False):
+        axes.fill_between(
+            curve.steps, curve.runs.min(0), curve.runs.max(0), color=colour, alpha=0.15, linewidth=0
+        )
+        axes.plot(
+            curve.steps, curve.runs.mean(0), color=colour, linewidth=1.8, marker="o", ms=3, label=curve.label
+        )
+    for (label, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color=INK, linewidth=1, linestyle=style, label=label)
+    axes.set_ylim(0, 100)
+    axes.set_title(title, color=INK, fontsize=10)
+    axes.set_xlabel("finetuning step", color=INK, fontsize=9)
+    axes.set_ylabel("test accuracy, %", color=INK, fontsize=9)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    return _svg(figure, title)

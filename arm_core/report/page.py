@@ -1,0 +1,85 @@
+"""The HTML page itself: sections of text, tables, figures and pictures in one self-contained file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #223; background: #fcfcfd; max-width: 62rem;
+       margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
+p { max-width: 46rem; }
+.lead { font-size: 1.1rem; color: #445; }
+.caption { font-size: .88rem; color: #556; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.row > svg { flex: 1 1 24rem; max-width: 100%; height: auto; }
+figure > svg { max-width: 100%; height: auto; }
+figure { margin: 0; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #e2e2ea; }
+th { font-weight: 600; }
+pre { background: #f0f1f5; padding: .9rem 1.1rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.1rem; }
+.pair { display: flex; gap: 4px; }
+.pair img { width: 96px; image-rendering: pixelated; border-radius: 3px; }
+footer { margin-top: 3rem; font-size: .85rem; color: #667; }
+"""
+
+
+@dataclass
+class Page:
+    """Collects sections in order; everything that is text is escaped here."""
+
+    title: str
+    lead: str
+    _body: list[str] = field(default_factory=list)
+
+    def section(self, heading: str, *paragraphs: str) -> None:
+        self._body.append(f"<h2>{html.escape(heading)}</h2>")
+        self._body += [f"<p>{html.escape(text)}</p>" for text in paragraphs]
+
+    def figures(self, svgs: Iterable[str], caption: str = "") -> None:
+        """SVG texts side by side, under them a caption."""
+        self._body.append(f'<figure><div class="row">{"".join(svgs)}</div>{_caption(caption)}</figure>')
+
+    def picture_pairs(self, pairs: Iterable[tuple[str, str]], caption: str) -> None:
+        """Pairs of data URIs, shown enlarged and next to each other."""
+        shown = "".join(
+            f'<div class="pair"><img src="{a}" alt="image"><img src="{b}" alt="prediction"></div>'
+            for a, b in pairs
+        )
+        self._body.append(f'<figure><div class="pictures">{shown}</div>{_caption(caption)}</figure>')
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> None:
+        def cells(tag: str, values: Iterable[object]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+
+        body = "".join(cells("td", row) for row in rows)
+        self._body.append(f"<table>{cells('th', head)}{body}</table>{_caption(caption)}")
+
+    def code(self, text: str) -> None:
+        self._body.append(f"<pre>{html.escape(text)}</pre>")
+
+    def render(self, footer: str = "") -> str:
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{STYLE}</style>"
+            f'<h1>{html.escape(self.title)}</h1><p class="lead">{html.escape(self.lead)}</p>'
+            f"{''.join(self._body)}<footer>{html.escape(footer)}</footer></html>\n"
+        )
+
+    def write(self, path: Path, footer: str = "") -> None:
+        """Write the page whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.render(footer), encoding="utf-8")
+        partial.replace(path)
+
+
+def _caption(text: str) -> str:
+    return f'<p class="caption">{html.escape(text)}</p>' if text else ""
