@@ -1,0 +1,57 @@
+# `make demo` and `make test` need Python 3.11 or newer, and make; each sets up .venv by itself.
+# Choose an interpreter with `make demo PYTHON=python3.12`, pass options on with `make test ARGS="-k scan"`.
+
+SUITABLE = import sys; sys.exit(sys.version_info < (3, 11))
+CANDIDATES = python3 python3.13 python3.12 python3.11 python3.14 python
+# The first interpreter that is new enough: on a Mac, plain python3 is often Apple's 3.9.
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUITABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: help demo test lint clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
+	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make clean  remove .venv and the caches"
+	@echo
+	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo or pytest)"
+
+demo: $(VENV)/demo.installed
+	$(BIN)/arm demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/pyvenv.cfg:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "arm-vision needs Python 3.11 or newer, and none of $(CANDIDATES) is."; \
+	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 2; fi
+	@$(PYTHON) -c '$(SUITABLE)' || { \
+	  echo "arm-vision needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) could not create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+
+# On Apple Silicon the package brings MLX by itself; on Linux it brings torch, and the extra adds MLX's
+# small CPU build, so that the demo can compare the two.
+$(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+	$(INSTALL) '.[mlx]'
+	@touch $@
+
+# The development extra holds all that the demo needs.
+$(VENV)/test.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+	$(INSTALL) '.[dev]'
+	@touch $(VENV)/demo.installed $@
