@@ -83,7 +83,7 @@ def test_json_round_trip_keeps_every_choice():
         (lambda: pretrain(prediction_order="spiral"), "spiral"),
         (lambda: classifier(classes=0), "classes must be a whole number"),
         (
-            lambda: classifier(scan_directions=("row", "column", "row_reverse")),
+            lambda: classifier(scan_directions=tuple(Direction)[:3]),
             "1, 2 or 4 directions, found 3",
         ),
         (lambda: classifier(scan_directions=("row", "row")), "may stand once"),
