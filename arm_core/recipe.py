@@ -1,0 +1,177 @@
+"""A recipe: everything that decides how a run turns out, as plain values in one TOML file.
+
+What a recipe leaves to the machine (backend, device, scan implementation, threads) is chosen when a run
+is started or resumed, and recorded by session in the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from arm_core.optimizer import OptimizerSettings
+from arm_core.schedule import scaled_lr
+from arm_core.settings import (
+    AugmentationSettings,
+    ClassifierModel,
+    DataSettings,
+    PretrainModel,
+    ScheduleSettings,
+    TrainingSettings,
+)
+from arm_core.spec import ModelSpec
+from arm_core.typed_toml import dump, field_types, from_table, near_match, parse_text, to_table
+
+
+class Stage(StrEnum):
+    """What a run trains; its name is that of the command."""
+
+    PRETRAIN = "pretrain"
+    FINETUNE = "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, on any machine. `stage` decides between the two model classes."""
+
+    stage: Stage
+    model: PretrainModel | ClassifierModel
+    schedule: ScheduleSettings
+    training: TrainingSettings
+    data: DataSettings = field(default_factory=DataSettings)
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def __post_init__(self) -> None:
+        augmentation = self.augmentation
+        labels = {name: getattr(augmentation, name) for name in ("mixup", "cutmix", "label_smoothing")}
+        if self.stage is Stage.PRETRAIN and any(labels.values()):
+            raise ValueError(f"augmentation: pretraining has no labels to mix or smooth, found {labels}")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return scaled_lr(self.schedule.base_lr, self.training.batch_size)
+
+    def spec(self, classes: int | None = None) -> ModelSpec:
+        """The model; classes: number of classes in the data, for a classifier that does not say."""
+        return self.model.spec() if isinstance(self.model, PretrainModel) else self.model.spec(classes)
+
+
+_MODELS: dict[Stage, type[PretrainModel] | type[ClassifierModel]] = {
+    Stage.PRETRAIN: PretrainModel,
+    Stage.FINETUNE: ClassifierModel,
+}
+
+
+_BOOKKEEPING = {
+    "data": ("path", "eval_path", "workers"),
+    "training": ("log_every", "save_every", "keep", "evaluate_every"),
+}
+"""Settings that may differ between machines and sessions without changing what is computed."""
+
+
+def from_toml(text: str) -> Recipe:
+    """Read a recipe; a ValueError names an unknown, missing or mistyped key."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"no TOML: {error}") from None
+    return _from_table(table)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every value written out; `from_toml` gives an equal one."""
+    return dump(to_table(recipe))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in this package."""
+    files = (resources.files("arm_core") / "recipes").iterdir()
+    return sorted(item.name.removesuffix(".toml") for item in files if item.name.endswith(".toml"))
+
+
+def recipe_text(name_or_path: str | Path) -> str:
+    """TOML text, comments included, of a shipped recipe (`pretrain-base`) or of a file (`my/recipe.toml`)."""
+    name, path = str(name_or_path), Path(name_or_path)
+    if path.suffix != ".toml":
+        if name not in shipped_recipes():
+            hint = near_match(name, shipped_recipes())
+            raise ValueError(
+                f"unknown recipe {name!r}{hint} A recipe of your own is a path that ends in .toml."
+            )
+        return (resources.files("arm_core") / "recipes" / f"{name}.toml").read_text("utf-8")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {name}: cannot be read ({error})") from None
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by name, or one from a `.toml` file; a ValueError says what is wrong where."""
+    text = recipe_text(name_or_path)
+    try:
+        return from_toml(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {name_or_path}: {error}") from None
+
+
+def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """The recipe with `section.key=value` assignments applied, in order, each typed as its field is.
+
+    `none` empties a setting that may be empty; lists are written `0.2,1.0`, sizes `192x192` or `192`.
+    Raises ValueError on an unknown key (with a near match), a mistyped value, or an invalid outcome.
+    """
+    table = to_table(recipe)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot):
+            raise ValueError(f"expected section.key=value, found {assignment!r}")
+        owner = getattr(recipe, section, None) if section in field_types(Recipe) else None
+        if not dataclasses.is_dataclass(owner):
+            sections = [name for name, value in table.items() if isinstance(value, dict)]
+            raise ValueError(f"unknown section {section!r}{near_match(section, sections)}")
+        known = field_types(type(owner))
+        if name not in known:
+            raise ValueError(f"unknown key {section}.{name}{near_match(name, known)}")
+        value = parse_text(known[name], text, f"{section}.{name}")
+        if value is None:
+            table[section].pop(name, None)
+        else:
+            table[section][name] = value
+    return _from_table(table)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of what decides the numbers of a run: equal for recipes that differ in bookkeeping only."""
+    table = to_table(recipe)
+    for section, names in _BOOKKEEPING.items():
+        for name in names:
+            table[section].pop(name, None)
+    return hashlib.sha256(dump(table).encode()).hexdigest()[:16]
+
+
+def _from_table(table: dict[str, Any]) -> Recipe:
+    if table.get("stage") not in list(Stage):
+        raise ValueError(f"stage: expected 'pretrain' or 'finetune', found {table.get('stage')!r}")
+    if not isinstance(model := table.get("model"), dict):
+        raise ValueError(f"model: expected a table [model], found {model!r}")
+    stage = Stage(table["stage"])
+    choice = from_table(_MODELS[stage], model, "model")
+    rest = {key: value for key, value in table.items() if key not in ("stage", "model")}
+    hints = field_types(Recipe)
+    for key, value in rest.items():
+        if key not in hints:
+            raise ValueError(f"unknown section {key!r}{near_match(key, hints)}")
+        rest[key] = from_table(hints[key], value, key) if isinstance(value, dict) else value
+    if missing := [name for name in ("schedule", "training") if name not in rest]:
+        raise ValueError(f"missing section {', '.join(f'[{name}]' for name in missing)}")
+    return Recipe(stage=stage, model=choice, **rest)

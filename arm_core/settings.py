@@ -1,0 +1,229 @@
+"""The sections of a recipe: what may stand in its TOML tables, checked one by one.
+
+`arm_core.recipe` puts them together; `OptimizerSettings` stands in `arm_core.optimizer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from arm_core.backend import Precision
+from arm_core.drop_path import drop_rates
+from arm_core.spec import (
+    DECODER_HEAD_WIDTH,
+    DIRECTIONS,
+    ClassifierSpec,
+    EncoderSpec,
+    Pooling,
+    PredictionOrder,
+    PretrainSpec,
+    Target,
+    preset,
+)
+from arm_core.typed_toml import Span
+
+NO_TIME = Span(0, "epochs")
+ONE_EPOCH = Span(1, "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderChoice:
+    """Size of the trunk: a preset, single fields changed, or width and depth by value."""
+
+    preset: str | None = None
+    width: int | None = None
+    depth: int | None = None
+    patch: int | None = None
+    state: int | None = None
+    conv_width: int | None = None
+
+    def encoder(self) -> EncoderSpec:
+        size = None if self.preset is None else preset(self.preset)
+        if size is None and (self.width is None or self.depth is None):
+            raise ValueError("model: name a preset, or give both width and depth")
+        chosen = {} if size is None else {"width": size.width, "depth": size.depth}
+        return EncoderSpec(**{**chosen, **_given(self, EncoderSpec)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainModel(EncoderChoice):
+    """Model of a pretraining recipe: what is not given is the preset's, or `PretrainSpec`'s default."""
+
+    image_size: tuple[int, int] | None = None
+    cluster: tuple[int, int] | None = None
+    prediction_order: PredictionOrder | None = None
+    order_seed: int | None = None
+    decoder_width: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+    """By default one head for each 64 channels."""
+    target: Target | None = None
+
+    def spec(self) -> PretrainSpec:
+        chosen: dict[str, Any] = _given(self, PretrainSpec)
+        if self.preset is not None:
+            chosen.setdefault("decoder_width", preset(self.preset).decoder_width)
+        if width := chosen.get("decoder_width"):
+            chosen.setdefault("decoder_heads", max(1, width // DECODER_HEAD_WIDTH))
+        return PretrainSpec(encoder=self.encoder(), **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierModel(EncoderChoice):
+    """Model of a finetuning recipe: what is not given is the preset's, or `ClassifierSpec`'s default."""
+
+    classes: int | None = None
+    """None for as many as the training data has."""
+    image_size: tuple[int, int] | None = None
+    directions: int | None = None
+    """1, 2 or 4."""
+    pooling: Pooling | None = None
+
+    def spec(self, classes: int | None = None) -> ClassifierSpec:
+        """classes: number in the data; a ValueError says so where it differs from the recipe's."""
+        if self.classes is not None and classes is not None and self.classes != classes:
+            raise ValueError(f"model.classes: the recipe says {self.classes}, the data has {classes} classes")
+        count = self.classes if classes is None else classes
+        if count is None:
+            raise ValueError("model.classes: neither the recipe nor the data says how many classes there are")
+        chosen: dict[str, Any] = {**_given(self, ClassifierSpec), "classes": count}
+        if self.directions is not None:
+            if self.directions not in DIRECTIONS:
+                raise ValueError(f"model.directions: expected 1, 2 or 4, found {self.directions}")
+            chosen["scan_directions"] = DIRECTIONS[self.directions]
+        return ClassifierSpec(encoder=self.encoder(), **chosen)
+
+
+def _given(choice: EncoderChoice, cls: type[Any]) -> dict[str, Any]:
+    """The fields of spec class `cls` that a choice sets."""
+    names = {item.name for item in dataclasses.fields(cls)}
+    return {k: v for k, v in vars(choice).items() if k in names and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where images come from."""
+
+    source: str = "folder"
+    """Name of the source: `folder` (images by class), `digits` (built in) or `synthetic`."""
+    path: str | None = None
+    """Training images of a `folder`."""
+    eval_path: str | None = None
+    """Images to evaluate on; None for no evaluation on a `folder`."""
+    labels_per_class: int | None = None
+    """Labelled images of each class to train on, of the `digits`; None for all."""
+    workers: int = 4
+    """Processes that decode and augment; 0 does it in the training process. No effect on the result."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "data",
+            self,
+            labels_per_class=self.labels_per_class is None or self.labels_per_class >= 1,
+            workers=self.workers >= 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """What is done to training images, and to their labels."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop, as a fraction of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = None
+    """Policy in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
+    erase: float = 0.0
+    """Probability of erasing a rectangle."""
+    mixup: float = 0.0
+    """Parameter alpha of mixup; 0 for none."""
+    cutmix: float = 0.0
+    """Parameter alpha of cutmix; 0 for none."""
+    mix_switch: float = 0.5
+    """Probability of cutmix where both are on."""
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            "augmentation",
+            self,
+            crop_scale=0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+            crop_ratio=0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            flip=0 <= self.flip <= 1,
+            erase=0 <= self.erase <= 1,
+            mixup=self.mixup >= 0,
+            cutmix=self.cutmix >= 0,
+            mix_switch=0 <= self.mix_switch <= 1,
+            label_smoothing=0 <= self.label_smoothing < 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """Warm-up and half cosine; see `arm_core.schedule`."""
+
+    base_lr: float
+    """Peak learning rate for 256 images per update; scaled with the batch."""
+    min_lr: float = 0.0
+    """Learning rate at the end, not scaled."""
+    warmup: Span = NO_TIME
+
+    def __post_init__(self) -> None:
+        _check("schedule", self, base_lr=self.base_lr > 0, min_lr=self.min_lr >= 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Length, batch and bookkeeping of a run."""
+
+    length: Span
+    batch_size: int
+    """Images per update, over all devices."""
+    accumulation: int = 1
+    """Micro-batches that an update is made of; batch_size / accumulation images pass at a time.
+    Several processes share them out, so neither number depends on the machine."""
+    drop_path: float = 0.0
+    """Rate of the deepest block (`arm_core.drop_path`)."""
+    precision: Precision = Precision.FLOAT32
+    seed: int = 0
+    log_every: int = 20
+    """Steps between rows in `metrics.jsonl`."""
+    save_every: Span = ONE_EPOCH
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the best one."""
+    evaluate_every: Span | None = None
+    """None evaluates at the end only."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "training",
+            self,
+            length=self.length.amount > 0,
+            batch_size=self.batch_size >= 1,
+            accumulation=self.accumulation >= 1,
+            seed=self.seed >= 0,
+            log_every=self.log_every >= 1,
+            save_every=self.save_every.amount > 0,
+            keep=self.keep >= 1,
+            evaluate_every=self.evaluate_every is None or self.evaluate_every.amount > 0,
+        )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"training: batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}"
+            )
+        drop_rates(self.drop_path, 1)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in one micro-batch."""
+        return self.batch_size // self.accumulation
+
+
+def _check(owner: str, settings: Any, **good: bool) -> None:
+    if bad := [f"{name} = {getattr(settings, name)}" for name, ok in good.items() if not ok]:
+        raise ValueError(f"{owner} out of range: {', '.join(bad)}")
