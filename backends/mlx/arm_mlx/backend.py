@@ -1,0 +1,64 @@
+"""How the core finds this backend: what is missing, which devices and scans there are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from arm_core.backend import Array, Engine, EngineOptions
+from arm_core.optimizer import OptimizerSettings
+from arm_core.spec import ModelSpec
+from arm_mlx import blas
+
+
+class MlxBackend:
+    """Implements `arm_core.backend.Backend`; MLX is imported by the methods that need it."""
+
+    name = "mlx"
+
+    def missing(self) -> str | None:
+        found = find_spec("mlx")
+        if found is None:
+            return "MLX is not installed; pip install 'arm-vision[mlx]'"
+        # On Linux the package `mlx` holds the bindings alone; `mlx-cpu` or `mlx-cuda` bring the library.
+        folders = [Path(folder, "lib") for folder in found.submodule_search_locations or []]
+        if sys.platform == "linux" and not any((folder / "libmlx.so").exists() for folder in folders):
+            return "MLX is installed without its library libmlx.so; pip install 'arm-vision[mlx]'"
+        return None
+
+    def version(self) -> str:
+        return f"mlx {version('mlx')}"
+
+    def devices(self) -> list[str]:
+        blas.load()
+        from arm_mlx.engine import devices
+
+        return devices()
+
+    def cpu_products(self) -> tuple[str, str | None]:
+        found = blas.load()
+        return found.library, found.advice
+
+    def scans(self, device: str) -> Mapping[str, str | None]:
+        blas.load()
+        from arm_mlx.scan import scans
+
+        return scans(device)
+
+    def create_engine(
+        self,
+        spec: ModelSpec,
+        parameters: Mapping[str, Array],
+        *,
+        optimizer: OptimizerSettings | None = None,
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        blas.load()
+        from arm_mlx.engine import MlxEngine
+
+        return MlxEngine(
+            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options or EngineOptions()
+        )

@@ -1,0 +1,244 @@
+"""The mixer's two sequence operators in MLX, by implementation.
+
+`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.reference.scan`
+states, with every gradient. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from arm_core import cpu_scan
+
+Gradients = tuple[mx.array | None, ...]
+
+
+def directional_conv(
+    x: mx.array, weight: mx.array, bias: mx.array, order: mx.array, *, impl: str
+) -> mx.array:
+    """Depthwise causal convolution along each direction's order, then SiLU.
+
+    u[k, b, p_t] = silu(bias_k + sum_j weight_k[:, j] x[b, p_(t - W + 1 + j)]) with p = order[k];
+    tokens before the first count as 0.
+
+    x: (B, L, D) float32 or bfloat16.  weight: (K, D, W) and bias: (K, D) float32.  order: (K, L) int32.
+    impl: see `IMPLEMENTATIONS`.  Returns u: (K, B, L, D) in x.dtype.
+    Raises ValueError on an unknown impl, and on a shape that does not fit.
+    """
+    _check(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
+    u = _implementation(impl).directional_conv(x.astype(mx.float32), weight, bias, order)
+    return u.astype(x.dtype)
+
+
+def selective_scan(
+    u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
+    z: mx.array, order: mx.array, *, impl: str,
+) -> mx.array:  # fmt: skip
+    """Selective scan over K directions, their mean, and the gate.
+
+    Along p = order[k], with step = softplus(dt[k, b, p] + dt_bias_k) and h = 0 before the first token:
+
+        h = exp(step A_k) h + step B[k, b, p] u[k, b, p]          h: (D, N) float32
+        y_k[p] = <C[k, b, p], h> + D_k u[k, b, p]
+        out[b, p] = silu(z[b, p]) mean_k y_k[p]
+
+    u, dt: (K, B, L, D); dt before bias and softplus.  B, C: (K, B, L, N).  z: (B, L, D).  All of these
+    float32 or bfloat16.  A: (K, D, N), negative.  D, dt_bias: (K, D).  order: (K, L) int32.
+    impl: see `IMPLEMENTATIONS`.  Returns out: (B, L, D) in u.dtype; the state stays float32.
+    Raises ValueError on an unknown impl, and on a shape that does not fit.
+    """
+    _check(
+        u=(u, "KBLD"), dt=(dt, "KBLD"), A=(A, "KDN"), B=(B, "KBLN"), C=(C, "KBLN"), D=(D, "KD"),
+        dt_bias=(dt_bias, "KD"), z=(z, "BLD"), order=(order, "KL"),
+    )  # fmt: skip
+    floats = (a.astype(mx.float32) for a in (u, dt, A, B, C, D, dt_bias, z))
+    return _implementation(impl).selective_scan(*floats, order).astype(u.dtype)
+
+
+def scans(device: str) -> dict[str, str | None]:
+    """Implementations in order of preference: None where usable on `cpu` or `gpu`, else why not."""
+    return {name: implementation.unusable(device) for name, implementation in IMPLEMENTATIONS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run the two operators; signatures as above without `impl`, float32 in and out."""
+
+    directional_conv: Callable[..., mx.array]
+    selective_scan: Callable[..., mx.array]
+    unusable: Callable[[str], str | None]
+    """`cpu` or `gpu` -> None, or why it cannot run there."""
+
+
+def _implementation(name: str) -> Implementation:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown scan {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]
+
+
+def _check(**arrays: tuple[mx.array, str]) -> None:
+    """Each array against its axes by letter; the first array that has a letter sets its size."""
+    sizes: dict[str, int] = {}
+    for name, (array, axes) in arrays.items():
+        expected = tuple(sizes.get(letter, size) for letter, size in zip(axes, array.shape, strict=False))
+        if len(axes) != array.ndim or array.shape != expected:
+            known = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in axes)
+            raise ValueError(f"{name}: expected ({known}), found {array.shape}")
+        sizes |= zip(axes, array.shape, strict=True)
+
+
+def silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+# reference: plain MLX operations, any device, eager or compiled
+
+
+def _reference_conv(x: mx.array, weight: mx.array, bias: mx.array, order: mx.array) -> mx.array:
+    length, taps = x.shape[1], weight.shape[2]
+    steps = mx.pad(x[:, order], [(0, 0), (0, 0), (taps - 1, 0), (0, 0)]).swapaxes(
+        0, 1
+    )  # (K, B, W - 1 + L, D)
+    total = bias[:, None, None]
+    for j in range(taps):
+        total = total + steps[:, :, j : j + length] * weight[:, None, None, :, j]
+    return _reorder(silu(total), mx.argsort(order, axis=1))
+
+
+def _reference_scan(
+    u: mx.array,
+    dt: mx.array,
+    A: mx.array,
+    B: mx.array,
+    C: mx.array,
+    D: mx.array,
+    dt_bias: mx.array,
+    z: mx.array,
+    order: mx.array,
+) -> mx.array:
+    step = mx.logaddexp(dt + dt_bias[:, None, None], 0.0)  # softplus
+    y = _first(_recurrence(A, *(_reorder(tokens, order) for tokens in (step, step * u, B, C))))
+    y = _reorder(y, mx.argsort(order, axis=1)) + D[:, None, None] * u
+    return silu(z) * y.mean(0)
+
+
+@mx.custom_function
+def _recurrence(A: mx.array, step: mx.array, x: mx.array, B: mx.array, C: mx.array) -> tuple[mx.array, ...]:
+    """h_t = exp(step_t A) h_{t-1} + x_t B_t;  y_t = <C_t, h_t>, all in scan order.
+
+    A: (K, D, N).  step, x: (K, B, L, D).  B, C: (K, B, L, N).  Returns y: (K, B, L, D), then the state
+    (K, B, D, N) after each token, which the backward reads.
+    """
+    h, states, ys = mx.zeros((1,)), [], []
+    for t in range(x.shape[2]):
+        h = mx.exp(step[:, :, t, :, None] * A[:, None]) * h + x[:, :, t, :, None] * B[:, :, t, None]
+        ys.append((h @ C[:, :, t, :, None]).squeeze(-1))
+        states.append(h)
+    return mx.stack(ys, axis=2), *states
+
+
+@_recurrence.vjp
+def _recurrence_vjp(
+    inputs: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+) -> Gradients:
+    """The loop backwards in time; autodiff's own, through the slices `[:, :, t]`, is quadratic in L."""
+    A, step, x, B, C = inputs
+    grad_y, states = cotangents[0], outputs[1:]
+    grad_A = carried = mx.zeros_like(states[0])  # carried: what the later tokens add to the gradient of h_t
+    by_token: list[tuple[mx.array, ...]] = []
+    for t in reversed(range(x.shape[2])):
+        grad_h = carried + grad_y[:, :, t, :, None] * C[:, :, t, None]
+        carried = mx.exp(step[:, :, t, :, None] * A[:, None]) * grad_h
+        grad_exponent = carried * states[t - 1] if t else mx.zeros_like(carried)
+        grad_A = grad_A + grad_exponent * step[:, :, t, :, None]
+        by_token.append(
+            (
+                (grad_exponent * A[:, None]).sum(-1),
+                (grad_h @ B[:, :, t, :, None]).squeeze(-1),
+                (x[:, :, t, None] @ grad_h).squeeze(-2),
+                (grad_y[:, :, t, None] @ states[t]).squeeze(-2),
+            )
+        )
+    step_x_B_C = (mx.stack(list(gradient), axis=2) for gradient in zip(*reversed(by_token), strict=True))
+    return grad_A.sum(1), *step_x_B_C
+
+
+def _reorder(x: mx.array, order: mx.array) -> mx.array:
+    """Tokens of (K, B, L, ...) as each direction's order names them."""
+    return mx.take_along_axis(x, order[:, None, :, None], axis=2)
+
+
+def _first(outputs: object) -> mx.array:
+    """The result of a `custom_function` whose further outputs are for its backward."""
+    return cast(tuple[mx.array, ...], outputs)[0]
+
+
+# cpu: the Numba kernels of the core, eager only
+
+
+def _cpu_conv(*inputs: mx.array) -> mx.array:
+    return cast(mx.array, _cpu_conv_function(*inputs))
+
+
+def _cpu_scan(*inputs: mx.array) -> mx.array:
+    return _first(_cpu_scan_function(*inputs))
+
+
+@mx.custom_function
+def _cpu_conv_function(*inputs: mx.array) -> mx.array:
+    return mx.array(cpu_scan.conv_forward(*_arrays(*inputs)))
+
+
+@_cpu_conv_function.vjp
+def _cpu_conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> Gradients:
+    gradients = cpu_scan.conv_backward(*_arrays(grad_u, *inputs))
+    return *map(mx.array, gradients), None
+
+
+@mx.custom_function
+def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
+    """Keeps what the backward needs in any case: MLX does not tell whether one will follow."""
+    out, residuals = cpu_scan.scan_forward(*_arrays(*inputs), keep=True)
+    assert residuals is not None
+    return mx.array(out), mx.array(residuals.mean), mx.array(residuals.states)
+
+
+@_cpu_scan_function.vjp
+def _cpu_scan_vjp(
+    inputs: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+) -> Gradients:
+    grad, mean, states, *arrays = _arrays(cotangents[0], *outputs[1:], *inputs)
+    gradients = cpu_scan.scan_backward(grad, cpu_scan.ScanResiduals(mean, states), *arrays)
+    return *map(mx.array, gradients), None
+
+
+def _arrays(*arrays: mx.array) -> list[npt.NDArray[Any]]:
+    """Zero-copy views; this is where MLX computes what they hold."""
+    try:
+        mx.eval(*arrays)
+    except ValueError as error:
+        raise ValueError(
+            "scan 'cpu' leaves MLX's graph and cannot run inside mx.compile or mx.vmap; scan 'reference' can"
+        ) from error
+    return [np.asarray(array) for array in arrays]
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(
+        directional_conv=_cpu_conv,
+        selective_scan=_cpu_scan,
+        unusable=lambda device: None if device == "cpu" else "its kernels run on the CPU",
+    ),
+    "reference": Implementation(
+        directional_conv=_reference_conv,
+        selective_scan=_reference_scan,
+        unusable=lambda device: None,
+    ),
+}
+"""Implementations by the name that `--scan` takes, the one that `auto` prefers first."""
