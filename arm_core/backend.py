@@ -135,6 +135,9 @@ class Backend(Protocol):
     def devices(self) -> list[str]:
         """Device names, the one that `auto` takes first."""
 
+    def cpu_products(self) -> tuple[str, str | None]:
+        """The library of matrix products on the CPU, and what would make them faster (None: nothing)."""
+
     def scans(self, device: str) -> Mapping[str, str | None]:
         """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
 

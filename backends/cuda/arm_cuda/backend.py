@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +28,13 @@ class CudaBackend:
 
         cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
         return [*cuda, "cpu"]
+
+    def cpu_products(self) -> tuple[str, str | None]:
+        import torch
+
+        names = {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}
+        built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+        return names.get(built[1], built[1]) if built else "a library of torch's own", None
 
     def scans(self, device: str) -> Mapping[str, str | None]:
         from arm_cuda.scan import scans

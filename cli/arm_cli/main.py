@@ -1,0 +1,94 @@
+"""Entry point of `arm`: finds subcommands by name and turns a user's mistake into one line."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+COMMANDS = ("info", "doctor")
+"""In the order of the help; `arm_cli.NAME` holds the command NAME and is imported when it is needed."""
+
+
+class Mistake(click.ClickException):
+    """Something only the user can put right: one line, exit code 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Loads a subcommand's module on demand, so that no command waits for another's imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"arm_cli.{cmd_name}"), cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(COMMANDS)}"
+            raise Mistake(f"no command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with in_one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # The core raises ValueError for bad input and OSError comes from files; all else is our bug.
+        try:
+            with in_one_line():
+                return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe went away; click ends quietly
+        except (ValueError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            raise Mistake(one_line(error)) from error
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Click's own complaints, which come with a paragraph of usage, as a `Mistake`."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        raise Mistake(" ".join(error.format_message().split()) + where) from error
+
+
+def one_line(error: ValueError | OSError) -> str:
+    """An error's message without line breaks; that of an OSError leads with its file."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--traceback", is_flag=True, help="On an error, show where in the code it arose.")
+@click.version_option(package_name="arm-vision", message="%(package)s %(version)s")
+def main(traceback: bool) -> None:
+    """Autoregressive pretraining for Vision Mamba (ARM), on Apple silicon, NVIDIA GPUs and CPUs."""
+    warnings.showwarning = _show_warning

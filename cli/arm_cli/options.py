@@ -1,0 +1,93 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from arm_core.backend import Array, Backend, Engine, EngineOptions
+    from arm_core.spec import ModelSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "mlx", "cuda")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """What --backend, --device, --scan, --precision and --threads say."""
+
+    backend: str
+    device: str
+    scan: str
+    precision: str | None
+    """None leaves it to the recipe, or float32 where there is none."""
+    threads: int | None
+
+    def find(self) -> Backend:
+        from arm_core.backend import choose_backend
+
+        return choose_backend(self.backend)
+
+    def options(self) -> EngineOptions:
+        from arm_core.backend import EngineOptions, Precision
+
+        return EngineOptions(
+            device=self.device,
+            scan=self.scan,
+            precision=Precision(self.precision or Precision.FLOAT32),
+            threads=self.threads,
+        )
+
+    def create(self, spec: ModelSpec, parameters: Mapping[str, Array]) -> Engine:
+        """An engine for inference; what `auto` came to is printed."""
+        backend = self.find()
+        engine = backend.create_engine(spec, parameters, options=self.options())
+        announce(backend, engine)
+        return engine
+
+
+def announce(backend: Backend, engine: Engine) -> None:
+    """Say on stderr what runs."""
+    click.echo(
+        f"backend {backend.name} ({backend.version()}), device {engine.device}, scan {engine.scan}", err=True
+    )
+
+
+def engine_options(command: F) -> F:
+    """Add the options of an engine; the command receives them as one argument, `engine`."""
+    options = (
+        click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Engine that computes."),
+        click.option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch)."),
+        click.option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them."),
+        click.option("--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads."),
+    )
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        backend: str,
+        device: str,
+        scan: str,
+        precision: str | None,
+        threads: int | None,
+        **others: Any,
+    ) -> Any:
+        engine = EngineChoice(backend=backend, device=device, scan=scan, precision=precision, threads=threads)
+        return command(*args, engine=engine, **others)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def json_option(command: F) -> F:
+    """Add --json; the command receives it as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
