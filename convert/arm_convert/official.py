@@ -1,0 +1,343 @@
+"""The official checkpoints' names, shapes and layouts, and ours: one table, read both ways.
+
+The official model (OliverRensu/ARM) has one tensor per scan direction, told apart by suffixes, where
+ours has a leading direction axis K; it embeds patches with a convolution and keeps singleton axes on
+tokens and tables. Letters in shapes: D width, K directions, W convolution taps, T tokens, p patch side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from arm_core.parameters import Parameter, parameter_table
+from arm_core.spec import (
+    DECODER_HEAD_WIDTH,
+    DIRECTIONS,
+    ClassifierSpec,
+    Direction,
+    EncoderSpec,
+    ModelSpec,
+    Pooling,
+    PretrainSpec,
+)
+from arm_core.tensor_file import AnyArray, Shape, Tensor
+from arm_core.tokens import decoder_mask
+
+SUFFIXES: dict[Direction, str] = {
+    Direction.ROW: "",
+    Direction.ROW_REVERSE: "_b",
+    Direction.COLUMN: "_c",
+    Direction.COLUMN_REVERSE: "_c_b",
+}
+"""How official names tell the directions apart."""
+
+MASK = "mask"
+"""The decoder's attention mask: a buffer there, 0 where a query may see and -inf elsewhere."""
+
+FROZEN = ("pos_embed", "dec_pos_embed")
+"""Official pretraining parameters that are never updated, hence in no optimizer group."""
+
+_NAMES = {
+    "patch_embed.weight": "patch_embed.proj.weight",
+    "patch_embed.bias": "patch_embed.proj.bias",
+    "query_token": "ar_token",
+    "decoder_pos_embed": "dec_pos_embed",
+    "taps_to_decoder.weight": "enc2dec.weight",
+    "taps_to_decoder.bias": "enc2dec.bias",
+    "prediction_norm.weight": "ar_norm.weight",
+    "prediction_norm.bias": "ar_norm.bias",
+    "prediction.weight": "ar_pred.weight",
+    "prediction.bias": "ar_pred.bias",
+}
+_DECODER_NAMES = {
+    "norm_query": "norm2_1",
+    "norm_latent": "norm2_2",
+    "norm_mlp": "norm2",
+    "attention.query": "attn2.q",
+    "attention.key_value": "attn2.kv",
+    "attention.proj": "attn2.proj",
+}
+_SCAN_NAMES = {
+    "conv.weight": "conv1d{}.weight",
+    "conv.bias": "conv1d{}.bias",
+    "x_proj.weight": "x_proj{}.weight",
+    "dt_proj.weight": "dt_proj{}.weight",
+    "dt_proj.bias": "dt_proj{}.bias",
+    "A_log": "A{}_log",
+    "D": "D{}",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one official tensor lies in memory, compared with ours (without the direction axis)."""
+
+    shape: Callable[[Shape], Shape]
+    """Official shape of a tensor of our shape."""
+    to_official: Callable[[AnyArray], AnyArray]
+    to_canonical: Callable[[AnyArray], AnyArray]
+
+
+def _reshaped(shape: Callable[[Shape], Shape], inverse: Callable[[Shape], Shape]) -> Layout:
+    return Layout(shape, lambda x: x.reshape(shape(x.shape)), lambda x: x.reshape(inverse(x.shape)))
+
+
+SAME = _reshaped(lambda s: s, lambda s: s)
+TOKEN = _reshaped(lambda s: (1, 1, *s), lambda s: s[2:])  # (D,) is (1, 1, D) there
+TABLE = _reshaped(lambda s: (1, *s), lambda s: s[1:])  # (T, D) is (1, T, D) there
+CONV1D = _reshaped(lambda s: (s[0], 1, s[1]), lambda s: (s[0], s[2]))  # (D, W) is (D, 1, W) there
+
+
+def patch_conv(patch: int, channels: int) -> Layout:
+    """(D, p * p * channels) in (row, column, channel) order is (D, channels, p, p) there."""
+    return Layout(
+        lambda s: (s[0], channels, patch, patch),
+        lambda x: x.reshape(-1, patch, patch, channels).transpose(0, 3, 1, 2),
+        lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our tensors and the official ones that hold it."""
+
+    name: str
+    shape: Shape
+    names: tuple[str, ...]
+    """Official names: one per direction where `stacked`, else one."""
+    stacked: bool
+    layout: Layout
+
+    @property
+    def official_shape(self) -> Shape:
+        return self.layout.shape(self.shape[1:] if self.stacked else self.shape)
+
+    def split(self, value: AnyArray) -> dict[str, AnyArray]:
+        """Our tensor as official ones, by official name."""
+        parts = list(value) if self.stacked else [value]
+        return {name: self.layout.to_official(part) for name, part in zip(self.names, parts, strict=True)}
+
+    def join(self, parts: list[AnyArray]) -> AnyArray:
+        """Official tensors, in the order of `names`, as ours."""
+        values = [self.layout.to_canonical(part) for part in parts]
+        return np.stack(values) if self.stacked else values[0]
+
+
+def _row(parameter: Parameter, spec: ModelSpec) -> Row:
+    name = parameter.name
+    prefix, _, leaf = name.partition(".mixer.")
+    if leaf in _SCAN_NAMES:
+        directions = (Direction.ROW,) if isinstance(spec, PretrainSpec) else spec.scan_directions
+        names = tuple(f"{prefix}.mixer.{_SCAN_NAMES[leaf].format(SUFFIXES[d])}" for d in directions)
+        return Row(name, parameter.shape, names, True, CONV1D if leaf == "conv.weight" else SAME)
+    layout = SAME
+    if name == "patch_embed.weight":
+        layout = patch_conv(spec.encoder.patch, spec.encoder.channels)
+    elif name in ("cls_token", "query_token"):
+        layout = TOKEN
+    elif name in ("pos_embed", "decoder_pos_embed"):
+        layout = TABLE
+    return Row(name, parameter.shape, (_official_name(name),), False, layout)
+
+
+def _official_name(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "tap_norms":
+        return f"norm_{int(parts[1]) + 1}.{parts[2]}"
+    if parts[0] == "decoder":
+        inner = ".".join(parts[2:-1])
+        return f"dec_block.{parts[1]}.{_DECODER_NAMES.get(inner, inner)}.{parts[-1]}"
+    return _NAMES.get(name, name)
+
+
+def official_table(spec: ModelSpec) -> list[Row]:
+    """The correspondence of all tensors of a model, in the order of the parameter table."""
+    return [_row(parameter, spec) for parameter in parameter_table(spec).values()]
+
+
+def official_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Names and shapes of the official state dict, buffers included."""
+    shapes = {name: row.official_shape for row in official_table(spec) for name in row.names}
+    if isinstance(spec, PretrainSpec):
+        shapes[MASK] = (spec.tokens, spec.tokens)
+    return shapes
+
+
+def official_mask(spec: PretrainSpec) -> AnyArray:
+    """The `mask` buffer, (tokens, tokens) float32: 0 where a query may see a latent, else -inf."""
+    return np.where(decoder_mask(spec), np.float32(0), np.float32(-np.inf))
+
+
+def official_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Arrays by our names (any part of the model: parameters, gradients, moments) by official ones."""
+    rows = [row for row in official_table(spec) if row.name in arrays]
+    return {name: part for row in rows for name, part in row.split(np.asarray(arrays[row.name])).items()}
+
+
+def canonical_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """The reverse of `official_view`; a tensor of ours needs all its directions."""
+    rows = [row for row in official_table(spec) if all(name in arrays for name in row.names)]
+    return {row.name: row.join([np.asarray(arrays[name]) for name in row.names]) for row in rows}
+
+
+def from_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All official tensors of a model by our names, fetched on demand.
+
+    Raises ValueError for a missing or misshaped tensor; what the file holds beyond the model is the
+    caller's to report.
+    """
+    shapes = official_shapes(spec)
+    problems = [
+        f"missing {name} {shape}" for name, shape in shapes.items() if name not in tensors and name != MASK
+    ]
+    problems += [
+        f"{name}: expected {shape}, found {tensors[name].shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more)
+    return {row.name: _joined(row, [tensors[name] for name in row.names]) for row in official_table(spec)}
+
+
+def _joined(row: Row, parts: list[Tensor]) -> Tensor:
+    if len({part.dtype for part in parts}) > 1:
+        found = ", ".join(f"{name} {part.dtype}" for name, part in zip(row.names, parts, strict=True))
+        raise ValueError(f"{row.name}: expected one type for all directions, found {found}")
+    return Tensor(row.shape, parts[0].dtype, lambda: row.join([part.bits() for part in parts]))
+
+
+def to_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a model by official names, fetched on demand, the mask buffer recreated."""
+    found: dict[str, Tensor] = {}
+    for row in official_table(spec):
+        tensor = tensors[row.name]
+        for k, name in enumerate(row.names):
+            found[name] = Tensor(row.official_shape, tensor.dtype, partial(_part, row, tensor, k))
+    if isinstance(spec, PretrainSpec):
+        found[MASK] = Tensor.of(official_mask(spec))
+    return found
+
+
+def _part(row: Row, tensor: Tensor, direction: int) -> AnyArray:
+    bits = tensor.bits()
+    return row.layout.to_official(bits[direction] if row.stacked else bits)
+
+
+def spec_from_official(
+    shapes: Mapping[str, Shape],
+    args: Mapping[str, Any] | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    pooling: Pooling | None = None,
+) -> ModelSpec:
+    """The model that official names and shapes belong to.
+
+    args: the checkpoint's training arguments where it has them; `global_pool` and a rectangular
+    `input_size` are all that is used.  image_size, pooling: override what weights cannot tell.
+    Raises ValueError where the names are not an official model's, saying which made it think so.
+    """
+    kind = kind_from_official(shapes)
+    width, channels, patch, _ = _shape_of(shapes, "patch_embed.proj.weight", 4)
+    depth = _count(shapes, "layers.")
+    encoder = EncoderSpec(
+        width=width,
+        depth=depth,
+        patch=patch,
+        channels=channels,
+        state=_shape_of(shapes, "layers.0.mixer.A_log", 2)[1],
+        conv_width=_shape_of(shapes, "layers.0.mixer.conv1d.weight", 3)[2],
+    )
+    positions = _shape_of(shapes, "pos_embed", 3)[1]
+    if kind == "pretrain":
+        return _pretrain_spec(shapes, encoder, image_size or _square(positions, patch))
+    suffixes = [suffix for suffix in SUFFIXES.values() if f"layers.0.mixer.D{suffix}" in shapes]
+    if len(suffixes) not in (1, 4):
+        raise ValueError(
+            f"expected 1 or 4 scan directions, found {len(suffixes)} ({' '.join(suffixes).strip()})"
+        )
+    return ClassifierSpec(
+        encoder=encoder,
+        classes=_shape_of(shapes, "head.weight", 2)[0],
+        image_size=image_size or _square(positions - 1, patch),
+        scan_directions=DIRECTIONS[len(suffixes)],
+        pooling=pooling or pooling_from_args(args) or Pooling.MEAN,
+    )
+
+
+def kind_from_official(shapes: Mapping[str, Shape]) -> str:
+    """`pretrain` or `classifier`; a ValueError shows what else the names look like."""
+    has_mixer = "layers.0.mixer.A_log" in shapes and "patch_embed.proj.weight" in shapes
+    if has_mixer and "ar_token" in shapes:
+        return "pretrain"
+    if has_mixer and "head.weight" in shapes:
+        return "classifier"
+    telling = next((f" ({what}: it has {name})" for name, what in _OTHERS.items() if name in shapes), "")
+    lacks = "ar_token or head.weight" if has_mixer else "patch_embed.proj.weight and layers.0.mixer.A_log"
+    raise ValueError(
+        f"these are not the tensors of an official ARM checkpoint{telling}: expected {lacks}, "
+        f"found {len(shapes)} tensors like {', '.join(list(shapes)[:3]) or 'none'}"
+    )
+
+
+_OTHERS = {
+    "blocks.0.attn.qkv.weight": "a Vision Transformer",
+    "layers.0.mixer.A_b_log": "a bidirectional Vision Mamba",
+    "backbone.layers.0.mixer.A_log": "a Mamba language model",
+    "layer1.0.conv1.weight": "a ResNet",
+    "encoder.layer.0.attention.attention.query.weight": "a transformers ViT",
+    "visual.conv1.weight": "a CLIP model",
+}
+"""Tensors that give other architectures away."""
+
+
+def pooling_from_args(args: Mapping[str, Any] | None) -> Pooling | None:
+    """What the training arguments say about pooling; None where they are silent."""
+    value = (args or {}).get("global_pool")
+    return None if not isinstance(value, bool) else Pooling.MEAN if value else Pooling.CLS
+
+
+def _pretrain_spec(
+    shapes: Mapping[str, Shape], encoder: EncoderSpec, image_size: tuple[int, int]
+) -> PretrainSpec:
+    patches = _shape_of(shapes, "pos_embed", 3)[1]
+    width = _shape_of(shapes, "ar_token", 3)[2]
+    cluster = (4, 4)
+    if MASK in shapes:  # (tokens, tokens), tokens being all patches but one cluster's
+        cluster = _square(patches - _shape_of(shapes, MASK, 2)[0], 1)
+    return PretrainSpec(
+        encoder=encoder,
+        image_size=image_size,
+        cluster=cluster,
+        decoder_width=width,
+        decoder_depth=_count(shapes, "dec_block."),
+        decoder_heads=max(1, width // DECODER_HEAD_WIDTH),
+    )
+
+
+def _shape_of(shapes: Mapping[str, Shape], name: str, axes: int) -> Shape:
+    if name not in shapes:
+        raise ValueError(f"missing {name}")
+    if len(shapes[name]) != axes or 0 in shapes[name]:
+        raise ValueError(f"{name}: expected {axes} axes of 1 or more, found shape {shapes[name]}")
+    return shapes[name]
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    """How many blocks `prefix`0, `prefix`1, ... the names hold."""
+    found = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
+    return next(i for i in range(len(found) + 1) if str(i) not in found)
+
+
+def _square(positions: int, scale: int) -> tuple[int, int]:
+    side = math.isqrt(max(positions, 0))
+    if side < 1 or side * side != positions:
+        raise ValueError(f"{positions} positions are no square; say the image size with --image-size HxW")
+    return side * scale, side * scale
