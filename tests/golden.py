@@ -10,7 +10,8 @@ every tensor was noised and rescaled so that a mistake shows: swapping two direc
 
 To keep the repository small, numbers are stored in fixed point relative to their tensor's largest value
 (the parameters with 24 bits: float32's own rounding), and outputs and gradients as samples: compare
-through `error` and `gradient_errors`. Where the environment variable ARM_GOLDEN names a folder with the complete
+through `error` and `gradient_errors`. Where the environment variable ARM_GOLDEN names a folder with the
+complete
 data, `complete()` returns it, for tests that need the official `.pth` files themselves.
 
 `python tests/golden.py FOLDER` rebuilds tests/data from the complete data.
@@ -108,7 +109,11 @@ class Steps:
     ema: dict[str, Sample]
 
     def weight_errors(self, parameters: dict[str, np.ndarray]) -> dict[str, float]:
-        """Largest difference of the resulting weights, relative to each tensor's largest."""
+        """Largest difference of the resulting weights, relative to each tensor's largest.
+
+        AdamW's first steps have the size of the learning rate however small a gradient is, so an element
+        whose gradient is rounding noise may differ by far more than the gradients do.
+        """
         official = official_view(self.spec, parameters)
         return {name: sample.error(official[name]) for name, sample in self.weights.items()}
 
