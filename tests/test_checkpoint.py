@@ -186,6 +186,7 @@ class FaultyDisk:
         self.unsynced: set[int] = set()  # files whose content was not flushed, by inode
         self.unlisted: dict[int, int] = {}  # new files whose folder was not flushed: its inode
         self.renames: list[tuple[pathlib.Path, pathlib.Path]] = []
+        self.replaced: list[tuple[pathlib.Path, bytes]] = []
         self.real_rename = pathlib.Path.rename
         real_write, real_open = os.write, pathlib.Path.open
         real_replace = pathlib.Path.replace
@@ -203,6 +204,7 @@ class FaultyDisk:
             self.unsynced.discard(flushed)
             self.unlisted = {file: folder for file, folder in self.unlisted.items() if folder != flushed}
             self.renames = [pair for pair in self.renames if pair[1].parent.stat().st_ino != flushed]
+            self.replaced = [pair for pair in self.replaced if pair[0].parent.stat().st_ino != flushed]
 
         def open_path(path, mode="r", *args, **kwargs):
             if "w" not in mode:
@@ -223,6 +225,7 @@ class FaultyDisk:
         def replace_(path, target):
             if self.strikes():
                 self.fail()
+            self.replaced.append((target, target.read_bytes()))
             return real_replace(path, target)
 
         monkeypatch.setattr(os, "write", write)
@@ -250,6 +253,8 @@ class FaultyDisk:
                 path.unlink()
             elif path.is_file() and path.stat().st_ino in self.unsynced:
                 os.truncate(path, 0)
+        for path, content in self.replaced:
+            path.write_bytes(content)
 
 
 class TextThroughWrite(io.TextIOWrapper):
