@@ -1,0 +1,178 @@
+"""RandAugment (arXiv:1909.13719) as timm's `rand-m9-mstd0.5-inc1` means it.
+
+Two of fifteen operations per image, drawn with replacement, each skipped half of the time. A higher
+magnitude means a stronger change for every one of them ("increasing"). Geometric operations sample
+bicubically and fill with the mean colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageChops, ImageEnhance, ImageOps
+
+from arm_core.data.draws import Draws
+
+LEVELS = 10
+"""Largest magnitude."""
+
+MAX_ROTATION, MAX_SHEAR, MAX_SHIFT = 30.0, 0.3, 0.45
+"""At the largest magnitude: degrees, slope, and part of the side."""
+MAX_ENHANCE, LEAST_ENHANCE = 0.9, 0.1
+"""Largest change of an enhancement factor, and its lower bound."""
+SOLARIZE_ADD_BELOW = 128
+"""Values under this grow in `solarize_add`."""
+
+Fill = tuple[int, int, int]
+Operation = Callable[[Image.Image, float, Fill], Image.Image]
+"""(image, strength, fill) -> image; strength is magnitude / 10, negated half of the time where `SIGNED`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandAugment:
+    """How often and how strongly; the defaults are those of official finetuning."""
+
+    operations: int = 2
+    """Operations drawn per image."""
+    magnitude: float = 9.0
+    """Mean strength, 0 to 10."""
+    magnitude_std: float = 0.5
+    """Standard deviation of the strength from one operation to the next."""
+    probability: float = 0.5
+    """Of applying a drawn operation."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "operations": isinstance(self.operations, int) and self.operations >= 1,
+            "magnitude": 0 <= self.magnitude <= LEVELS,
+            "magnitude_std": self.magnitude_std >= 0,
+            "probability": 0 <= self.probability <= 1,
+        }
+        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
+            raise ValueError(f"rand-augment out of range: {', '.join(bad)}")
+
+
+def rand_augment(
+    image: Image.Image, settings: RandAugment, *, fill: tuple[float, float, float], draws: Draws
+) -> Image.Image:
+    """Apply randomly drawn operations; `fill` is a colour of values 0..1."""
+    color = (round(255 * fill[0]), round(255 * fill[1]), round(255 * fill[2]))
+    names = tuple(OPERATIONS)
+    for name in [names[draws.below(len(names))] for _ in range(settings.operations)]:
+        if draws.chance(settings.probability):
+            magnitude = min(max(draws.gaussian(settings.magnitude, settings.magnitude_std), 0.0), LEVELS)
+            sign = -1.0 if name in SIGNED and draws.chance(0.5) else 1.0
+            image = OPERATIONS[name](image, sign * magnitude / LEVELS, color)
+    return image
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
+    )
+
+
+def auto_contrast(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageOps.autocontrast(image)
+
+
+def equalize(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageOps.equalize(image)
+
+
+def invert(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageChops.invert(image)
+
+
+def rotate(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return image.rotate(strength * MAX_ROTATION, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def posterize(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    """Keep the highest 4 - int(4 strength) bits of each value."""
+    bits = 4 - int(4 * strength)
+    keep = 0xFF & ~(0xFF >> bits)
+    return image.point([value & keep for value in range(256)] * 3)
+
+
+def solarize(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    """Invert values from the threshold 256 - int(256 strength) upwards."""
+    return ImageOps.solarize(image, 256 - min(256, int(256 * strength)))
+
+
+def solarize_add(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    """Add int(110 strength) to the darker half of the values."""
+    added = min(128, int(110 * strength))
+    return image.point([min(255, v + added) if v < SOLARIZE_ADD_BELOW else v for v in range(256)] * 3)
+
+
+def _enhance_factor(strength: float) -> float:
+    return max(LEAST_ENHANCE, 1.0 + MAX_ENHANCE * strength)
+
+
+def color(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(_enhance_factor(strength))
+
+
+def contrast(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(_enhance_factor(strength))
+
+
+def brightness(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(_enhance_factor(strength))
+
+
+def sharpness(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return ImageEnhance.Sharpness(image).enhance(_enhance_factor(strength))
+
+
+def shear_x(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return _affine(image, (1, MAX_SHEAR * strength, 0, 0, 1, 0), fill)
+
+
+def shear_y(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, MAX_SHEAR * strength, 1, 0), fill)
+
+
+def translate_x(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, MAX_SHIFT * strength * image.width, 0, 1, 0), fill)
+
+
+def translate_y(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, MAX_SHIFT * strength * image.height), fill)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": auto_contrast,
+    "equalize": equalize,
+    "invert": invert,
+    "rotate": rotate,
+    "posterize": posterize,
+    "solarize": solarize,
+    "solarize_add": solarize_add,
+    "color": color,
+    "contrast": contrast,
+    "brightness": brightness,
+    "sharpness": sharpness,
+    "shear_x": shear_x,
+    "shear_y": shear_y,
+    "translate_x": translate_x,
+    "translate_y": translate_y,
+}
+"""All fifteen; their order is part of what a seed means."""
+
+SIGNED = frozenset(
+    (
+        "rotate",
+        "color",
+        "contrast",
+        "brightness",
+        "sharpness",
+        "shear_x",
+        "shear_y",
+        "translate_x",
+        "translate_y",
+    )
+)
+"""Operations that work both ways."""

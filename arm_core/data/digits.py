@@ -1,0 +1,163 @@
+"""The built-in data set: handwritten digits, drawn anew on each visit.
+
+1797 digits of 8x8 pixels (source and licence: `assets/README.md`). A visit places one on a larger
+canvas with a small affine distortion, in dark ink on light or light on dark, over a soft gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from functools import lru_cache
+from importlib import resources
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from arm_core.data.draws import Draws
+from arm_core.data.source import Item, Pixels
+
+INK = 16
+"""Largest value of the stored digits."""
+
+ROTATION, SHEAR, SHIFT = 15.0, 0.15, 0.08
+"""Largest distortion either way: degrees, slope, and parts of the canvas (its shorter side)."""
+SCALE = (0.75, 0.95)
+"""Side of the 8x8 square, as a part of the canvas."""
+BACKGROUND, CONTRAST, GRADIENT = (0.15, 0.35), (0.45, 0.65), 0.1
+"""Grey of the background (mirrored for dark ink), ink against it, and its largest slope per half canvas."""
+
+SPLIT_SEED = 0
+"""Decides which digit belongs to which split; changing it makes numbers incomparable."""
+HELD_OUT = {"test": 40, "validation": 30}
+"""Digits per class in the splits that are not for training."""
+
+
+class Split(StrEnum):
+    """Parts of the set; no digit is in two of them."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class Digits:
+    """One split: 1097 digits to train on, 300 for validation, 400 for the test, both balanced.
+
+    split:  `train`, `validation` or `test`.
+    size:   height and width of the canvas, pixels.
+    seed:   decides the distortions of the training split (by epoch and index) and the digits that
+            `labels_per_class` keeps. Validation and test look the same under every seed and epoch.
+    labels_per_class:  keep so many training digits per class; a smaller choice is part of a larger one.
+
+    Items are (H, W, 3) grey pixels. Raises ValueError for an unknown split and a choice out of range.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        size: tuple[int, int] = (24, 24),
+        seed: int = 0,
+        labels_per_class: int | None = None,
+    ) -> None:
+        if split not in tuple(Split):
+            raise ValueError(f"digits: split must be one of {', '.join(Split)}, found {split!r}")
+        if min(size) < 8:
+            raise ValueError(f"digits: the canvas must be 8x8 pixels or larger, found {size[0]}x{size[1]}")
+        self._split, self._size, self._seed = Split(split), size, seed
+        self._members = split_members(self._split)
+        if labels_per_class is not None:
+            if self._split is not Split.TRAIN:
+                raise ValueError(f"digits: labels_per_class selects training digits, the split is {split!r}")
+            self._members = _select(self._members, labels_per_class, seed)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple("0123456789")
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def members(self) -> npt.NDArray[np.int64]:
+        """Number of each of this split's digits in the whole set, `(len,)`."""
+        return self._members
+
+    def item(self, index: int, epoch: int = 0) -> Item:
+        images, labels = load_digits()
+        member = int(self._members[index])
+        if self._split is Split.TRAIN:
+            draws = Draws(self._seed, "digits", epoch, member)
+        else:
+            draws = Draws(SPLIT_SEED, f"digits/{self._split}", member)
+        image = draw_digit(images[member], self._size, draws)
+        return Item(image=image, label=int(labels[member]), name=f"digit {member} ({self._split})")
+
+
+@lru_cache(maxsize=1)
+def load_digits() -> tuple[Pixels, npt.NDArray[np.uint8]]:
+    """The whole set as stored: images (1797, 8, 8) with ink 0..16, labels (1797,)."""
+    with (
+        resources.files("arm_core.data").joinpath("assets/digits.npz").open("rb") as file,
+        np.load(file) as data,
+    ):
+        return data["images"], data["labels"]
+
+
+def split_members(split: Split) -> npt.NDArray[np.int64]:
+    """Numbers of the digits in a split, ascending."""
+    labels = load_digits()[1]
+    parts: dict[Split, list[npt.NDArray[np.int64]]] = {s: [] for s in Split}
+    for digit in range(10):
+        members = np.flatnonzero(labels == digit)
+        members = members[Draws(SPLIT_SEED, "digits/split", digit).permutation(len(members))]
+        test, validation = HELD_OUT["test"], HELD_OUT["validation"]
+        parts[Split.TEST].append(members[:test])
+        parts[Split.VALIDATION].append(members[test : test + validation])
+        parts[Split.TRAIN].append(members[test + validation :])
+    return np.sort(np.concatenate(parts[split]))
+
+
+def _select(members: npt.NDArray[np.int64], per_class: int, seed: int) -> npt.NDArray[np.int64]:
+    """`per_class` of the digits of each class, by seed; ascending."""
+    labels = load_digits()[1][members]
+    fewest = int(np.bincount(labels).min())
+    if not 1 <= per_class <= fewest:
+        raise ValueError(f"digits: labels_per_class must be 1 to {fewest}, found {per_class}")
+    chosen = []
+    for digit in range(10):
+        group = members[labels == digit]
+        chosen.append(group[Draws(seed, "digits/labels", digit).permutation(len(group))[:per_class]])
+    return np.sort(np.concatenate(chosen))
+
+
+def draw_digit(digit: Pixels, size: tuple[int, int], draws: Draws) -> Pixels:
+    """Draw an (8, 8) digit on a canvas: (H, W, 3) uint8 grey pixels."""
+    height, width = size
+    numbers = draws.uniform(10).tolist()
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(numbers.pop())
+
+    angle = math.radians(between(-ROTATION, ROTATION))
+    shear, scale = between(-SHEAR, SHEAR), between(*SCALE)
+    down, right = between(-SHIFT, SHIFT), between(-SHIFT, SHIFT)
+    # Canvas point -> point of the 8x8 square, both measured from their centre: undo shift, turn, shear.
+    rows, columns = digit.shape
+    per_pixel = columns / (scale * min(size))
+    a, b = math.cos(angle) * per_pixel, (math.sin(angle) + shear) * per_pixel
+    d, e = -math.sin(angle) * per_pixel, math.cos(angle) * per_pixel
+    center_x, center_y = width / 2 + right * min(size), height / 2 + down * min(size)
+    c, f = columns / 2 - a * center_x - b * center_y, rows / 2 - d * center_x - e * center_y
+    ink = Image.fromarray(digit * np.uint8(255 // INK)).transform(
+        (width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=0
+    )
+    sign = 1.0 if numbers.pop() < 0.5 else -1.0
+    background, contrast = between(*BACKGROUND), between(*CONTRAST)
+    slope_y, slope_x = between(-GRADIENT, GRADIENT), between(-GRADIENT, GRADIENT)
+    grey = background + contrast * np.asarray(ink, np.float32) / (255 // INK * INK)
+    grey += slope_y * np.linspace(-1, 1, height)[:, None] + slope_x * np.linspace(-1, 1, width)
+    grey = np.clip(grey if sign > 0 else 1.0 - grey, 0.0, 1.0)
+    return np.repeat(np.round(grey * 255).astype(np.uint8)[:, :, None], 3, axis=2)

@@ -1,0 +1,224 @@
+"""Batches in a fixed global order: which samples, drawn how, mixed how, follows from the position alone.
+
+The position of a training run is one whole number, the micro-batches consumed by all ranks together.
+Batch `position` belongs to epoch `position // batches_per_epoch`; each epoch shuffles anew. Workers,
+ranks and the point of resuming change who makes a batch, never what is in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.backend import Array, Batch
+from arm_core.data.draws import Draws, epoch_order
+from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
+from arm_core.data.source import Source
+from arm_core.data.transforms import EvalTransform, Size, TrainTransform
+from arm_core.data.workers import Arrays, Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatches:
+    """All micro-batches of a training run, by position; epochs follow each other without end."""
+
+    source: Source
+    transform: TrainTransform
+    size: Size
+    """Height and width that the model reads, pixels."""
+    batch_size: int
+    seed: int
+    classes: int | None
+    """Classes of the targets; None for pretraining, which has no targets."""
+    mixing: Mixing
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.size, self.batch_size)
+        if len(self.source) < self.batch_size:
+            raise ValueError(
+                f"the data has {len(self.source)} images, fewer than one batch of {self.batch_size}; "
+                f"use a batch size of {len(self.source)} or less, or more images"
+            )
+        if self.classes is not None and len(self.source.classes) != self.classes:
+            raise ValueError(f"the data has {len(self.source.classes)} classes, the model {self.classes}")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Full batches in one pass; the samples left over rest until the next shuffle."""
+        return len(self.source) // self.batch_size
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def indices(self, position: int) -> npt.NDArray[np.int64]:
+        """The samples of a batch, `(batch_size,)`."""
+        epoch, batch = divmod(position, self.batches_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.source))
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __getitem__(self, position: int) -> Arrays:
+        """`images` (B, H, W, 3) float32 and, with classes, `targets` (B, classes) float32."""
+        epoch, indices = position // self.batches_per_epoch, self.indices(position)
+        images = np.empty((self.batch_size, *self.size, 3), np.float32)
+        labels = np.empty(self.batch_size, np.int64)
+        for slot, index in enumerate(indices.tolist()):
+            item = self.source.item(index, epoch)
+            images[slot] = self.transform(item, self.size, Draws(self.seed, "augment", epoch, index))
+            labels[slot] = item.label
+        if self.classes is None:
+            return {"images": images}
+        mix = draw_mix(self.mixing, self.size, Draws(self.seed, "mix", position))
+        targets = soft_targets(labels, self.classes, smoothing=self.mixing.smoothing, mix=mix)
+        return {"images": mix_images(images, mix), "targets": targets}
+
+
+class TrainLoader:
+    """This rank's micro-batches from a position on: `start + rank`, `start + rank + world`, ...
+
+    Iterating yields `Batch`es without end, with `branch_scale` None. `workers` processes prepare them
+    ahead, `prefetch` each; 0 prepares each when it is asked for. Close the loader, or use it in a
+    `with` statement. Raises ValueError for data smaller than a batch, another number of classes than
+    the data has, a broken image (naming it), or workers without Grain installed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: TrainTransform,
+        *,
+        size: Size,
+        batch_size: int,
+        seed: int,
+        classes: int | None = None,
+        mixing: Mixing | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        self.batches = TrainBatches(
+            source=source,
+            transform=transform,
+            size=size,
+            batch_size=batch_size,
+            seed=seed,
+            classes=classes,
+            mixing=mixing or Mixing(),
+        )
+        _check_rank(rank, world)
+        self._stream = Stream(
+            self.batches, start=start + rank, step=world, workers=workers, prefetch=prefetch
+        )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches in one pass over the data, all ranks together."""
+        return self.batches.batches_per_epoch
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        arrays = next(self._stream)
+        return Batch(images=arrays["images"], targets=arrays.get("targets"))
+
+    def close(self) -> None:
+        """Stop the worker processes; the loader is then empty."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class EvalBatch(NamedTuple):
+    """Samples in the order of the source."""
+
+    images: Array
+    """(B, H, W, 3) float32, normalised."""
+    labels: npt.NDArray[np.int64]
+    """(B,); -1 where the source knows no class."""
+    indices: npt.NDArray[np.int64]
+    """(B,) numbers of the samples in the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatches:
+    """A source in batches, in order, the last one smaller; every sample once."""
+
+    source: Source
+    transform: EvalTransform
+    size: Size
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.size, self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Arrays:
+        indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.source)))
+        images = np.empty((len(indices), *self.size, 3), np.float32)
+        labels = np.empty(len(indices), np.int64)
+        for slot, index in enumerate(indices.tolist()):
+            item = self.source.item(index)
+            images[slot] = self.transform(item, self.size)
+            labels[slot] = item.label
+        return {"images": images, "labels": labels, "indices": indices}
+
+
+class EvalLoader:
+    """This rank's share of a source: batches `rank`, `rank + world`, ...; over all ranks every sample once.
+
+    Each `for` loop is a new pass, with its own worker processes that end with it.
+    Raises ValueError for a broken image (naming it), or workers without Grain installed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: EvalTransform,
+        *,
+        size: Size,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        self.batches = EvalBatches(source=source, transform=transform, size=size, batch_size=batch_size)
+        _check_rank(rank, world)
+        self._rank, self._world, self._workers, self._prefetch = rank, world, workers, prefetch
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(range(self._rank, len(self.batches), self._world))
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        workers = min(self._workers, len(self))  # Grain refuses workers that have nothing to do
+        with Stream(
+            self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
+        ) as stream:
+            for arrays in stream:
+                yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
+
+
+def _check_sizes(size: Size, batch_size: int) -> None:
+    if min(size) < 1 or batch_size < 1:
+        raise ValueError(
+            f"data: image size and batch size must be 1 or more, found {size[0]}x{size[1]}, {batch_size}"
+        )
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"data: rank must be 0 to {world - 1} in a world of {world}, found {rank}")

@@ -1,0 +1,95 @@
+"""Mixup, CutMix and soft targets, per batch: pure functions of arrays, as timm defines them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.data.draws import Draws
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Settings of a classifier's targets. Official finetuning: mixup 0.8, cutmix 1.0, smoothing 0.1."""
+
+    mixup: float = 0.0
+    """Alpha of the Beta(alpha, alpha) that weighs two blended images; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of the Beta(alpha, alpha) that sizes a pasted rectangle; 0 for none."""
+    cutmix_probability: float = 0.5
+    """Of choosing CutMix for a batch where both are on."""
+    smoothing: float = 0.0
+    """Part of each target spread evenly over all classes."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "mixup": self.mixup >= 0,
+            "cutmix": self.cutmix >= 0,
+            "cutmix_probability": 0 <= self.cutmix_probability <= 1,
+            "smoothing": 0 <= self.smoothing < 1,
+        }
+        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
+            raise ValueError(f"mixing out of range: {', '.join(bad)}")
+
+
+OFFICIAL_MIXING = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What happens to one batch; image b is mixed with image B - 1 - b."""
+
+    weight: float = 1.0
+    """Part of each image (and of its target) that stays its own."""
+    box: tuple[int, int, int, int] | None = None
+    """Top, bottom, left, right of the rectangle that CutMix pastes; None blends whole images."""
+
+
+def draw_mix(settings: Mixing, size: tuple[int, int], draws: Draws) -> Mix:
+    """Decide how a batch of images of `size` (height, width) is mixed."""
+    if not settings.mixup and not settings.cutmix:
+        return Mix()
+    both = bool(settings.mixup and settings.cutmix)
+    if not (draws.chance(settings.cutmix_probability) if both else settings.cutmix):
+        return Mix(weight=draws.beta(settings.mixup))
+    part = math.sqrt(1.0 - draws.beta(settings.cutmix))
+    half_height, half_width = int(size[0] * part) // 2, int(size[1] * part) // 2
+    middle_y, middle_x = draws.below(size[0]), draws.below(size[1])
+    top, bottom = max(middle_y - half_height, 0), min(middle_y + half_height, size[0])
+    left, right = max(middle_x - half_width, 0), min(middle_x + half_width, size[1])
+    # The rectangle is cut off at the border, so the weight follows from what is left of it.
+    pasted = (bottom - top) * (right - left) / (size[0] * size[1])
+    return Mix(weight=1.0 - pasted, box=(top, bottom, left, right))
+
+
+def mix_images(images: Array, mix: Mix) -> Array:
+    """(B, H, W, 3) images, each mixed with its partner; the input is left as it is."""
+    if mix.weight == 1.0:
+        return images
+    if mix.box is None:
+        weight = np.float32(mix.weight)
+        return images * weight + images[::-1] * (np.float32(1) - weight)
+    top, bottom, left, right = mix.box
+    mixed = images.copy()
+    mixed[:, top:bottom, left:right] = images[::-1, top:bottom, left:right]
+    return mixed
+
+
+def soft_targets(labels: Labels, classes: int, *, smoothing: float = 0.0, mix: Mix | None = None) -> Array:
+    """(B,) labels to (B, classes) probabilities: smoothed, then mixed like their images.
+
+    A smoothed target is smoothing / classes everywhere, plus 1 - smoothing at the label.
+    """
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, found {labels.min()} to {labels.max()}")
+    targets = np.full((len(labels), classes), smoothing / classes, np.float64)
+    targets[np.arange(len(labels)), labels] += 1.0 - smoothing
+    if mix is not None:
+        targets = targets * mix.weight + targets[::-1] * (1.0 - mix.weight)
+    return targets.astype(np.float32)

@@ -1,0 +1,237 @@
+"""From an encoded image to normalised pixels: pure functions of (image, settings, draws).
+
+Pillow resamples (its bicubic filter antialiases, as in the official recipes), NumPy does the rest.
+Sizes are (height, width) in pixels; images between the steps are Pillow's, 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from arm_core.data.augment import RandAugment, rand_augment
+from arm_core.data.draws import Draws
+from arm_core.data.source import Item, Pixels, read_file
+
+Array = npt.NDArray[np.float32]
+Size = tuple[int, int]
+Color = tuple[float, float, float]
+
+IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
+IMAGENET_STD: Color = (0.229, 0.224, 0.225)
+
+EVAL_FRACTION = 224 / 256
+"""Part of the resized image that the official evaluation keeps, for sizes up to `EVAL_MARGIN_LIMIT`."""
+EVAL_MARGIN_LIMIT = 224
+"""Larger sizes are evaluated without a margin."""
+
+CROP_TRIES = 10
+ERASE_TRIES = 10
+ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+"""Erased part of the image, and its height over width."""
+
+
+def _color_checks(mean: Color, std: Color) -> dict[str, bool]:
+    return {"mean": len(mean) == 3 and all(0 <= m <= 1 for m in mean), "std": len(std) == 3 and min(std) > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTransform:
+    """Random crop and flip, then if wanted rand-augment, normalisation, and random erasing.
+
+    The defaults are those of official pretraining; `FINETUNE` holds those of finetuning. A
+    `crop_scale` and `crop_ratio` of (1, 1) keep a square image whole.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the crop, as a part of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop, before it is resized."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: RandAugment | None = None
+    erase: float = 0.0
+    """Probability that a rectangle is replaced by noise."""
+    mean: Color = IMAGENET_MEAN
+    std: Color = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        checks = {
+            "crop_scale": len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+            "crop_ratio": len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            "flip": 0 <= self.flip <= 1,
+            "erase": 0 <= self.erase <= 1,
+            **_color_checks(self.mean, self.std),
+        }
+        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
+            raise ValueError(f"train transform out of range: {', '.join(bad)}")
+
+    def __call__(self, item: Item, size: Size, draws: Draws) -> Array:
+        """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
+        image = random_resized_crop(
+            decode(item.image, item.name), size, self.crop_scale, self.crop_ratio, draws
+        )
+        if draws.chance(self.flip):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.rand_augment is not None:
+            image = rand_augment(image, self.rand_augment, fill=self.mean, draws=draws)
+        pixels = normalize(image, self.mean, self.std)
+        if draws.chance(self.erase):
+            random_erase(pixels, draws)
+        return pixels
+
+
+PRETRAIN = TrainTransform()
+FINETUNE = TrainTransform(crop_scale=(0.08, 1.0), rand_augment=RandAugment(), erase=0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """Resize, then cut the centre: the official evaluation, without randomness."""
+
+    crop_fraction: float | None = None
+    """Side of the centre crop over that of the resized image; None for the official rule: 224/256 up
+    to 224 pixels, 1 above."""
+    mean: Color = IMAGENET_MEAN
+    std: Color = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        checks = {
+            "crop_fraction": self.crop_fraction is None or 0 < self.crop_fraction <= 1,
+            **_color_checks(self.mean, self.std),
+        }
+        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
+            raise ValueError(f"evaluation transform out of range: {', '.join(bad)}")
+
+    def __call__(self, item: Item, size: Size) -> Array:
+        """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
+        fraction = self.crop_fraction
+        if fraction is None:
+            fraction = EVAL_FRACTION if max(size) <= EVAL_MARGIN_LIMIT else 1.0
+        return normalize(center_crop(decode(item.image, item.name), size, fraction), self.mean, self.std)
+
+
+def decode(image: bytes | Pixels, name: str) -> Image.Image:
+    """An upright 8-bit RGB image; transparent parts become white, 16-bit greys keep their high byte.
+
+    Raises ValueError, with `name`, for what is no complete image.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image).convert("RGB")
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            return _to_rgb(upright)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file raises whatever its format's parser stumbled over
+        reason = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name}: cannot be decoded as an image ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, also where Pillow widens it to 32 bits
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise ValueError(f"32-bit greys from {grey.min()} to {grey.max()}; save it with 8 or 16 bits")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_resized_crop(
+    image: Image.Image, size: Size, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
+) -> Image.Image:
+    """Cut a random rectangle and resize it (bicubic); the crop of Inception and of torchvision.
+
+    The area is uniform in `scale` and width / height log-uniform in `ratio`. Where ten draws do not fit
+    into the image, the largest centred rectangle whose ratio is allowed is taken.
+    """
+    left, top, width, height = crop_box((image.height, image.width), scale, ratio, draws)
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def crop_box(
+    image_size: Size, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
+) -> tuple[int, int, int, int]:
+    """Left, top, width, height of a random crop, pixels."""
+    image_height, image_width = image_size
+    for _ in range(CROP_TRIES):
+        area = draws.between(*scale) * image_height * image_width
+        aspect = math.exp(draws.between(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            return draws.below(image_width - width + 1), draws.below(image_height - height + 1), width, height
+    aspect = min(max(image_width / image_height, ratio[0]), ratio[1])
+    width = min(image_width, max(1, round(image_height * aspect)))
+    height = min(image_height, max(1, round(image_width / aspect)))
+    return (image_width - width) // 2, (image_height - height) // 2, width, height
+
+
+def center_crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
+    """Resize (bicubic) until the image just covers `size / fraction`, then cut `size` from its centre."""
+    height, width = int(size[0] / fraction), int(size[1] / fraction)
+    if image.width * height >= image.height * width:  # the height is the tight side
+        resized = image.resize((image.width * height // image.height, height), Image.Resampling.BICUBIC)
+    else:
+        resized = image.resize((width, image.height * width // image.width), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
+    return resized.crop((left, top, left + size[1], top + size[0]))
+
+
+def normalize(image: Image.Image, mean: Color, std: Color) -> Array:
+    """(H, W, 3) float32: value / 255, minus the mean, over the deviation, per colour."""
+    pixels: Array = np.array(image, np.float32)
+    pixels /= 255
+    pixels -= np.array(mean, np.float32)
+    pixels /= np.array(std, np.float32)
+    return pixels
+
+
+def denormalize(
+    pixels: npt.NDArray[np.floating], mean: Color = IMAGENET_MEAN, std: Color = IMAGENET_STD
+) -> Pixels:
+    """Undo `normalize` for pictures: (..., 3) normalised values to (..., 3) uint8, clipped."""
+    values = np.round((pixels * np.array(std) + np.array(mean)) * 255)
+    return np.asarray(np.clip(values, 0, 255), np.uint8)
+
+
+def random_erase(pixels: Array, draws: Draws) -> None:
+    """Replace a random rectangle of (H, W, 3) normalised pixels by standard normal noise, in place."""
+    image_height, image_width = pixels.shape[:2]
+    for _ in range(ERASE_TRIES):
+        area = draws.between(*ERASE_AREA) * image_height * image_width
+        aspect = math.exp(draws.between(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < image_height and width < image_width:
+            top, left = draws.below(image_height - height + 1), draws.below(image_width - width + 1)
+            noise = draws.normal(height * width * 3).reshape(height, width, 3)
+            pixels[top : top + height, left : left + width] = noise
+            return
+
+
+def load_image(path: str | os.PathLike[str], size: Size, transform: EvalTransform | None = None) -> Array:
+    """One image file as a model sees it: (H, W, 3) float32, by the official evaluation unless told.
+
+    Raises ValueError, naming the file, if it is missing, unreadable or broken.
+    """
+    item = Item(image=read_file(Path(path)), label=-1, name=str(path))
+    return (transform or EvalTransform())(item, size)
