@@ -6,7 +6,6 @@ is started or resumed, and recorded by session in the run folder.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import tomllib
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from arm_core.data.mixing import Mixing
+from arm_core.data.transforms import EvalTransform, TrainTransform
 from arm_core.optimizer import OptimizerSettings
 from arm_core.schedule import scaled_lr
 from arm_core.settings import (
-    AugmentationSettings,
     ClassifierModel,
     DataSettings,
     PretrainModel,
@@ -27,7 +27,7 @@ from arm_core.settings import (
     TrainingSettings,
 )
 from arm_core.spec import ModelSpec
-from arm_core.typed_toml import dump, field_types, from_table, near_match, parse_text, to_table
+from arm_core.typed_toml import assign, dump, field_types, from_table, near_match, to_table
 
 
 class Stage(StrEnum):
@@ -46,19 +46,24 @@ class Recipe:
     schedule: ScheduleSettings
     training: TrainingSettings
     data: DataSettings = field(default_factory=DataSettings)
-    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+    augmentation: TrainTransform = field(default_factory=TrainTransform)
+    mixing: Mixing = field(default_factory=Mixing)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self) -> None:
-        augmentation = self.augmentation
-        labels = {name: getattr(augmentation, name) for name in ("mixup", "cutmix", "label_smoothing")}
-        if self.stage is Stage.PRETRAIN and any(labels.values()):
-            raise ValueError(f"augmentation: pretraining has no labels to mix or smooth, found {labels}")
+        if self.stage is Stage.PRETRAIN and self.mixing != Mixing():
+            raise ValueError(f"mixing: pretraining has no labels to mix or smooth, found {self.mixing}")
 
     @property
     def lr(self) -> float:
         """Peak learning rate."""
         return scaled_lr(self.schedule.base_lr, self.training.batch_size)
+
+    @property
+    def eval_transform(self) -> EvalTransform:
+        """What is done to images in evaluation."""
+        augmentation = self.augmentation
+        return EvalTransform(crop_fraction=self.data.eval_crop, mean=augmentation.mean, std=augmentation.std)
 
     def spec(self, classes: int | None = None) -> ModelSpec:
         """The model; classes: number of classes in the data, for a classifier that does not say."""
@@ -132,21 +137,11 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     table = to_table(recipe)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot):
+        path = key.strip().split(".")
+        if not equals or len(path) < 2:
             raise ValueError(f"expected section.key=value, found {assignment!r}")
-        owner = getattr(recipe, section, None) if section in field_types(Recipe) else None
-        if not dataclasses.is_dataclass(owner):
-            sections = [name for name, value in table.items() if isinstance(value, dict)]
-            raise ValueError(f"unknown section {section!r}{near_match(section, sections)}")
-        known = field_types(type(owner))
-        if name not in known:
-            raise ValueError(f"unknown key {section}.{name}{near_match(name, known)}")
-        value = parse_text(known[name], text, f"{section}.{name}")
-        if value is None:
-            table[section].pop(name, None)
-        else:
-            table[section][name] = value
+        hints = {**field_types(Recipe), "model": type(recipe.model)}
+        assign(table, {name: hint for name, hint in hints.items() if name != "stage"}, path, text)
     return _from_table(table)
 
 

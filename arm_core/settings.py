@@ -1,6 +1,7 @@
 """The sections of a recipe: what may stand in its TOML tables, checked one by one.
 
-`arm_core.recipe` puts them together; `OptimizerSettings` stands in `arm_core.optimizer`.
+`arm_core.recipe` puts them together with those that stand beside what they set: `OptimizerSettings`,
+`TrainTransform` and `Mixing`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class DataSettings:
     """Images to evaluate on; None for no evaluation on a `folder`."""
     labels_per_class: int | None = None
     """Labelled images of each class to train on, of the `digits`; None for all."""
+    eval_crop: float | None = None
+    """Part of an image that evaluation keeps (`EvalTransform.crop_fraction`); None for the official rule."""
     workers: int = 4
     """Processes that decode and augment; 0 does it in the training process. No effect on the result."""
 
@@ -122,44 +125,8 @@ class DataSettings:
             "data",
             self,
             labels_per_class=self.labels_per_class is None or self.labels_per_class >= 1,
+            eval_crop=self.eval_crop is None or 0 < self.eval_crop <= 1,
             workers=self.workers >= 0,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationSettings:
-    """What is done to training images, and to their labels."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the random crop, as a fraction of the image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the random crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    rand_augment: str | None = None
-    """Policy in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
-    erase: float = 0.0
-    """Probability of erasing a rectangle."""
-    mixup: float = 0.0
-    """Parameter alpha of mixup; 0 for none."""
-    cutmix: float = 0.0
-    """Parameter alpha of cutmix; 0 for none."""
-    mix_switch: float = 0.5
-    """Probability of cutmix where both are on."""
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(
-            "augmentation",
-            self,
-            crop_scale=0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            crop_ratio=0 < self.crop_ratio[0] <= self.crop_ratio[1],
-            flip=0 <= self.flip <= 1,
-            erase=0 <= self.erase <= 1,
-            mixup=self.mixup >= 0,
-            cutmix=self.cutmix >= 0,
-            mix_switch=0 <= self.mix_switch <= 1,
-            label_smoothing=0 <= self.label_smoothing < 1,
         )
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -93,22 +93,42 @@ def to_table(settings: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
-def dump(table: Mapping[str, Any]) -> str:
+def dump(table: Mapping[str, Any], section: str = "") -> str:
     """TOML text of a table: its own values first, then one section for each table inside it."""
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            lines += ["", f"[{key}]", *(f"{name} = {_toml(item)}" for name, item in value.items())]
-    return "\n".join(lines).lstrip("\n") + "\n"
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner]
+    own = "\n".join([f"[{section}]"] * bool(section) + lines) + "\n"
+    return "\n".join([own, *(dump(value, _path(section, key)) for key, value in inner.items())])
+
+
+def assign(
+    table: dict[str, Any], hints: Mapping[str, Any], path: Sequence[str], text: str, where: str = ""
+) -> None:
+    """Set the value at `path` of a nested table from command-line text; None removes it.
+
+    hints: annotation of each key of `table`.  Raises ValueError on an unknown key or a mistyped value.
+    """
+    name, here = path[0], _path(where, path[0])
+    if name not in hints:
+        raise ValueError(f"unknown key {here}{near_match(name, hints)}")
+    hint = _strip_none(hints[name])
+    if len(path) > 1:
+        if not _is_settings(hint):
+            raise ValueError(f"{here} holds {_name(hint)}, it has no {'.'.join(path[1:])}")
+        assign(table.setdefault(name, {}), field_types(hint), path[1:], text, here)
+    elif (value := parse_text(hints[name], text, here)) is None:
+        table.pop(name, None)
+    else:
+        table[name] = value
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
     """`value`, as TOML gives it, turned into the annotated type; a ValueError names `where`."""
     hint = _strip_none(hint)
-    if dataclasses.is_dataclass(hint) and hint is not Span:
+    if _is_settings(hint):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a table, found {value!r}")
-        return from_table(typing.cast("type[Any]", hint), value, where)
+        return from_table(hint, value, where)
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         # A side length alone means a square.
@@ -134,6 +154,9 @@ def parse_text(hint: Any, text: str, where: str) -> Any:
         words = text.strip("[]()").replace("x" if items[0] is int else ",", ",").split(",")
         values = [parse_text(items[0], word, where) for word in words if word.strip()]
         return values[0] if items == (int, int) and len(values) == 1 else values
+    if _is_settings(plain):
+        keys = ", ".join(f"{where}.{name}" for name in field_types(plain))
+        raise ValueError(f"{where}: set its values one by one: {keys}")
     if plain in (str, Span) or (isinstance(plain, type) and issubclass(plain, StrEnum)):
         return text.strip("'\"")
     try:
@@ -145,6 +168,10 @@ def parse_text(hint: Any, text: str, where: str) -> Any:
             except ValueError:
                 pass
     raise ValueError(f"{where}: expected {_name(plain)}, found {text!r}")
+
+
+def _is_settings(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) and hint is not Span
 
 
 def _scalar(hint: Any, value: Any) -> Any:

@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arm_core.backend import Precision
+from arm_core.data.augment import RandAugment
+from arm_core.data.mixing import OFFICIAL_MIXING, Mixing
+from arm_core.data.transforms import FINETUNE, PRETRAIN, TrainTransform
 from arm_core.optimizer import OptimizerSettings
 from arm_core.recipe import (
     Recipe,
@@ -23,7 +26,6 @@ from arm_core.recipe import (
     to_toml,
 )
 from arm_core.settings import (
-    AugmentationSettings,
     ClassifierModel,
     DataSettings,
     PretrainModel,
@@ -37,7 +39,9 @@ SECTIONS = (
     PretrainModel,
     ClassifierModel,
     DataSettings,
-    AugmentationSettings,
+    RandAugment,
+    TrainTransform,
+    Mixing,
     OptimizerSettings,
     ScheduleSettings,
     TrainingSettings,
@@ -64,6 +68,8 @@ def test_official_recipes_hold_the_official_models_and_settings(size):
     assert finetune.lr == pytest.approx(2e-3)
     assert finetune.optimizer.layer_decay == (0.65 if size == "base" else 0.75)
     assert finetune.training.drop_path == (0.1 if size == "base" else 0.3)
+    assert (pretrain.augmentation, finetune.augmentation) == (PRETRAIN, FINETUNE)
+    assert finetune.mixing == OFFICIAL_MIXING
     assert pretrain.training.precision is Precision.BFLOAT16
     assert ("not released" in recipe_text(f"pretrain-{size}")) == (size == "huge")
 
@@ -136,6 +142,10 @@ def test_overrides_take_the_type_of_their_field(recipe, finetune):
     assert changed.training.length == Span(30, "steps")
     assert changed.training.precision is Precision.BFLOAT16
     assert (changed.data.path, changed.training.seed) == ("/data/my images", 7)
+    assert override(recipe, ["augmentation.rand_augment.magnitude=5"]).augmentation == TrainTransform(
+        rand_augment=RandAugment(magnitude=5)
+    )
+    assert override(finetune, ["augmentation.rand_augment=none"]).augmentation.rand_augment is None
     classifier = override(finetune, ["model.directions=2", "model.pooling=cls"]).spec(5)
     assert classifier.scan_directions == (Direction.ROW, Direction.ROW_REVERSE)
     assert (classifier.pooling, classifier.classes) == (Pooling.CLS, 5)
@@ -145,9 +155,11 @@ def test_overrides_take_the_type_of_their_field(recipe, finetune):
     ("assignment", "sentence"),
     [
         ("optimizer.weight_dacay=1", "unknown key optimizer.weight_dacay; did you mean 'weight_decay'?"),
-        ("optimiser.clip=1", "unknown section 'optimiser'; did you mean 'optimizer'?"),
+        ("optimiser.clip=1", "unknown key optimiser; did you mean 'optimizer'?"),
         ("stage=finetune", "expected section.key=value, found 'stage=finetune'"),
-        ("stage.x=1", "unknown section 'stage'"),
+        ("stage.x=1", "unknown key stage"),
+        ("data.path.x=1", "data.path holds text, it has no x"),
+        ("augmentation.rand_augment=on", "set its values one by one: augmentation.rand_augment.operations"),
         ("optimizer.clip", "expected section.key=value"),
         ("optimizer.clip=-1", "optimizer settings out of range: clip=-1.0"),
         ("training.seed=1.5", "training.seed: expected a whole number, found 1.5"),
@@ -160,7 +172,7 @@ def test_overrides_take_the_type_of_their_field(recipe, finetune):
         ("training.accumulation=3", "batch_size 256 is no multiple of accumulation 3"),
         ("model.cluster=2,2,2", "model.cluster: expected a list of 2, each a whole number"),
         ("model.pooling=cls", "unknown key model.pooling; known are preset, width"),
-        ("augmentation.mixup=0.8", "pretraining has no labels to mix or smooth"),
+        ("mixing.mixup=0.8", "pretraining has no labels to mix or smooth"),
         ("training.drop_path=1", "drop path: expected a rate"),
     ],
 )
