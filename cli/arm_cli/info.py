@@ -40,7 +40,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
-    from arm_core.model_files import read_model
+    from arm_cli.models import read_folder
     from arm_core.spec import PRESETS, classifier_preset, pretrain_preset
     from arm_core.typed_toml import near_match
 
@@ -48,7 +48,7 @@ def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
         return None, [pretrain_preset(name), classifier_preset(name)]
     if not Path(name).exists():
         raise ValueError(f"{name!r} is neither a preset nor a model on disk{near_match(name, PRESETS)}")
-    model = read_model(name)
+    model = read_folder(name)
     return model, [model.spec]
 
 

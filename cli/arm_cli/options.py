@@ -91,3 +91,9 @@ def engine_options(command: F) -> F:
 def json_option(command: F) -> F:
     """Add --json; the command receives it as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+
+
+def ema_option(command: F) -> F:
+    """Add --ema."""
+    text = "Use the average of the weights that a run kept (optimizer.ema_decay)."
+    return click.option("--ema", is_flag=True, help=text)(command)

@@ -1,0 +1,44 @@
+"""Images named on the command line, in batches as a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from arm_core.backend import Array
+
+
+def image_files(names: Sequence[str]) -> list[Path]:
+    """The files named, and of a folder all images in it at any depth. ValueError where there are none."""
+    from arm_core.data.source import IMAGE_SUFFIXES
+
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.suffix.lower() in IMAGE_SUFFIXES
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            ]
+            if not found:
+                raise ValueError(f"{name}: no images in this folder (looked for {' '.join(IMAGE_SUFFIXES)})")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ValueError(f"{name}: no such image or folder")
+    return files
+
+
+def image_batches(files: Sequence[Path], size: tuple[int, int], batch_size: int) -> Iterator[Array]:
+    """(B, H, W, 3) float32 by the official evaluation transform; a broken file is named in a ValueError."""
+    from arm_core.data.transforms import load_image
+
+    for start in range(0, len(files), batch_size):
+        yield np.stack([load_image(file, size) for file in files[start : start + batch_size]])

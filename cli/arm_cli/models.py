@@ -1,0 +1,86 @@
+"""Opening what a user calls a model: a model folder, a run, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from arm_core.backend import Array
+    from arm_core.model_files import Model
+    from arm_core.spec import ClassifierSpec, ModelSpec
+
+FOREIGN = (".pth", ".pt", ".bin", ".tar", ".safetensors")
+"""Files that `arm convert import` reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model with its values in memory."""
+
+    spec: ModelSpec
+    parameters: dict[str, Array]
+    classes: tuple[str, ...]
+    """Class names in the order of the logits; numbers where the model does not know them, empty in
+    pretraining."""
+    folder: Path
+
+
+def find_model(name: str) -> Path:
+    """The model folder that is meant: of a run, its newest sound checkpoint. ValueError where none is."""
+    from arm_core.checkpoint import FOLDER, newest_folder
+    from arm_core.model_files import CONFIG
+    from arm_core.spec import PRESETS
+
+    path = Path(name)
+    if not path.exists():
+        hint = "; a preset has no weights" if name in PRESETS else ""
+        raise ValueError(f"{name}: no such model{hint}; expected a model folder, a run or a checkpoint")
+    if path.is_file():
+        if path.suffix == ".safetensors" and (path.parent / CONFIG).exists():
+            raise ValueError(f"{name}: expected the model folder, found one of its files; pass {path.parent}")
+        if path.suffix in FOREIGN:
+            raise ValueError(f"{name}: bring it in first: arm convert import {name} {path.stem}")
+        raise ValueError(f"{name}: expected a model folder, a run or a checkpoint, found a file")
+    if (path / CONFIG).exists() or not (path / FOLDER).is_dir():
+        return path  # reading it says what is missing
+    folder = newest_folder(path, warn=lambda text: click.echo(f"Warning: {path}: {text}", err=True))
+    if folder is None:
+        raise ValueError(f"{name}: this run has saved no checkpoint yet")
+    return folder
+
+
+def read_folder(name: str) -> Model:
+    """The model's spec and metadata; its tensors are read on demand."""
+    from arm_core.model_files import read_model
+
+    return read_model(find_model(name))
+
+
+def open_model(name: str, *, ema: bool = False) -> Opened:
+    """Read a model; `ema` takes the average of the weights that its run kept."""
+    from arm_core.checkpoint import read_weights
+    from arm_core.spec import ClassifierSpec
+
+    model = read_folder(name)
+    parameters = read_weights(model.path, ema=True)[1] if ema else model.load()
+    classes = class_names(model, model.spec) if isinstance(model.spec, ClassifierSpec) else ()
+    return Opened(spec=model.spec, parameters=parameters, classes=classes, folder=model.path)
+
+
+def class_names(model: Model, spec: ClassifierSpec) -> tuple[str, ...]:
+    """The names stored with the model, else numbers from 0."""
+    if "classes" not in model.metadata:
+        return tuple(str(i) for i in range(spec.classes))
+    try:
+        names = json.loads(model.metadata["classes"])
+        found = tuple(str(name) for name in names)
+    except (ValueError, TypeError):
+        raise ValueError(f"{model.path}: metadata 'classes' is no JSON list of names") from None
+    if len(found) != spec.classes:
+        raise ValueError(f"{model.path}: {len(found)} class names for a classifier of {spec.classes} classes")
+    return found

@@ -1,0 +1,97 @@
+"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+EVERY = 10.0
+"""Seconds between two plain lines."""
+
+
+class Counter:
+    """Counts work of known length; a context manager.
+
+    what:  names the work.  unit: what is counted, in the plural: `images`, `steps`.
+    start: how much was done before, by an interrupted run; it does not count for the rate.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, start: int = 0) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._start = self._done = start
+        self._began = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID
+        if sys.stderr.isatty():
+            self._bar, self._task = _bar(what, total, unit, start)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """`count` more are done; `note` says how it goes: a loss, an epoch."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=note, rate=f"{self._rate():.3g}")
+            return
+        now = time.monotonic()
+        if now - self._said >= EVERY:
+            self._said = now
+            click.echo(self.line(note), err=True)
+
+    def line(self, note: str = "") -> str:
+        """How far it is, in one plain line."""
+        rate = self._rate()
+        left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
+        tail = f", {note}" if note else ""
+        return f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{left}{tail}"
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            click.echo(text, err=True)
+
+    def _rate(self) -> float:
+        return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+
+
+def _bar(what: str, total: int, unit: str, start: int) -> tuple[Progress, TaskID]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} {task.fields[unit]}/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task(what, total=total, completed=start, unit=unit, rate="-", note="")
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12:03` or `1:02:03`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
