@@ -135,29 +135,34 @@ def _select(members: npt.NDArray[np.int64], per_class: int, seed: int) -> npt.ND
 
 def draw_digit(digit: Pixels, size: tuple[int, int], draws: Draws) -> Pixels:
     """Draw an (8, 8) digit on a canvas: (H, W, 3) uint8 grey pixels."""
-    height, width = size
-    numbers = draws.uniform(10).tolist()
+    numbers = iter(draws.uniform(10).tolist())
 
     def between(low: float, high: float) -> float:
-        return low + (high - low) * float(numbers.pop())
+        return low + (high - low) * float(next(numbers))
 
-    angle = math.radians(between(-ROTATION, ROTATION))
-    shear, scale = between(-SHEAR, SHEAR), between(*SCALE)
-    down, right = between(-SHIFT, SHIFT), between(-SHIFT, SHIFT)
+    angle, shear = math.radians(between(-ROTATION, ROTATION)), between(-SHEAR, SHEAR)
+    scale, down, right = between(*SCALE), between(-SHIFT, SHIFT), between(-SHIFT, SHIFT)
+    dark_ink = between(0, 1) < 0.5
+    background, contrast = between(*BACKGROUND), between(*CONTRAST)
+    slope_y, slope_x = between(-GRADIENT, GRADIENT), between(-GRADIENT, GRADIENT)
+
     # Canvas point -> point of the 8x8 square, both measured from their centre: undo shift, turn, shear.
-    rows, columns = digit.shape
-    per_pixel = columns / (scale * min(size))
+    (height, width), (rows, columns), side = size, digit.shape, min(size)
+    per_pixel = columns / (scale * side)
     a, b = math.cos(angle) * per_pixel, (math.sin(angle) + shear) * per_pixel
     d, e = -math.sin(angle) * per_pixel, math.cos(angle) * per_pixel
-    center_x, center_y = width / 2 + right * min(size), height / 2 + down * min(size)
+    center_x, center_y = width / 2 + right * side, height / 2 + down * side
     c, f = columns / 2 - a * center_x - b * center_y, rows / 2 - d * center_x - e * center_y
     ink = Image.fromarray(digit * np.uint8(255 // INK)).transform(
         (width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC, fillcolor=0
     )
-    sign = 1.0 if numbers.pop() < 0.5 else -1.0
-    background, contrast = between(*BACKGROUND), between(*CONTRAST)
-    slope_y, slope_x = between(-GRADIENT, GRADIENT), between(-GRADIENT, GRADIENT)
-    grey = background + contrast * np.asarray(ink, np.float32) / (255 // INK * INK)
-    grey += slope_y * np.linspace(-1, 1, height)[:, None] + slope_x * np.linspace(-1, 1, width)
-    grey = np.clip(grey if sign > 0 else 1.0 - grey, 0.0, 1.0)
-    return np.repeat(np.round(grey * 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    # The gradient runs from -slope to slope over each side.
+    grey = np.asarray(ink, np.float32) * (contrast / (255 // INK * INK))
+    grey += (np.arange(height, dtype=np.float32) * (2 * slope_y / (height - 1)) + (background - slope_y))[
+        :, None
+    ]
+    grey += np.arange(width, dtype=np.float32) * (2 * slope_x / (width - 1)) - slope_x
+    if dark_ink:
+        grey = 1 - grey
+    values = (np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.repeat(values[:, :, None], 3, axis=2)

@@ -45,7 +45,9 @@ class TrainBatches:
                 f"use a batch size of {len(self.source)} or less, or more images"
             )
         if self.classes is not None and len(self.source.classes) != self.classes:
-            raise ValueError(f"the data has {len(self.source.classes)} classes, the model {self.classes}")
+            raise ValueError(
+                f"the data has {len(self.source.classes)} classes, the model {self.classes}; they must agree"
+            )
 
     @property
     def batches_per_epoch(self) -> int:
@@ -204,7 +206,7 @@ class EvalLoader:
         return len(range(self._rank, len(self.batches), self._world))
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        workers = min(self._workers, len(self))  # Grain refuses workers that have nothing to do
+        workers = min(self._workers, len(self))  # no process without a batch to make
         with Stream(
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
         ) as stream:

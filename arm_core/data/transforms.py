@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from arm_core.data.augment import RandAugment, rand_augment
 from arm_core.data.draws import Draws
@@ -132,13 +132,32 @@ def decode(image: bytes | Pixels, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return _to_rgb(upright)
+            return _to_rgb(_upright(opened))
     except MemoryError:
         raise
     except Exception as error:  # a broken file raises whatever its format's parser stumbled over
         reason = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: cannot be decoded as an image ({reason})") from error
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block says nothing about the pixels, which are whole
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
