@@ -68,6 +68,8 @@ class Checkpoint:
     spec: ModelSpec
     progress: Progress
     state: TrainingState = field(repr=False)
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Strings kept in the header of `model.safetensors`: `classes` and `eval_transform`, as JSON."""
 
 
 def step_name(step: int) -> str:
@@ -110,7 +112,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
 def _write_content(folder: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     write_text(folder / CONFIG, json.dumps(to_json(checkpoint.spec), indent=2) + "\n")
-    write_weights(folder, as_tensors(state.parameters), None, None)
+    write_weights(folder, as_tensors(state.parameters), checkpoint.metadata, None)
     moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
     write_tensors(
         folder / OPTIMIZER,
@@ -152,7 +154,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise BadFileError(
             f"{folder / STATE}: written by another version of this package ({error})"
         ) from None
-    return Checkpoint(spec=spec, progress=progress, state=state)
+    metadata = read_tensors(folder / MODEL).metadata
+    return Checkpoint(spec=spec, progress=progress, state=state, metadata=metadata)
 
 
 def newest_checkpoint(run: Path, warn: Warn) -> Checkpoint | None:
