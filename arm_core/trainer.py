@@ -6,36 +6,30 @@ that was killed, or moved to another engine, goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from arm_core.backend import Batch, Engine, PendingStep
 from arm_core.checkpoint import FOLDER, Checkpoint, Progress, prune, save_checkpoint, saved_steps, step_name
-from arm_core.data.loader import EvalLoader, TrainLoader
+from arm_core.data.loader import EvalLoader
 from arm_core.data.source import Source
 from arm_core.diagnosis import NonFiniteError, first_bad_state, first_non_finite
-from arm_core.drop_path import branch_scale
 from arm_core.evaluation import Evaluation, averaged_weights, evaluate
+from arm_core.plan import Plan
 from arm_core.recipe import fingerprint
 from arm_core.run import RunFolder
-from arm_core.schedule import Schedule
 from arm_core.signals import StopOnSignal
-from arm_core.spec import ClassifierSpec
-from arm_core.typed_toml import Span
 
 
 class Observer:
     """Told how a run goes; override what you need. Every method returns at once, nothing waits for it."""
 
     def started(self, trainer: Trainer) -> None:
-        """Before the first step: `trainer.step`, `.total_steps` and `.steps_per_epoch` are known."""
+        """Before the first step: `trainer.step` and `trainer.plan.total_steps` are known."""
 
     def stepped(self, step: int, images: int) -> None:
         """Step number `step` was handed to the engine, with so many images."""
@@ -99,22 +93,8 @@ class Trainer:
         self.run, self.engine, self.observer = run, engine, observer or Observer()
         self._recipe, self._training = run.recipe, run.recipe.training
         self._session = {**(session or {}), "device": engine.device, "scan": engine.scan}
-        self._classes = run.spec.classes if isinstance(run.spec, ClassifierSpec) else None
-        self._source = train_source
-        self._eval_loader = None if eval_source is None else self._make_eval_loader(eval_source)
-
-        with self._open_loader(start=0, workers=0) as loader:  # checks that the data fits
-            batches_per_epoch = loader.batches_per_epoch
-        self.steps_per_epoch = Fraction(batches_per_epoch, self._training.accumulation)
-        """Updates in one pass over the data; no whole number where an update straddles two epochs."""
-        length = self._training.length.steps(self.steps_per_epoch)
-        self.total_steps = max(1, math.floor(length))
-        self.schedule = Schedule(
-            lr=self._recipe.lr,
-            min_lr=self._recipe.schedule.min_lr,
-            warmup=float(self._recipe.schedule.warmup.steps(self.steps_per_epoch)),
-            length=float(length),
-        )
+        self.plan = Plan(run.recipe, run.spec, train_source)
+        self._eval_loader = None if eval_source is None else self.plan.eval_loader(eval_source)
 
         progress = run.resumed.progress if run.resumed else None
         self.step = progress.step if progress else 0
@@ -134,22 +114,22 @@ class Trainer:
         """
         with StopOnSignal(self.observer.warned) as stop:
             self._begin()
-            with self._open_loader(start=self._position, workers=self._recipe.data.workers) as loader:
+            with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
                 self._reset_clock()
                 if self.step and not stop.signal:
                     self._evaluate_if_due()  # an interrupted run owes the evaluation of its last step
-                while self.step < self.total_steps and not stop.signal:
+                while self.step < self.plan.total_steps and not stop.signal:
                     self._take_step(loader)
-                    if self.step % self._training.log_every == 0 or self.step == self.total_steps:
+                    if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
                         self._log()
                     if stop.signal:
                         break
                     best = self._evaluate_if_due()
-                    if best or self._due(self._training.save_every):
+                    if best or self.plan.due(self._training.save_every, self.step):
                         self._save()
-                interrupted = stop.signal if self.step < self.total_steps or self._owes_evaluation() else None
+                complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
                 checkpoint = self._save()
-        return self._outcome(checkpoint, interrupted)
+        return self._outcome(checkpoint, None if complete else stop.signal)
 
     def _begin(self) -> None:
         """Bring engine and files to the step where training goes on."""
@@ -171,22 +151,14 @@ class Trainer:
             self._save()  # a run that dies early can then be resumed, wherever its first weights came from
 
     def _take_step(self, loader: Iterator[Batch]) -> None:
-        positions = range(self._position, self._position + self._training.accumulation)
-        batches = [self._with_drop_path(next(loader), position) for position in positions]
-        pending = self.engine.train_step(batches, step=self.step + 1, lr=self.schedule.at(self.step))
+        batches = self.plan.next_batches(loader, self._position)
+        self._position += len(batches)
         self.step += 1
-        self._position = positions.stop
+        pending = self.engine.train_step(batches, step=self.step, lr=self.plan.lr(self.step))
         self._pending.append((self.step, pending))
         images = sum(len(batch.images) for batch in batches)
         self._clock_images += images
         self.observer.stepped(self.step, images)
-
-    def _with_drop_path(self, batch: Batch, position: int) -> Batch:
-        rate, depth = self._training.drop_path, self.run.spec.encoder.depth
-        if rate == 0:
-            return batch
-        scale = branch_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
-        return replace(batch, branch_scale=scale)
 
     def _collect(self) -> None:
         """Wait for the steps under way and keep their results."""
@@ -205,8 +177,8 @@ class Trainer:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         row = {
             "step": self.step,
-            "epoch": self._epoch(),
-            "lr": self.schedule.at(self.step - 1),
+            "epoch": self.plan.epoch(self.step),
+            "lr": self.plan.lr(self.step),
             "loss": sum(self._losses) / len(self._losses),
             "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
             "images_per_s": self._clock_images / seconds,
@@ -221,7 +193,7 @@ class Trainer:
         if self._eval_loader is None or self.step == 0:
             return False
         every = self._training.evaluate_every
-        due = self.step == self.total_steps or (every is not None and self._due(every))
+        due = self.step == self.plan.total_steps or (every is not None and self.plan.due(every, self.step))
         return due and not any("eval_loss" in row and row["step"] == self.step for row in self.run.metrics())
 
     def _evaluate_if_due(self) -> bool:
@@ -230,19 +202,20 @@ class Trainer:
             return False
         self._collect()
         best = self._best()
-        row: dict[str, Any] = {"step": self.step, "epoch": self._epoch()}
+        row: dict[str, Any] = {"step": self.step, "epoch": self.plan.epoch(self.step)}
         found = self._evaluate(self._eval_loader)
+        score = found.score
         row |= _named("eval", found)
-        row["score"] = found.score
         if self._recipe.optimizer.ema_decay is not None:
             with averaged_weights(self.engine):
                 averaged = self._evaluate(self._eval_loader)
             row |= _named("ema", averaged)
-            row["score"] = max(found.score, averaged.score)
+            score = max(score, averaged.score)
+        row["score"] = score
         self.run.append_metrics(row)
         self.observer.logged(row)
         self._reset_clock()
-        return best is None or row["score"] > best["score"]
+        return best is None or score > best["score"]
 
     def _evaluate(self, loader: EvalLoader) -> Evaluation:
         done, total = 0, len(loader.batches.source)
@@ -276,56 +249,21 @@ class Trainer:
             grad_norms=tuple(self._grad_norms),
         )
         checkpoint = Checkpoint(
-            spec=self.run.spec, progress=progress, state=state, metadata=self._model_metadata()
+            spec=self.run.spec, progress=progress, state=state, metadata=self.plan.model_metadata()
         )
-        save_checkpoint(self.run.path, checkpoint)
+        try:
+            save_checkpoint(self.run.path, checkpoint)
+        except OSError as error:
+            raise OSError(
+                f"{target}: cannot be written ({error.strerror or error}); the checkpoints before it are "
+                f"sound. Make room, then go on with: {self.run.resume_command}"
+            ) from error
         self._saved_step = self.step
         best = self._best()
         prune(self.run.path, keep=self._training.keep, also=[best["step"]] if best else [])
         self.observer.saved(target)
         self._reset_clock()
         return target
-
-    def _open_loader(self, *, start: int, workers: int) -> TrainLoader:
-        return TrainLoader(
-            self._source,
-            self._recipe.augmentation,
-            size=self.run.spec.image_size,
-            batch_size=self._training.micro_batch,
-            seed=self._training.seed,
-            classes=self._classes,
-            mixing=self._recipe.mixing,
-            start=start,
-            workers=workers,
-        )
-
-    def _make_eval_loader(self, source: Source) -> EvalLoader:
-        if self._classes is not None and source.classes != self._source.classes:
-            raise ValueError(
-                f"the images to evaluate on have other classes ({_some(source.classes)}) "
-                f"than those to train on ({_some(self._source.classes)})"
-            )
-        return EvalLoader(
-            source,
-            self._recipe.eval_transform,
-            size=self.run.spec.image_size,
-            batch_size=self._training.micro_batch,
-            workers=self._recipe.data.workers,
-        )
-
-    def _model_metadata(self) -> dict[str, str]:
-        """What a model file says beside its tensors, so that it can be used without its run."""
-        transform = json.dumps(asdict(self._recipe.eval_transform))
-        names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
-        return {"eval_transform": transform, **names}
-
-    def _due(self, every: Span) -> bool:
-        """Whether this step is the first at or past a multiple of `every`."""
-        steps = every.steps(self.steps_per_epoch)
-        return self.step // steps > (self.step - 1) // steps
-
-    def _epoch(self) -> float:
-        return round(float(self.step / self.steps_per_epoch), 4)
 
     def _reset_clock(self) -> None:
         self._clock, self._clock_images = time.monotonic(), 0
@@ -336,9 +274,8 @@ class Trainer:
     def _find_non_finite(self, step: int) -> str | None:
         """Make the batches of a failed step again and look where they go wrong."""
         start = self._position - (self.step - step + 1) * self._training.accumulation
-        with self._open_loader(start=start, workers=0) as loader:
-            positions = range(start, start + self._training.accumulation)
-            return first_non_finite(self.engine, [self._with_drop_path(next(loader), p) for p in positions])
+        with self.plan.open(start, workers=0) as loader:
+            return first_non_finite(self.engine, self.plan.next_batches(loader, start))
 
     def _non_finite(self, step: int, what: str, tensor: str | None) -> NonFiniteError:
         last = self.run.path / FOLDER / step_name(saved_steps(self.run.path)[-1])
@@ -346,13 +283,13 @@ class Trainer:
 
     def _outcome(self, checkpoint: Path, signal: str | None) -> Outcome:
         if signal:
-            message = f"stopped by {signal} after step {self.step} of {self.total_steps}; go on with: "
+            message = f"stopped by {signal} after step {self.step} of {self.plan.total_steps}; go on with: "
             message += self.run.resume_command
         else:
             message = f"finished after {self.step} steps; the model is in {checkpoint}"
         return Outcome(
             step=self.step,
-            total_steps=self.total_steps,
+            total_steps=self.plan.total_steps,
             checkpoint=checkpoint,
             signal=signal,
             message=message,
@@ -363,7 +300,3 @@ class Trainer:
 def _named(prefix: str, found: Evaluation) -> dict[str, Any]:
     """`eval_loss`, `eval_top1`, ...; what a pretraining model lacks is left out."""
     return {f"{prefix}_{name}": value for name, value in asdict(found).items() if value is not None}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "") or "none"

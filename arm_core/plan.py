@@ -1,0 +1,113 @@
+"""What each step of a run is given: batches, drop path, learning rate, all from the recipe and the step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+from arm_core.backend import Batch
+from arm_core.data.loader import EvalLoader, TrainBatches, TrainLoader
+from arm_core.data.source import Source
+from arm_core.drop_path import branch_scale
+from arm_core.recipe import Recipe
+from arm_core.schedule import Schedule
+from arm_core.spec import ClassifierSpec, ModelSpec
+from arm_core.typed_toml import Span
+
+
+class Plan:
+    """A recipe laid out over a data source.
+
+    Raises ValueError where they do not fit: too few images for a batch, another number of classes, a
+    warm-up longer than the run.
+    """
+
+    def __init__(self, recipe: Recipe, spec: ModelSpec, source: Source) -> None:
+        self._recipe, self._training, self._spec, self._source = recipe, recipe.training, spec, source
+        self._classes = spec.classes if isinstance(spec, ClassifierSpec) else None
+        batches = TrainBatches(
+            source=source,
+            transform=recipe.augmentation,
+            size=spec.image_size,
+            batch_size=self._training.micro_batch,
+            seed=self._training.seed,
+            classes=self._classes,
+            mixing=recipe.mixing,
+        )
+        self.steps_per_epoch = Fraction(batches.batches_per_epoch, self._training.accumulation)
+        """Updates in one pass over the data; no whole number where an update straddles two epochs."""
+        length = self._training.length.steps(self.steps_per_epoch)
+        self.total_steps = max(1, math.floor(length))
+        self._schedule = Schedule(
+            lr=recipe.lr,
+            min_lr=recipe.schedule.min_lr,
+            warmup=float(recipe.schedule.warmup.steps(self.steps_per_epoch)),
+            length=float(length),
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update number `step`, from 1: that of the moment where it begins."""
+        return self._schedule.at(step - 1)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates."""
+        return round(float(step / self.steps_per_epoch), 4)
+
+    def due(self, every: Span, step: int) -> bool:
+        """Whether `step` is the first at or past a multiple of `every`."""
+        steps = every.steps(self.steps_per_epoch)
+        return step // steps > (step - 1) // steps
+
+    def open(self, position: int, *, workers: int) -> TrainLoader:
+        """The micro-batches from `position` on; close it."""
+        return TrainLoader(
+            self._source,
+            self._recipe.augmentation,
+            size=self._spec.image_size,
+            batch_size=self._training.micro_batch,
+            seed=self._training.seed,
+            classes=self._classes,
+            mixing=self._recipe.mixing,
+            start=position,
+            workers=workers,
+        )
+
+    def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
+        """The micro-batches of one update, drop path included; `loader` stands at `position`."""
+        positions = range(position, position + self._training.accumulation)
+        return [self._with_drop_path(next(loader), p) for p in positions]
+
+    def _with_drop_path(self, batch: Batch, position: int) -> Batch:
+        rate, depth = self._training.drop_path, self._spec.encoder.depth
+        if rate == 0:
+            return batch
+        scale = branch_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
+        return replace(batch, branch_scale=scale)
+
+    def eval_loader(self, source: Source) -> EvalLoader:
+        """`source` in batches for evaluation; ValueError where its classes are not the training data's."""
+        if self._classes is not None and source.classes != self._source.classes:
+            raise ValueError(
+                f"the images to evaluate on have other classes ({_some(source.classes)}) "
+                f"than those to train on ({_some(self._source.classes)})"
+            )
+        return EvalLoader(
+            source,
+            self._recipe.eval_transform,
+            size=self._spec.image_size,
+            batch_size=self._training.micro_batch,
+            workers=self._recipe.data.workers,
+        )
+
+    def model_metadata(self) -> dict[str, str]:
+        """What a model file says beside its tensors, so that it can be used without its run."""
+        transform = json.dumps(asdict(self._recipe.eval_transform))
+        names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
+        return {"eval_transform": transform, **names}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "") or "none"
