@@ -219,6 +219,29 @@ def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(target: Path, *, force: bool) -> Iterator[Path]:
+    """A path to write to, which takes its place as `target` when the block ends without an error.
+
+    `force` replaces an existing file, but never a folder.
+    """
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target}: exists and is not a file; choose another name")
+    if target.exists() and not force:
+        raise ValueError(f"{target}: exists already; choose another name or pass --force to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(target)
+        sync_folder(target.parent)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def check_new(target: Path, *, force: bool) -> None:
     """Refuse a target that exists, or that `force` may not replace."""
     if not target.name:

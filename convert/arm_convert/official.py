@@ -1,20 +1,27 @@
-"""The official checkpoints' names, shapes and layouts, and ours: one table, read both ways.
+"""The official checkpoints' names and shapes, and ours: one table, read both ways.
 
 The official model (OliverRensu/ARM) has one tensor per scan direction, told apart by suffixes, where
-ours has a leading direction axis K; it embeds patches with a convolution and keeps singleton axes on
-tokens and tables. Letters in shapes: D width, K directions, W convolution taps, T tokens, p patch side.
+ours has a leading direction axis; it embeds patches with a convolution and keeps singleton axes on
+tokens and tables.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from arm_convert.layouts import (
+    SAME,
+    Row,
+    channels_first_patches,
+    foreign_shapes,
+    reshaped,
+    to_canonical,
+    to_foreign,
+)
 from arm_core.parameters import Parameter, parameter_table
 from arm_core.spec import (
     DECODER_HEAD_WIDTH,
@@ -74,59 +81,9 @@ _SCAN_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one official tensor lies in memory, compared with ours (without the direction axis)."""
-
-    shape: Callable[[Shape], Shape]
-    """Official shape of a tensor of our shape."""
-    to_official: Callable[[AnyArray], AnyArray]
-    to_canonical: Callable[[AnyArray], AnyArray]
-
-
-def _reshaped(shape: Callable[[Shape], Shape], inverse: Callable[[Shape], Shape]) -> Layout:
-    return Layout(shape, lambda x: x.reshape(shape(x.shape)), lambda x: x.reshape(inverse(x.shape)))
-
-
-SAME = _reshaped(lambda s: s, lambda s: s)
-TOKEN = _reshaped(lambda s: (1, 1, *s), lambda s: s[2:])  # (D,) is (1, 1, D) there
-TABLE = _reshaped(lambda s: (1, *s), lambda s: s[1:])  # (T, D) is (1, T, D) there
-CONV1D = _reshaped(lambda s: (s[0], 1, s[1]), lambda s: (s[0], s[2]))  # (D, W) is (D, 1, W) there
-
-
-def patch_conv(patch: int, channels: int) -> Layout:
-    """(D, p * p * channels) in (row, column, channel) order is (D, channels, p, p) there."""
-    return Layout(
-        lambda s: (s[0], channels, patch, patch),
-        lambda x: x.reshape(-1, patch, patch, channels).transpose(0, 3, 1, 2),
-        lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape[0], -1),
-    )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One of our tensors and the official ones that hold it."""
-
-    name: str
-    shape: Shape
-    names: tuple[str, ...]
-    """Official names: one per direction where `stacked`, else one."""
-    stacked: bool
-    layout: Layout
-
-    @property
-    def official_shape(self) -> Shape:
-        return self.layout.shape(self.shape[1:] if self.stacked else self.shape)
-
-    def split(self, value: AnyArray) -> dict[str, AnyArray]:
-        """Our tensor as official ones, by official name."""
-        parts = list(value) if self.stacked else [value]
-        return {name: self.layout.to_official(part) for name, part in zip(self.names, parts, strict=True)}
-
-    def join(self, parts: list[AnyArray]) -> AnyArray:
-        """Official tensors, in the order of `names`, as ours."""
-        values = [self.layout.to_canonical(part) for part in parts]
-        return np.stack(values) if self.stacked else values[0]
+TOKEN = reshaped(lambda s: (1, 1, *s), lambda s: s[2:])  # (D,) is (1, 1, D) there
+TABLE = reshaped(lambda s: (1, *s), lambda s: s[1:])  # (T, D) is (1, T, D) there
+CONV1D = reshaped(lambda s: (s[0], 1, s[1]), lambda s: (s[0], s[2]))  # (D, W) is (D, 1, W) there
 
 
 def _row(parameter: Parameter, spec: ModelSpec) -> Row:
@@ -138,7 +95,7 @@ def _row(parameter: Parameter, spec: ModelSpec) -> Row:
         return Row(name, parameter.shape, names, True, CONV1D if leaf == "conv.weight" else SAME)
     layout = SAME
     if name == "patch_embed.weight":
-        layout = patch_conv(spec.encoder.patch, spec.encoder.channels)
+        layout = channels_first_patches(spec.encoder.patch, spec.encoder.channels)
     elif name in ("cls_token", "query_token"):
         layout = TOKEN
     elif name in ("pos_embed", "decoder_pos_embed"):
@@ -163,7 +120,7 @@ def official_table(spec: ModelSpec) -> list[Row]:
 
 def official_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Names and shapes of the official state dict, buffers included."""
-    shapes = {name: row.official_shape for row in official_table(spec) for name in row.names}
+    shapes = foreign_shapes(official_table(spec))
     if isinstance(spec, PretrainSpec):
         shapes[MASK] = (spec.tokens, spec.tokens)
     return shapes
@@ -192,43 +149,15 @@ def from_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, T
     Raises ValueError for a missing or misshaped tensor; what the file holds beyond the model is the
     caller's to report.
     """
-    shapes = official_shapes(spec)
-    problems = [
-        f"missing {name} {shape}" for name, shape in shapes.items() if name not in tensors and name != MASK
-    ]
-    problems += [
-        f"{name}: expected {shape}, found {tensors[name].shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("; ".join(problems[:3]) + more)
-    return {row.name: _joined(row, [tensors[name] for name in row.names]) for row in official_table(spec)}
-
-
-def _joined(row: Row, parts: list[Tensor]) -> Tensor:
-    if len({part.dtype for part in parts}) > 1:
-        found = ", ".join(f"{name} {part.dtype}" for name, part in zip(row.names, parts, strict=True))
-        raise ValueError(f"{row.name}: expected one type for all directions, found {found}")
-    return Tensor(row.shape, parts[0].dtype, lambda: row.join([part.bits() for part in parts]))
+    return to_canonical(official_table(spec), tensors)
 
 
 def to_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a model by official names, fetched on demand, the mask buffer recreated."""
-    found: dict[str, Tensor] = {}
-    for row in official_table(spec):
-        tensor = tensors[row.name]
-        for k, name in enumerate(row.names):
-            found[name] = Tensor(row.official_shape, tensor.dtype, partial(_part, row, tensor, k))
+    found = to_foreign(official_table(spec), tensors)
     if isinstance(spec, PretrainSpec):
         found[MASK] = Tensor.of(official_mask(spec))
     return found
-
-
-def _part(row: Row, tensor: Tensor, direction: int) -> AnyArray:
-    bits = tensor.bits()
-    return row.layout.to_official(bits[direction] if row.stacked else bits)
 
 
 def spec_from_official(

@@ -1,0 +1,156 @@
+"""One model made from another: pretraining model to classifier, new head, new size, new type, average.
+
+Every function maps (spec, tensors) to (spec, tensors) and reads nothing before it is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from arm_convert.bicubic import resize_table
+from arm_core.parameters import Array, Parameter, Shape, Stream, initial_value, parameter_table
+from arm_core.spec import ClassifierSpec, Direction, ModelSpec, PretrainSpec
+from arm_core.tensor_file import AnyArray, Tensor
+
+Tensors = dict[str, Tensor]
+
+OFFICIAL_HEAD_STD = 2e-5
+"""Standard deviation of a classifier's new head in the official finetuning."""
+
+FLOAT32_ONLY = ("A_log", "D", "dt_proj.bias")
+"""Leaves that stay float32 under any type: the decays of the scan are products of many steps."""
+
+
+def to_classifier(
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    target: ClassifierSpec,
+    *,
+    seed: int,
+    head_std: float = OFFICIAL_HEAD_STD,
+    keep_head: bool = False,
+) -> Tensors:
+    """The tensors of classifier `target`, grown from a pretraining model or another classifier.
+
+    From a pretraining model, as in the official finetuning: the one direction is copied to all, the
+    position table is resized (bicubic) and given a row of zeros for the class token, and class token, last
+    norm and head are new, drawn from `seed`. From a classifier the head alone is new (with `keep_head` not
+    even that) and the rest is kept, resized where the image size differs.
+
+    Raises ValueError where the trunks differ or a direction has nothing to grow from.
+    """
+    if spec.encoder != target.encoder:
+        raise ValueError(f"expected a classifier with the trunk {spec.encoder}, found {target.encoder}")
+    table = parameter_table(target)
+    fresh = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
+    if isinstance(spec, ClassifierSpec):
+        fresh = set() if keep_head else {"head.weight", "head.bias"}
+    origins = _origins(spec, target)
+    made: Tensors = {}
+    for name, row in table.items():
+        if name in fresh:
+            made[name] = _fresh(row, seed, head_std).cast(tensors["patch_embed.weight"].dtype)
+        elif name == "pos_embed":
+            made[name] = _positions(spec, tensors[name], target)
+        else:
+            made[name] = tensors[name]
+            if name.partition(".mixer.")[2] in _PER_DIRECTION and origins != list(range(spec.directions)):
+                made[name] = tensors[name].map(row.shape, lambda bits: bits[origins])
+    return made
+
+
+def _fresh(row: Parameter, seed: int, head_std: float) -> Tensor:
+    if row.name == "head.weight":
+        row = replace(row, init=partial(_normal, head_std))
+    return Tensor.of(initial_value(row, seed))
+
+
+def _normal(std: float, stream: Stream, shape: Shape) -> Array:
+    return np.asarray(stream.normal(math.prod(shape)).reshape(shape) * std, np.float32)
+
+
+_PER_DIRECTION = ("conv.weight", "conv.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D")
+
+
+def _origins(spec: ModelSpec, target: ClassifierSpec) -> list[int]:
+    """For each direction of the target, the one of the source that it comes from."""
+    have = spec.scan_directions if isinstance(spec, ClassifierSpec) else (Direction.ROW,)
+    if len(have) == 1:
+        return [0] * target.directions
+    if lost := [d for d in target.scan_directions if d not in have]:
+        raise ValueError(
+            f"the model scans in {', '.join(have)}: direction {lost[0]} has no weights to grow from; "
+            "start from the pretraining model"
+        )
+    return [have.index(direction) for direction in target.scan_directions]
+
+
+def _positions(spec: ModelSpec, tensor: Tensor, target: ClassifierSpec) -> Tensor:
+    """The position table for the target's grid, its class token's row in the new middle."""
+    if isinstance(spec, ClassifierSpec) and spec.grid == target.grid:
+        return tensor
+
+    def resized() -> AnyArray:
+        table, row = _split(spec, tensor.read())
+        table = resize_table(table, spec.grid, target.grid)
+        return np.insert(table, target.class_position, row, axis=0)
+
+    return _like(tensor, (target.tokens, target.encoder.width), resized)
+
+
+def _split(spec: ModelSpec, table: Array) -> tuple[Array, Array]:
+    """The patches' rows of a table, and the class token's: zeros in a pretraining model."""
+    if isinstance(spec, PretrainSpec):
+        return table, np.zeros(table.shape[1], np.float32)
+    return np.delete(table, spec.class_position, axis=0), table[spec.class_position]
+
+
+def _like(tensor: Tensor, shape: Shape, values: Callable[[], AnyArray]) -> Tensor:
+    """A float32 tensor computed on demand, in the storage type of another."""
+    return Tensor(shape, "F32", values).cast(tensor.dtype)
+
+
+def resize(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], image_size: tuple[int, int]
+) -> tuple[ModelSpec, Tensors]:
+    """The model for another image size.
+
+    A classifier's position table is resized (bicubic), the class token's row kept apart and put back in
+    the new middle. A pretraining model's tables are fixed: they are computed for the new grid.
+    """
+    target = replace(spec, image_size=image_size)
+    if isinstance(target, ClassifierSpec):
+        return target, to_classifier(spec, tensors, target, seed=0, keep_head=True)
+    table = parameter_table(target)
+    made = dict(tensors)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        made[name] = _like(tensors[name], table[name].shape, partial(initial_value, table[name], 0))
+    return target, made
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: str) -> Tensors:
+    """All tensors in storage type `F32`, `F16` or `BF16`, but for those in `FLOAT32_ONLY`."""
+    return {
+        name: tensor.cast("F32" if name.partition(".mixer.")[2] in FLOAT32_ONLY else dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def average(models: Sequence[Mapping[str, Tensor]]) -> Tensors:
+    """The mean of several models' tensors, computed in float64 and stored as the first one's are."""
+    return {
+        name: _like(tensor, tensor.shape, partial(_mean, [model[name] for model in models]))
+        for name, tensor in models[0].items()
+    }
+
+
+def _mean(tensors: Sequence[Tensor]) -> Array:
+    total = np.zeros(tensors[0].shape)
+    for tensor in tensors:
+        total += tensor.read()
+    return (total / len(tensors)).astype(np.float32)

@@ -1,0 +1,287 @@
+"""Files written by `torch.save`, read without torch and without running anything in them.
+
+Both formats are known: the zip archive of torch 1.6 and later (`data.pkl` describes the objects, `data/0`,
+`data/1`, ... hold the storages) and the stream of pickles before it. Tensors come out as `Tensor`s whose
+bytes are fetched on demand.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import numpy as np
+
+from arm_convert.pickle_machine import Attributes, Function, Name, Readable, read_pickle
+from arm_convert.zip_file import Record, check_record, read_directory, read_record
+from arm_core.tensor_file import DTYPES, AnyArray, BadFileError, Shape, Tensor, read_range
+
+STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+"""torch's storage classes and their types in `DTYPES`."""
+
+MAX_PICKLE = 16 * 2**20
+"""Largest description of objects read, bytes; official checkpoints have 0.3 MB."""
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of values in the file, of which tensors are views."""
+
+    key: str
+    dtype: str
+    count: int
+    fetch: Callable[[int, int], AnyArray]
+    """Returns `count` values from index `start`."""
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """What a file holds: dicts, lists, plain values and `Tensor`s."""
+
+    path: Path
+    value: Any
+    format: str
+    """`zip` or `legacy`."""
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether the first bytes are those of `torch.save` (or of any zip archive or pickle)."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\3\4" or (len(start) == 4 and start[0] == 0x80 and start[1] <= 5)
+
+
+def read_torch(path: Path) -> TorchFile:
+    """Open a file of `torch.save`; the bytes of its tensors are read later."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            return TorchFile(path, _read_zip(path), "zip")
+    return TorchFile(path, _read_legacy(path), "legacy")
+
+
+def _known() -> dict[str, Function | Name]:
+    """Everything that a checkpoint may name."""
+    known: dict[str, Function | Name] = {
+        f"{module}.{name}": Name(name, dtype)
+        for name, dtype in STORAGES.items()
+        for module in ("torch", "torch.cuda")
+    }
+    functions: dict[str, Callable[..., Any]] = {
+        "collections.OrderedDict": _ordered_dict,
+        "argparse.Namespace": _namespace,
+        "torch._utils._rebuild_tensor": _rebuild_tensor,
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch._utils._rebuild_parameter": _rebuild_parameter,
+    }
+    return known | {name: Function(name, call) for name, call in functions.items()}
+
+
+def _ordered_dict(items: object = ()) -> dict[Any, Any]:
+    if items != () and items != []:
+        raise ValueError("an OrderedDict with arguments")
+    return {}
+
+
+def _namespace() -> Attributes:
+    return Attributes()
+
+
+def _rebuild_parameter(data: object, requires_grad: object = True, hooks: object = None) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise ValueError("a parameter without a tensor")
+    return data
+
+
+def _rebuild_tensor(storage: object, offset: object, shape: object, stride: object, *_: object) -> Tensor:
+    """A view of a storage; everything after the stride (grad flag, hooks) is of no use here."""
+    if not isinstance(storage, Storage) or not _is_count(offset):
+        raise ValueError("a tensor without a storage")
+    name = f"storage {storage.key}"
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 32):
+        raise ValueError(f"{name}: expected equally many sizes and strides")
+    if not all(_is_count(value) for value in (*shape, *stride)):
+        raise ValueError(f"{name}: expected sizes and strides of 0 or more, found {shape} and {stride}"[:160])
+    count = math.prod(shape)
+    last = (
+        offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else offset
+    )
+    if count > storage.count or (count and last >= storage.count) or offset > storage.count:
+        raise ValueError(
+            f"{name}: a tensor of shape {shape} from value {offset} does not fit its {storage.count} values"[
+                :160
+            ]
+        )
+    return Tensor(shape, storage.dtype, partial(_view, storage, offset, shape, stride))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _view(storage: Storage, offset: int, shape: Shape, stride: Shape) -> AnyArray:
+    count = math.prod(shape)
+    if not count:
+        return np.empty(shape, DTYPES[storage.dtype])
+    dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if all(size == 1 or have == want for size, have, want in zip(shape, stride, dense, strict=True)):
+        return storage.fetch(offset, count).reshape(shape)
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    values = storage.fetch(offset, extent)
+    steps = [step * values.itemsize for step in stride]
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, shape, steps))
+
+
+# -- the zip format ------------------------------------------------------------------------------------
+
+
+def _read_zip(path: Path) -> Any:
+    records = read_directory(path)
+    tops = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(tops) != 1:
+        raise BadFileError(
+            f"{path}: a zip archive, but expected one */data.pkl as torch.save writes, found {len(tops)}"
+        )
+    top = tops[0].removesuffix("data.pkl")
+    if top + "constants.pkl" in records:
+        raise BadFileError(f"{path}: a TorchScript program, not a checkpoint; save its state_dict() instead")
+    if top + "byteorder" in records and records[top + "byteorder"].size < 16:
+        order = read_record(path, records[top + "byteorder"])
+        if order != b"little":
+            raise BadFileError(f"{path}: expected little-endian numbers, found {order!r}")
+    description = records[tops[0]]
+    if description.size > MAX_PICKLE:
+        raise BadFileError(
+            f"{path}: {description.name} claims {description.size} bytes; at most {MAX_PICKLE} are read"
+        )
+    checked: set[str] = set()
+
+    def persistent(identifier: object) -> Storage:
+        key, dtype, count = _storage_of(identifier)
+        record = records.get(f"{top}data/{key}")
+        if record is None or record.size != count * DTYPES[dtype].itemsize:
+            found = "no such record" if record is None else f"{record.size} bytes"
+            raise BadFileError(f"{path}: storage {key}: expected {count} values of {dtype}, found {found}")
+        return Storage(key, dtype, count, partial(_fetch_record, path, record, dtype, checked))
+
+    data = io.BytesIO(read_record(path, description))
+    return read_pickle(data, f"{path}: {description.name}", _known(), persistent)
+
+
+def _fetch_record(
+    path: Path, record: Record, dtype: str, checked: set[str], start: int, count: int
+) -> AnyArray:
+    """Values of a record, whose checksum is compared when it is first touched."""
+    if record.name not in checked:
+        check_record(path, record)
+        checked.add(record.name)
+    width = DTYPES[dtype].itemsize
+    return read_range(path, record.name, record.start + start * width, DTYPES[dtype], count)
+
+
+def _storage_of(identifier: object) -> tuple[str, str, int]:
+    """(key, dtype, count) of a persistent id ('storage', type, key, location, count[, view])."""
+    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
+        raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+    _, kind, key, _, count, *view = identifier
+    if not isinstance(kind, Name) or not isinstance(key, str) or not _is_count(count):
+        raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+    if view and view[0] is not None:
+        raise ValueError(
+            f"storage {key} is a view of another, as torch before 0.4 wrote; save the file again"
+        )
+    return key, str(kind.value), count
+
+
+# -- the legacy format ---------------------------------------------------------------------------------
+
+
+def _read_legacy(path: Path) -> Any:
+    """Five pickles (magic, protocol, system, objects, keys), then each storage: its count and its bytes."""
+    size = path.stat().st_size
+    storages: dict[str, tuple[str, int]] = {}
+    starts: dict[str, int] = {}
+
+    def persistent(identifier: object) -> Storage:
+        key, dtype, count = _storage_of(identifier)
+        if storages.setdefault(key, (dtype, count)) != (dtype, count):
+            raise ValueError(f"storage {key} is described in two ways")
+        return Storage(key, dtype, count, partial(_fetch_legacy, path, key, dtype, starts))
+
+    with path.open("rb") as file:
+        bounded = _Bounded(file, MAX_PICKLE)
+        if _plain(bounded, path) != _LEGACY_MAGIC:
+            raise BadFileError(f"{path}: a pickle, but not one of torch.save")
+        if (protocol := _plain(bounded, path)) != _LEGACY_PROTOCOL:
+            raise BadFileError(
+                f"{path}: expected torch protocol {_LEGACY_PROTOCOL}, found {str(protocol)[:40]}"
+            )
+        system = _plain(bounded, path)
+        if not isinstance(system, Mapping) or system.get("little_endian") is not True:
+            raise BadFileError(f"{path}: expected little-endian numbers, found {str(system)[:80]}")
+        value = read_pickle(bounded, str(path), _known(), persistent)
+        keys = _plain(bounded, path)
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+            raise BadFileError(f"{path}: the storages listed are not those that the tensors need")
+        for key in keys:
+            dtype, count = storages[key]
+            found = int.from_bytes(file.read(8), "little")
+            if found != count:
+                raise BadFileError(f"{path}: storage {key}: expected {count} values, found {found}")
+            starts[key] = file.tell()
+            file.seek(count * DTYPES[dtype].itemsize, io.SEEK_CUR)
+        if file.tell() != size:
+            raise BadFileError(f"{path}: expected {file.tell()} bytes, found {size}: truncated or damaged")
+    return value
+
+
+def _fetch_legacy(
+    path: Path, key: str, dtype: str, starts: dict[str, int], start: int, count: int
+) -> AnyArray:
+    width = DTYPES[dtype].itemsize
+    return read_range(path, f"storage {key}", starts[key] + start * width, DTYPES[dtype], count)
+
+
+def _plain(file: Readable, path: Path) -> Any:
+    return read_pickle(file, str(path), {}, _no_storage)
+
+
+def _no_storage(identifier: object) -> Any:
+    raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+
+
+class _Bounded:
+    """A file's own position, with a limit on how much may be read through it."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file, self._left = file, limit
+
+    def read(self, size: int, /) -> bytes:
+        return self._count(self._file.read(min(size, self._left + 1)))
+
+    def readline(self) -> bytes:
+        return self._count(self._file.readline(self._left + 1))
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError("the description of its objects is too long")
+        return data
