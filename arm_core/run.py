@@ -129,7 +129,7 @@ def resume_run(path: Path | str, overrides: Sequence[str] = (), *, warn: Warn) -
 
     overrides: changes to the recipe from here on (`arm_core.recipe.override`), kept in the run; the model,
     the seed and the make-up of the batches stay, since the position in the data counts in them.
-    warn: is told of damaged checkpoints and of a recipe edited by hand.
+    warn: is told of damaged checkpoints, and of a recipe that is not the newest checkpoint's.
     Raises ValueError where there is no run, none of its checkpoints is sound, or it is in use.
     """
     folder = Path(path)
@@ -145,7 +145,7 @@ def resume_run(path: Path | str, overrides: Sequence[str] = (), *, warn: Warn) -
         if checkpoint.spec != spec:
             raise ValueError(f"{folder}: {CONFIG} and the checkpoints describe different models")
         if fingerprint(stored) != checkpoint.progress.recipe:
-            warn(f"{folder / RECIPE} was edited since step {checkpoint.progress.step} was saved")
+            warn(f"{folder / RECIPE} was changed since step {checkpoint.progress.step} was saved")
         recipe = override(stored, overrides)
         _check_same_run(stored, recipe)
         if recipe != stored:
