@@ -58,7 +58,7 @@ def embed(
     else:
         files = image_files(images)
         total, names = len(files), np.array([str(file) for file in files])
-        batches = image_batches(files, size, batch_size)
+        batches = image_batches(files, opened, batch_size)
     runner = engine.create(opened.spec, opened.parameters)
     results = []
     with Counter("embed", total, "images") as counter:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from arm_cli.models import Opened
     from arm_core.backend import Array
 
 
@@ -36,9 +37,10 @@ def image_files(names: Sequence[str]) -> list[Path]:
     return files
 
 
-def image_batches(files: Sequence[Path], size: tuple[int, int], batch_size: int) -> Iterator[Array]:
-    """(B, H, W, 3) float32 by the official evaluation transform; a broken file is named in a ValueError."""
+def image_batches(files: Sequence[Path], model: Opened, batch_size: int) -> Iterator[Array]:
+    """(B, H, W, 3) float32 as the model reads them; a broken file is named in a ValueError."""
     from arm_core.data.transforms import load_image
 
     for start in range(0, len(files), batch_size):
-        yield np.stack([load_image(file, size) for file in files[start : start + batch_size]])
+        part = files[start : start + batch_size]
+        yield np.stack([load_image(file, model.spec.image_size, model.transform) for file in part])

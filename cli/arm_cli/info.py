@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from arm_core.model_files import Model
     from arm_core.spec import ModelSpec
 
+WORD = 100
+"""Characters of a metadata entry that are shown; --json shows all."""
+
 
 @click.command()
 @click.argument("name", metavar="PRESET|MODEL")
@@ -127,6 +130,6 @@ def _print(spec: ModelSpec, report: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}={v}" for k, v in value.items())
-    return ", ".join(value)
+    """Values in words, long ones cut: class names can be thousands."""
+    words = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+    return ", ".join(word if len(word) <= WORD else f"{word[:WORD]}..." for word in words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from arm_core.backend import Array
+    from arm_core.data.transforms import EvalTransform
     from arm_core.model_files import Model
     from arm_core.spec import ClassifierSpec, ModelSpec
 
@@ -27,12 +27,16 @@ class Opened:
     classes: tuple[str, ...]
     """Class names in the order of the logits; numbers where the model does not know them, empty in
     pretraining."""
+    named: bool
+    """Whether the model knows the names."""
+    transform: EvalTransform
+    """What its images go through: that of its run, else the official one."""
     folder: Path
 
 
 def find_model(name: str) -> Path:
     """The model folder that is meant: of a run, its newest sound checkpoint. ValueError where none is."""
-    from arm_core.checkpoint import FOLDER, newest_folder
+    from arm_core.checkpoint import FOLDER, MANIFEST, newest_folder, verify
     from arm_core.model_files import CONFIG
     from arm_core.spec import PRESETS
 
@@ -46,8 +50,11 @@ def find_model(name: str) -> Path:
         if path.suffix in FOREIGN:
             raise ValueError(f"{name}: bring it in first: arm convert import {name} {path.stem}")
         raise ValueError(f"{name}: expected a model folder, a run or a checkpoint, found a file")
-    if (path / CONFIG).exists() or not (path / FOLDER).is_dir():
-        return path  # reading it says what is missing
+    if (path / MANIFEST).exists():
+        verify(path)  # a checkpoint
+        return path
+    if not (path / FOLDER).is_dir():
+        return path  # a model folder; reading it says what is missing
     folder = newest_folder(path, warn=lambda text: click.echo(f"Warning: {path}: {text}", err=True))
     if folder is None:
         raise ValueError(f"{name}: this run has saved no checkpoint yet")
@@ -69,18 +76,37 @@ def open_model(name: str, *, ema: bool = False) -> Opened:
     model = read_folder(name)
     parameters = read_weights(model.path, ema=True)[1] if ema else model.load()
     classes = class_names(model, model.spec) if isinstance(model.spec, ClassifierSpec) else ()
-    return Opened(spec=model.spec, parameters=parameters, classes=classes, folder=model.path)
+    return Opened(
+        spec=model.spec,
+        parameters=parameters,
+        classes=classes,
+        named="classes" in model.metadata,
+        transform=eval_transform(model),
+        folder=model.path,
+    )
 
 
 def class_names(model: Model, spec: ClassifierSpec) -> tuple[str, ...]:
     """The names stored with the model, else numbers from 0."""
-    if "classes" not in model.metadata:
-        return tuple(str(i) for i in range(spec.classes))
+    from arm_convert.metadata import CLASSES, read_json
+
     try:
-        names = json.loads(model.metadata["classes"])
-        found = tuple(str(name) for name in names)
-    except (ValueError, TypeError):
-        raise ValueError(f"{model.path}: metadata 'classes' is no JSON list of names") from None
-    if len(found) != spec.classes:
-        raise ValueError(f"{model.path}: {len(found)} class names for a classifier of {spec.classes} classes")
-    return found
+        names = read_json(model.metadata, CLASSES, [str(i) for i in range(spec.classes)])
+    except ValueError as error:
+        raise ValueError(f"{model.path}: {error}") from None
+    if len(names) != spec.classes:
+        raise ValueError(f"{model.path}: {len(names)} class names for a classifier of {spec.classes} classes")
+    return tuple(str(name) for name in names)
+
+
+def eval_transform(model: Model) -> EvalTransform:
+    """The evaluation transform stored with the model, else the official one."""
+    from arm_convert.metadata import read_json
+    from arm_core.data.transforms import EvalTransform
+    from arm_core.typed_toml import from_table
+
+    try:
+        stored = read_json(model.metadata, "eval_transform", {})
+        return from_table(EvalTransform, {key: value for key, value in stored.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{model.path}: metadata 'eval_transform': {error}") from None

@@ -45,7 +45,7 @@ def predict(
     runner = engine.create(opened.spec, opened.parameters)
     results: list[dict[str, Any]] = []
     with Counter("predict", len(files), "images") as counter:
-        for batch in image_batches(files, opened.spec.image_size, batch_size):
+        for batch in image_batches(files, opened, batch_size):
             logits = runner.forward(batch)["logits"]
             for row in logits:
                 results.append({"image": str(files[len(results)]), "top": best(row, opened.classes, top)})

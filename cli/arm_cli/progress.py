@@ -82,7 +82,7 @@ def _bar(what: str, total: int, unit: str, start: int) -> tuple[Progress, TaskID
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} {task.fields[unit]}/s"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),
     )
     return bar, bar.add_task(what, total=total, completed=start, unit=unit, rate="-", note="")

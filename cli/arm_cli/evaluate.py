@@ -1,0 +1,102 @@
+"""`arm evaluate`: how good a model is on a folder of images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from arm_cli.options import EngineChoice, ema_option, engine_options, json_option
+
+if TYPE_CHECKING:
+    from arm_cli.models import Opened
+    from arm_core.data.source import Source
+
+DIGITS = "digits"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", metavar="FOLDER", help="Images to evaluate on, or `digits` for its test split.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that read images.")
+@ema_option
+@engine_options
+@json_option
+def evaluate(
+    model: str,
+    data: str | None,
+    batch_size: int,
+    workers: int,
+    ema: bool,
+    engine: EngineChoice,
+    as_json: bool,
+) -> None:
+    """Top-1 and top-5 accuracy of a classifier, or the prediction error of a pretraining model.
+
+    FOLDER holds one sub-folder of images per class (any images for a pretraining model). Without
+    --data, the images are those that MODEL's run evaluates on, and after a run on the built-in digits
+    the test split, which training never sees.
+    """
+    from arm_cli.models import open_model
+    from arm_cli.progress import Counter
+    from arm_cli.show import print_json
+    from arm_core.data.loader import EvalLoader
+    from arm_core.evaluation import evaluate as measure
+
+    opened = open_model(model, ema=ema)
+    source = open_data(data or _data_of_run(opened), opened)
+    runner = engine.create(opened.spec, opened.parameters)
+    loader = EvalLoader(
+        source, opened.transform, size=opened.spec.image_size, batch_size=batch_size, workers=workers
+    )
+    with Counter("evaluate", len(source), "images") as counter:
+        found = measure(runner, loader, seen=counter.advance)
+    if as_json:
+        result = {name: value for name, value in asdict(found).items() if value is not None}
+        print_json({"model": str(opened.folder), **result})
+        return
+    top = (
+        f"top-1 {100 * found.top1:.2f} %, top-5 {100 * (found.top5 or 0):.2f} %, "
+        if found.top1 is not None
+        else ""
+    )
+    click.echo(f"{top}loss {found.loss:.4f} ({found.images} images)")
+
+
+def open_data(data: str, opened: Opened) -> Source:
+    """The images to evaluate on, their labels in the order of the model's classes."""
+    from arm_core.data.digits import Digits, Split
+    from arm_core.data.source import ImageFolder
+    from arm_core.spec import ClassifierSpec
+
+    spec = opened.spec
+    if data == DIGITS:
+        source: Source = Digits(Split.TEST, size=spec.image_size)
+    elif isinstance(spec, ClassifierSpec):
+        source = ImageFolder(data, classes=opened.classes if opened.named else None)
+    else:
+        source = ImageFolder(data, labels=False)
+    if isinstance(spec, ClassifierSpec) and len(source.classes) != spec.classes:
+        raise ValueError(f"{data}: {len(source.classes)} classes, the model has {spec.classes}")
+    return source
+
+
+def _data_of_run(opened: Opened) -> str:
+    """What the recipe of the run, if the model stands in one, evaluates on."""
+    from arm_core.recipe import load_recipe
+    from arm_core.run import RECIPE
+
+    path = Path(opened.folder).absolute().parent.parent / RECIPE  # RUN/checkpoints/step-00001000
+    if not path.exists():
+        raise ValueError(
+            f"{opened.folder}: is not in a run that says what to evaluate on; pass --data FOLDER"
+        )
+    data = load_recipe(path).data
+    if data.source == DIGITS:
+        return DIGITS
+    if data.source == "folder" and data.eval_path is not None:
+        return data.eval_path
+    raise ValueError(f"{path}: the recipe names no images to evaluate on; pass --data FOLDER")

@@ -1,0 +1,284 @@
+"""What `arm pretrain` and `arm finetune` share: from a recipe to a run, and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from arm_cli.options import EngineChoice, announce, engine_options, json_option
+
+if TYPE_CHECKING:
+    from arm_core.backend import Array, Engine
+    from arm_core.data.source import Source
+    from arm_core.optimizer import OptimizerSettings
+    from arm_core.recipe import Recipe
+    from arm_core.run import RunFolder
+    from arm_core.spec import ModelSpec
+    from arm_core.trainer import Observer, Outcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked to train."""
+
+    recipe: str | None
+    data: str | None
+    eval_data: str | None
+    out: str | None
+    resume: str | None
+    assignments: tuple[str, ...]
+    engine: EngineChoice
+    as_json: bool
+
+
+def training_options(command: F) -> F:
+    """Add the options of a training run; the command receives them as one argument, `request`."""
+    options = (
+        click.option("--data", metavar="FOLDER", help="Images to train on (data.path)."),
+        click.option("--eval-data", metavar="FOLDER", help="Images to evaluate on (data.eval_path)."),
+        click.option("--out", metavar="RUN", help="Folder of the run; by default runs/RECIPE."),
+        click.option("--resume", metavar="RUN", help="Go on with a run, on any engine."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="A.B=C", help="Change a setting of the recipe."
+        ),
+    )
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        recipe: str | None,
+        data: str | None,
+        eval_data: str | None,
+        out: str | None,
+        resume: str | None,
+        assignments: tuple[str, ...],
+        engine: EngineChoice,
+        as_json: bool,
+        **others: Any,
+    ) -> Any:
+        request = Request(
+            recipe=recipe,
+            data=data,
+            eval_data=eval_data,
+            out=out,
+            resume=resume,
+            assignments=assignments,
+            engine=engine,
+            as_json=as_json,
+        )
+        return command(*args, request=request, **others)
+
+    result = json_option(engine_options(wrapped))
+    for option in reversed(options):
+        result = option(result)
+    return click.argument("recipe", required=False)(result)  # type: ignore[return-value]
+
+
+Start = Callable[["Recipe", "ModelSpec", tuple[str, ...]], Mapping[str, "Array"]]
+"""First weights of a new run, from its recipe, its model and the class names of its data."""
+
+
+def fresh_parameters(recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...]) -> Mapping[str, Array]:
+    """Random weights: training from scratch."""
+    from arm_core.parameters import initial_parameters
+
+    return initial_parameters(spec, recipe.training.seed)
+
+
+def run_training(stage: str, request: Request, start: Start, *, origin: str | None = None) -> None:
+    """Start or resume the run that a request names, and show how it goes.
+
+    origin: the model that `start` reads, for the run's record.
+    """
+    if request.resume is not None:
+        _resume(stage, request)
+    else:
+        _start(stage, request, start, origin)
+
+
+def _start(stage: str, request: Request, start: Start, origin: str | None) -> None:
+    from arm_core.plan import Plan
+    from arm_core.run import start_run
+    from arm_core.sources import open_sources
+
+    if request.recipe is None:
+        raise ValueError(f"name a recipe ({', '.join(_recipes(stage))}, or a .toml file), or --resume RUN")
+    recipe = _resolve(stage, request)
+    train, evaluation = open_sources(recipe)
+    spec = recipe.spec(len(train.classes) or None)
+    # All that can be wrong with the request is found before there is a folder.
+    plan = Plan(recipe, spec, train)
+    if evaluation is not None:
+        plan.eval_loader(evaluation)
+    engine, session = _engine(request.engine, recipe, spec, start(recipe, spec, train.classes))
+    if origin is not None:
+        session["from"] = origin
+    with start_run(request.out or f"runs/{_name(request.recipe)}", recipe, spec) as run:
+        _train(run, engine, session, train, evaluation, request.as_json)
+
+
+def _resume(stage: str, request: Request) -> None:
+    from arm_core.recipe import load_recipe
+    from arm_core.run import RECIPE, resume_run
+    from arm_core.sources import open_sources
+
+    assert request.resume is not None
+    if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
+        raise ValueError(f"--resume goes on with a run as it is; drop {' and '.join(given)}")
+    stored = Path(request.resume) / RECIPE
+    if stored.exists() and (other := load_recipe(stored).stage) != stage:
+        raise ValueError(f"{request.resume}: go on with: arm {other} --resume {request.resume}")
+    with resume_run(request.resume, _overrides(request), warn=_warn) as run:
+        assert run.resumed is not None
+        train, evaluation = open_sources(run.recipe)
+        engine, session = _engine(request.engine, run.recipe, run.spec, run.resumed.state.parameters)
+        _train(run, engine, session, train, evaluation, request.as_json)
+
+
+def _resolve(stage: str, request: Request) -> Recipe:
+    """The recipe with everything that the command line says."""
+    from arm_core.recipe import load_recipe, override
+
+    assert request.recipe is not None
+    short = f"{stage}-{request.recipe}"  # `arm pretrain tiny` means pretrain-tiny
+    recipe = load_recipe(short if short in _recipes(stage) else request.recipe)
+    if recipe.stage != stage:
+        raise ValueError(f"recipe {request.recipe} is for `arm {recipe.stage}`")
+    return override(recipe, _overrides(request))
+
+
+def _overrides(request: Request) -> list[str]:
+    """Every option that changes the recipe, as `section.key=value`."""
+    given = {
+        "data.path": request.data,
+        "data.eval_path": request.eval_data,
+        "training.precision": request.engine.precision,
+    }
+    folders = ["data.source=folder"] if request.data or request.eval_data else []
+    return [*request.assignments, *folders, *(f"{key}={value}" for key, value in given.items() if value)]
+
+
+def _recipes(stage: str) -> list[str]:
+    from arm_core.recipe import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(f"{stage}-")]
+
+
+def _name(recipe: str) -> str:
+    return Path(recipe).name.removesuffix(".toml")
+
+
+def _engine(
+    choice: EngineChoice, recipe: Recipe, spec: ModelSpec, parameters: Mapping[str, Array]
+) -> tuple[Engine, dict[str, str]]:
+    """The engine that trains, and what is recorded about it."""
+    backend = choice.find()
+    options = dataclasses.replace(choice.options(), precision=recipe.training.precision)
+    optimizer: OptimizerSettings = recipe.optimizer
+    engine = backend.create_engine(spec, parameters, optimizer=optimizer, options=options)
+    announce(backend, engine)
+    session = {"backend": backend.name, "version": backend.version()}
+    if choice.threads is not None:
+        session["threads"] = str(choice.threads)
+    return engine, session
+
+
+def _train(
+    run: RunFolder,
+    engine: Engine,
+    session: dict[str, str],
+    train: Source,
+    evaluation: Source | None,
+    as_json: bool,
+) -> None:
+    from arm_cli.show import print_json
+    from arm_core.diagnosis import NonFiniteError
+    from arm_core.trainer import Trainer
+
+    with ExitStack() as stack:
+        observer = _observer(stack)
+        trainer = Trainer(run, engine, train, evaluation, observer=observer, session=session)
+        try:
+            outcome = trainer.train()
+        except NonFiniteError as error:
+            raise click.ClickException(str(error)) from error  # exit code 1: no mistake in the command
+    click.echo(outcome.message, err=True)
+    if as_json:
+        print_json(_as_data(run, outcome))
+    if outcome.signal is not None:
+        raise SystemExit(128 + signal.Signals[outcome.signal])  # as a shell reports a signal
+
+
+def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "checkpoint": str(outcome.checkpoint),
+        "step": outcome.step,
+        "total_steps": outcome.total_steps,
+        "signal": outcome.signal,
+        "best": outcome.best,
+    }
+
+
+def _observer(stack: ExitStack) -> Observer:
+    """Shows a run on stderr until the stack is closed."""
+    from arm_cli.progress import Counter
+    from arm_core.trainer import Observer, Trainer
+
+    class Display(Observer):
+        counter: Counter
+        note = ""
+
+        def started(self, trainer: Trainer) -> None:
+            counter = Counter(
+                str(trainer.run.recipe.stage), trainer.plan.total_steps, "steps", start=trainer.step
+            )
+            self.counter = stack.enter_context(counter)
+
+        def stepped(self, step: int, images: int) -> None:
+            self.counter.advance(1, self.note)
+
+        def logged(self, row: Mapping[str, Any]) -> None:
+            if "eval_loss" in row:
+                self.counter.say(evaluation_line(row))
+            else:
+                self.note = (
+                    f"epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+                    f"{row['images_per_s']:.3g} images/s"
+                )
+
+        def evaluating(self, images: int, total: int) -> None:
+            self.counter.advance(0, f"evaluated {images}/{total} images")
+
+        def warned(self, sentence: str) -> None:
+            self.counter.say(sentence)
+
+    return Display()
+
+
+def evaluation_line(row: Mapping[str, Any]) -> str:
+    """An evaluation row of `metrics.jsonl` in words."""
+    parts = []
+    for prefix, label in (("eval", ""), ("ema", "averaged weights: ")):
+        if f"{prefix}_loss" in row:
+            top = "".join(
+                f"{name} {100 * row[key]:.2f} %, "
+                for name, key in (("top-1", f"{prefix}_top1"), ("top-5", f"{prefix}_top5"))
+                if key in row
+            )
+            parts.append(f"{label}{top}loss {row[f'{prefix}_loss']:.4f}")
+    return f"step {row['step']}, epoch {row['epoch']:.2f}: {'; '.join(parts)}"
+
+
+def _warn(sentence: str) -> None:
+    click.echo(f"Warning: {sentence}", err=True)

@@ -1,0 +1,52 @@
+"""Progress on stderr, in plain lines."""
+
+import pytest
+
+from arm_cli.progress import EVERY, Counter, duration
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("arm_cli.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_tells_rate_and_time_left_of_this_session_alone(clock):
+    with Counter("train", 100, "steps", start=40) as counter:
+        clock[0] += 5
+        counter.advance(10)
+    assert counter.line("loss 0.5") == "train: 50/100 steps, 2 steps/s, 25 s left, loss 0.5"
+
+
+def test_plain_lines_come_now_and_then(clock, capsys):
+    with Counter("embed", 1000, "images") as counter:
+        for _ in range(100):
+            clock[0] += EVERY / 10
+            counter.advance(1)
+        counter.say("a line of its own")
+    lines = capsys.readouterr().err.splitlines()
+    assert 9 <= len(lines) - 1 <= 10
+    assert lines[-1] == "a line of its own"
+    assert lines[0].startswith("embed: 10/1000 images, 1 images/s, 16:30 left")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Counter("embed", 10, "images") as counter:
+        counter.advance(4, "loss 0.5 [not markup]")
+        counter.say("a line of its own")
+    shown = capsys.readouterr().err
+    assert "4/10" in shown
+    assert "a line of its own" in shown
+    assert "loss 0.5 [not markup]" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1:01"), (3_723, "1:02:03")]
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert duration(seconds) == text
