@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from arm_convert import hub
 from arm_convert.pickle_machine import Attributes
 from arm_convert.torch_file import is_torch_file, read_torch
 from arm_core.checkpoint import EMA, FOLDER, newest_folder
@@ -65,7 +66,7 @@ class Source:
 
 def open_source(name: Path | str, *, warn: Warn) -> Source:
     """Open a model of any kind; `warn` is told of damaged checkpoints that a run passes over."""
-    path = Path(name)
+    path = hub.fetch(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():

@@ -1,0 +1,161 @@
+"""`arm convert to-classifier`, `resize`, `cast`, `average`: models made from models."""
+
+from __future__ import annotations
+
+import click
+
+from arm_cli.convert.options import (
+    changes_model,
+    image_size_option,
+    open_model,
+    weights_option,
+    write_changed,
+    writing_options,
+)
+
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@click.command("to-classifier")
+@click.argument("model")
+@click.argument("out")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes of a new head.")
+@image_size_option
+@click.option("--directions", type=click.Choice(("1", "2", "4")), help="Scan directions. [default: 4]")
+@click.option("--pooling", type=click.Choice(("mean", "cls")), help="How tokens are pooled. [default: mean]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the new parameters."
+)
+@click.option(
+    "--head-std", type=float, help="Standard deviation of the new head. [default: 2e-5, the official one]"
+)
+@weights_option
+@writing_options
+@changes_model
+def to_classifier(
+    model: str,
+    out: str,
+    classes: int | None,
+    image_size: tuple[int, int] | None,
+    directions: str | None,
+    pooling: str | None,
+    seed: int,
+    head_std: float | None,
+    weights: str,
+    force: bool,
+    shard_size: int,
+) -> None:
+    """Turn MODEL into the classifier OUT, ready to be finetuned.
+
+    A pretraining model gives its trunk: its one direction is copied to all, its position table resized
+    (to 224x224 by default), class token, last norm and head are new. A classifier keeps everything that no
+    option changes; --classes replaces its head.
+    """
+    from dataclasses import replace
+
+    from arm_convert import adapt
+    from arm_convert.metadata import CLASSES, with_history, without
+    from arm_core.spec import DIRECTIONS, ClassifierSpec, Pooling
+
+    found = open_model(model, weights)
+    changes = {
+        "classes": classes,
+        "image_size": image_size,
+        "scan_directions": DIRECTIONS[int(directions)] if directions else None,
+        "pooling": Pooling(pooling) if pooling else None,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(found.spec, ClassifierSpec):
+        target = replace(found.spec, **given)  # type: ignore[arg-type]
+    elif classes is None:
+        raise ValueError("a pretraining model knows no classes: say how many with --classes N")
+    else:
+        target = ClassifierSpec(encoder=found.spec.encoder, **given)  # type: ignore[arg-type]
+    tensors = adapt.to_classifier(
+        found.spec,
+        found.tensors,
+        target,
+        seed=seed,
+        head_std=adapt.OFFICIAL_HEAD_STD if head_std is None else head_std,
+        keep_head=classes is None,
+    )
+    metadata = found.metadata if classes is None else without(found.metadata, CLASSES)
+    sentence = (
+        f"made a classifier of {target.classes} classes at {target.image_size[0]}x{target.image_size[1]}"
+    )
+    write_changed(out, target, tensors, with_history(metadata, sentence), force=force, shard_size=shard_size)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out")
+@image_size_option
+@weights_option
+@writing_options
+@changes_model
+def resize(
+    model: str, out: str, image_size: tuple[int, int] | None, weights: str, force: bool, shard_size: int
+) -> None:
+    """Write MODEL for another image size as OUT.
+
+    A classifier's position table is resized (bicubic) with the class token's row kept apart; a
+    pretraining model's tables are computed for the new size.
+    """
+    from arm_convert import adapt
+    from arm_convert.metadata import with_history
+
+    if image_size is None:
+        raise ValueError("say the new size with --image-size")
+    found = open_model(model, weights)
+    spec, tensors = adapt.resize(found.spec, found.tensors, image_size)
+    metadata = with_history(found.metadata, f"resized to {image_size[0]}x{image_size[1]} pixels")
+    write_changed(out, spec, tensors, metadata, force=force, shard_size=shard_size)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out")
+@click.option("--dtype", type=click.Choice(tuple(TYPES)), required=True, help="Type of the stored weights.")
+@weights_option
+@writing_options
+@changes_model
+def cast(model: str, out: str, dtype: str, weights: str, force: bool, shard_size: int) -> None:
+    """Store MODEL in another type as OUT.
+
+    The scan's A_log, D and dt bias stay float32.
+    """
+    from arm_convert import adapt
+    from arm_convert.metadata import with_history
+
+    found = open_model(model, weights)
+    tensors = adapt.cast(found.tensors, TYPES[dtype])
+    metadata = with_history(found.metadata, f"stored as {dtype}")
+    write_changed(out, found.spec, tensors, metadata, force=force, shard_size=shard_size)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.argument("out")
+@weights_option
+@writing_options
+@changes_model
+def average(models: tuple[str, ...], out: str, weights: str, force: bool, shard_size: int) -> None:
+    """Average the weights of several models into OUT.
+
+    They must have the same specification.
+    """
+    from pathlib import Path
+
+    from arm_convert import adapt
+    from arm_convert.metadata import with_history
+
+    if len(models) < 2:
+        raise ValueError("an average needs two models or more, and OUT after them")
+    found = [open_model(name, weights) for name in models]
+    for name, other in zip(models[1:], found[1:], strict=True):
+        if other.spec != found[0].spec:
+            raise ValueError(f"{name} is another model than {models[0]}: {other.spec} and {found[0].spec}")
+    tensors = adapt.average([model.tensors for model in found])
+    names = ", ".join(Path(name).name for name in models)
+    metadata = with_history(found[0].metadata, f"averaged over {names}")
+    write_changed(out, found[0].spec, tensors, metadata, force=force, shard_size=shard_size)

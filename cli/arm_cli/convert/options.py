@@ -1,0 +1,121 @@
+"""Options that the conversions share, and how a model is opened."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from arm_convert.importing import Resolved
+    from arm_convert.source import Source
+    from arm_core.spec import ModelSpec
+    from arm_core.tensor_file import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class ImageSize(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
+    """`224` for a square or `192x256` for height and width, pixels."""
+
+    name = "HxW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
+        if match is None:
+            self.fail(f"expected a size like 224 or 192x256, found {value!r}", param, ctx)
+        return int(match[1]), int(match[2] or match[1])
+
+
+class FileSize(click.ParamType):  # type: ignore[type-arg]
+    """`5GB`, `500MB`: bytes, in powers of ten."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", str(value).upper())
+        if match is None or (match[2] and match[2] not in UNITS):
+            self.fail(f"expected a size like 5GB or 500MB, found {value!r}", param, ctx)
+        size = int(float(match[1]) * UNITS[match[2]])
+        if size < 1:
+            self.fail("expected a size above 0", param, ctx)
+        return size
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(("model", "ema")),
+    default="model",
+    show_default=True,
+    help="The weights, or their moving average.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace an OUT that is a model.")
+shard_option = click.option(
+    "--shard-size",
+    type=FileSize(),
+    default="5GB",
+    show_default=True,
+    help="Cut weights into files of this size.",
+)
+image_size_option = click.option("--image-size", type=ImageSize(), help="224, or height x width: 192x256.")
+
+
+def writing_options(command: F) -> F:
+    """Add --force and --shard-size of a command that writes a model folder."""
+    return force_option(shard_option(command))
+
+
+def open_model(name: str, weights: str = "model") -> Resolved:
+    """A model of any kind, by our names; its tensors are read on demand."""
+    from arm_convert.importing import Weights, resolve
+
+    return resolve(open_named(name), weights=Weights(weights))
+
+
+def open_named(name: str) -> Source:
+    """Open whatever the user named; warnings go to stderr."""
+    from arm_convert.source import open_source
+
+    return open_source(name, warn=lambda text: click.echo(f"Warning: {name}: {text}", err=True))
+
+
+def write_changed(
+    out: str,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
+    shard_size: int,
+) -> None:
+    """Write a model folder with its card, and say so."""
+    from arm_convert.card import model_card
+    from arm_core.model_files import write_model
+    from arm_core.parameters import count_parameters
+
+    card = model_card(spec, metadata)
+    write_model(out, spec, tensors, metadata=metadata, force=force, shard_size=shard_size, card=card)
+    click.echo(f"{Path(out)}: {count_parameters(spec):,} trainable parameters")
+
+
+def changes_model(command: F) -> F:
+    """Check that OUT is free before a long conversion begins, then run it."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, out: str, force: bool, **others: Any) -> Any:
+        from arm_core.model_files import check_new
+
+        check_new(Path(out), force=force)
+        return command(*args, out=out, force=force, **others)
+
+    return checked  # type: ignore[return-value]

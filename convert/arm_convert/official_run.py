@@ -1,0 +1,262 @@
+"""An official checkpoint as a run that goes on here: AdamW's moments, the step, and the recipe.
+
+The official optimizer numbers its parameters by group, without names. The groups are built again as the
+official code builds them, from the order of the state dict, and every moment's shape is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from arm_convert.importing import Resolved, watch_finite
+from arm_convert.layouts import to_canonical
+from arm_convert.official import FROZEN, MASK, official_table
+from arm_convert.source import Source
+from arm_core.backend import Array, Precision, TrainingState
+from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
+from arm_core.data.augment import RandAugment
+from arm_core.data.mixing import Mixing
+from arm_core.data.transforms import TrainTransform
+from arm_core.model_files import new_folder
+from arm_core.optimizer import OptimizerSettings
+from arm_core.parameters import parameter_table
+from arm_core.recipe import Recipe, Stage, fingerprint
+from arm_core.run import start_run
+from arm_core.settings import ClassifierModel, DataSettings, PretrainModel, ScheduleSettings, TrainingSettings
+from arm_core.spec import DIRECTIONS, ModelSpec, PretrainSpec
+from arm_core.tensor_file import Tensor
+from arm_core.typed_toml import Span
+
+OFFICIAL_RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's moments by our names, read on demand."""
+
+    step: int
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def optimizer_state(source: Source, spec: ModelSpec) -> OptimizerState:
+    """The optimizer of an official checkpoint; ValueError says what does not fit."""
+    optimizer = source.entries.get("optimizer")
+    if not isinstance(optimizer, dict):
+        raise ValueError(f"{source.path}: holds no optimizer; import it without --with-optimizer")
+    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(state, dict) or not state or not isinstance(groups, list):
+        raise ValueError(f"{source.path}: its optimizer has no state; import it without --with-optimizer")
+    expected = official_groups(source, spec)
+    if [len(_numbers(source, group)) for group in groups] != [len(names) for names in expected]:
+        raise ValueError(
+            f"{source.path}: optimizer: expected groups of {[len(names) for names in expected]} parameters, "
+            f"found {[len(_numbers(source, group)) for group in groups]}"
+        )
+    named: dict[str, dict[str, Any]] = {}
+    for names, group in zip(expected, groups, strict=True):
+        found = [state.get(i) for i in _numbers(source, group)]
+        named |= {n: e if isinstance(e, dict) else {} for n, e in zip(names, found, strict=True)}
+    rows = [row for row in official_table(spec) if parameter_table(spec)[row.name].trainable]
+    moments = {}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        tensors = {name: entry[kind] for name, entry in named.items() if isinstance(entry.get(kind), Tensor)}
+        try:
+            moments[kind] = to_canonical(rows, tensors)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: optimizer {kind}: {error}") from None
+    steps = {_step(entry.get("step")) for entry in named.values()}
+    step = steps.pop()
+    if steps or step is None:
+        raise ValueError(f"{source.path}: optimizer: expected one step count for all parameters")
+    betas, eps = groups[0].get("betas"), groups[0].get("eps")
+    decay = max((group.get("weight_decay") for group in groups), key=_number)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{source.path}: optimizer: expected two betas, found {str(betas)[:40]}")
+    return OptimizerState(
+        step=step,
+        exp_avg=moments["exp_avg"],
+        exp_avg_sq=moments["exp_avg_sq"],
+        betas=(_number(betas[0]), _number(betas[1])),
+        eps=_number(eps),
+        weight_decay=_number(decay),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"optimizer: expected a number, found {str(value)[:40]!r}")
+    return float(value)
+
+
+def official_groups(source: Source, spec: ModelSpec) -> list[list[str]]:
+    """Official parameter names by optimizer group, in the order of the file.
+
+    Pretraining: without decay, then with. Finetuning: by (layer, decay), as they first appear.
+    """
+    rows = {name: parameter_table(spec)[row.name] for row in official_table(spec) for name in row.names}
+    frozen = FROZEN if isinstance(spec, PretrainSpec) else ()
+    names = [name for name in source.tensors if name in rows and name != MASK and name not in frozen]
+    if isinstance(spec, PretrainSpec):
+        return [[name for name in names if rows[name].decay is decay] for decay in (False, True)]
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for name in names:
+        groups.setdefault((rows[name].layer, rows[name].decay), []).append(name)
+    return list(groups.values())
+
+
+def _numbers(source: Source, group: object) -> list[int]:
+    numbers = group.get("params") if isinstance(group, dict) else None
+    if not isinstance(numbers, list) or not all(type(i) is int for i in numbers):
+        raise ValueError(f"{source.path}: optimizer: expected groups with lists of parameter numbers")
+    return numbers
+
+
+def _step(value: object) -> int | None:
+    if isinstance(value, Tensor) and value.shape == ():
+        value = value.read().item()
+    return int(value) if isinstance(value, (int, float)) and value == int(value) and value >= 0 else None
+
+
+def official_recipe(source: Source, spec: ModelSpec, state: OptimizerState) -> Recipe:
+    """The recipe in the checkpoint's training arguments; ValueError names one that is missing."""
+    args = _Arguments(source)
+    devices = args.number("world_size", 1)
+    micro_batches = int(args.number("accum_iter", 1) * devices)
+    batch = int(args.number("batch_size")) * micro_batches
+    stage = Stage.PRETRAIN if isinstance(spec, PretrainSpec) else Stage.FINETUNE
+    return Recipe(
+        stage=stage,
+        model=_model(spec),
+        data=DataSettings(path=args.text("data_path")),
+        augmentation=TrainTransform() if stage is Stage.PRETRAIN else _finetune_transform(args),
+        mixing=Mixing() if stage is Stage.PRETRAIN else _mixing(args),
+        optimizer=OptimizerSettings(
+            betas=state.betas,
+            eps=state.eps,
+            weight_decay=state.weight_decay,
+            clip=args.optional("clip_grad"),
+            layer_decay=args.number("layer_decay", 1.0),
+            ema_decay=args.optional("ema_decay") if source.average is not None else None,
+        ),
+        schedule=ScheduleSettings(
+            base_lr=args.number("lr") * 256 / batch,
+            min_lr=args.number("min_lr", 0.0),
+            warmup=Span(args.number("warmup_epochs", 0), "epochs"),
+        ),
+        training=TrainingSettings(
+            length=Span(args.number("epochs"), "epochs"),
+            batch_size=batch,
+            accumulation=micro_batches,
+            drop_path=args.number("drop_path", 0.0),
+            precision=Precision.BFLOAT16,  # the official code always autocasts
+            seed=int(args.number("seed", 0)),
+        ),
+    )
+
+
+class _Arguments:
+    """Training arguments, each checked when it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def optional(self, name: str) -> float | None:
+        value = self._source.args.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(
+                f"{self._source.path}: args.{name}: expected a number, found {str(value)[:40]!r}"
+            )
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.optional(name)
+        if value is None and default is None:
+            raise ValueError(f"{self._source.path}: args.{name} is missing; import without --with-optimizer")
+        return cast(float, default if value is None else value)
+
+    def text(self, name: str) -> str | None:
+        value = self._source.args.get(name)
+        return value if isinstance(value, str) and value else None
+
+
+def _model(spec: ModelSpec) -> PretrainModel | ClassifierModel:
+    encoder = spec.encoder
+    size: dict[str, Any] = {
+        **{name: getattr(encoder, name) for name in ("width", "depth", "patch", "state", "conv_width")},
+        "image_size": spec.image_size,
+    }
+    if isinstance(spec, PretrainSpec):
+        names = ("cluster", "prediction_order", "decoder_width", "decoder_depth", "decoder_heads", "target")
+        return PretrainModel(**size, **{name: getattr(spec, name) for name in names})
+    if spec.scan_directions != DIRECTIONS[spec.directions]:
+        raise ValueError(f"a recipe has no name for the directions {', '.join(spec.scan_directions)}")
+    return ClassifierModel(**size, classes=spec.classes, directions=spec.directions, pooling=spec.pooling)
+
+
+def _finetune_transform(args: _Arguments) -> TrainTransform:
+    wanted = args.text("aa")
+    if wanted not in (None, OFFICIAL_RAND_AUGMENT):
+        raise ValueError(f"args.aa: expected {OFFICIAL_RAND_AUGMENT!r} or none, found {wanted!r}")
+    return TrainTransform(
+        crop_scale=(0.08, 1.0),
+        rand_augment=RandAugment() if wanted else None,
+        erase=args.number("reprob", 0.0),
+    )
+
+
+def _mixing(args: _Arguments) -> Mixing:
+    return Mixing(
+        mixup=args.number("mixup", 0.0),
+        cutmix=args.number("cutmix", 0.0),
+        cutmix_probability=args.number("mixup_switch_prob", 0.5),
+        smoothing=args.number("smoothing", 0.0),
+    )
+
+
+def import_run(source: Source, resolved: Resolved, out: Path) -> Recipe:
+    """Write a run folder that `arm pretrain|finetune --resume OUT` goes on with; whole or not at all.
+
+    The official code's data order is its own, so the data begins where the same number of micro-batches
+    of ours would have been consumed.
+    """
+    spec = resolved.spec
+    state = optimizer_state(source, spec)
+    recipe = official_recipe(source, spec, state)
+    watched = {
+        "parameters": resolved.tensors,
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+        "ema": _average(source, spec) if recipe.optimizer.ema_decay is not None else {},
+    }
+    arrays = {kind: _refusing_nan(source.path, kind, tensors) for kind, tensors in watched.items()}
+    progress = Progress(
+        step=state.step,
+        position=state.step * recipe.training.accumulation,
+        recipe=fingerprint(recipe),
+        engine={"backend": "official code", "checkpoint": source.path.name},
+    )
+    # Tensors stand in for arrays: the checkpoint streams them one at a time.
+    training = TrainingState(**cast(dict[str, dict[str, Array]], arrays))
+    checkpoint = Checkpoint(spec=spec, progress=progress, state=training, metadata=resolved.metadata)
+    with new_folder(out, force=False) as draft, start_run(draft, recipe, spec):
+        save_checkpoint(draft, checkpoint)
+    return recipe
+
+
+def _average(source: Source, spec: ModelSpec) -> dict[str, Tensor]:
+    average = to_canonical(official_table(spec), source.average or {})
+    return {name: average[name] for name, row in parameter_table(spec).items() if row.trainable}
+
+
+def _refusing_nan(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: watch_finite(tensor.cast("F32"), f"{path}: {kind} {name}", [], refuse=True)
+        for name, tensor in tensors.items()
+    }
