@@ -40,6 +40,15 @@ def set_threads(count: int | None) -> None:
     _default_threads = count
 
 
+def start_threads() -> None:
+    """Start Numba's thread pool, if it is not running.
+
+    Where the pool is OpenMP's, its start sets the thread count of everything in the process that uses
+    OpenMP: an engine whose framework does so starts the pool first and sets its own count afterwards.
+    """
+    numba.get_num_threads()
+
+
 def conv_forward(x: F32, weight: F32, bias: F32, order: Orders, *, threads: int | None = None) -> F32:
     """Depthwise causal convolution along each direction's order, then SiLU.
 

@@ -41,11 +41,14 @@ class Plan:
         """Updates in one pass over the data; no whole number where an update straddles two epochs."""
         length = self._training.length.steps(self.steps_per_epoch)
         self.total_steps = max(1, math.floor(length))
+        warmup = recipe.schedule.warmup.steps(self.steps_per_epoch)
+        if warmup > length:
+            raise ValueError(
+                f"schedule.warmup of {recipe.schedule.warmup} exceeds the run of {self._training.length} "
+                f"({float(warmup):g} against {float(length):g} steps); shorten it"
+            )
         self._schedule = Schedule(
-            lr=recipe.lr,
-            min_lr=recipe.schedule.min_lr,
-            warmup=float(recipe.schedule.warmup.steps(self.steps_per_epoch)),
-            length=float(length),
+            lr=recipe.lr, min_lr=recipe.schedule.min_lr, warmup=float(warmup), length=float(length)
         )
 
     def lr(self, step: int) -> float:

@@ -38,10 +38,7 @@ class Schedule:
                 f"schedule: expected 0 <= min_lr <= lr, found min_lr {self.min_lr:g} and lr {self.lr:g}"
             )
         if not 0 <= self.warmup <= self.length:
-            raise ValueError(
-                f"schedule: a warm-up of {self.warmup:g} does not fit a run of {self.length:g}; "
-                "shorten schedule.warmup (it counts epochs or steps, as the run's length does)"
-            )
+            raise ValueError(f"schedule: a warm-up of {self.warmup:g} does not fit a run of {self.length:g}")
 
     def at(self, t: float) -> float:
         """Learning rate at moment t, 0 <= t; past the end it stays at `min_lr`."""

@@ -356,7 +356,12 @@ def test_a_full_disk_says_what_is_safe_and_how_to_go_on(tmp_path, recipe, monkey
         (["training.batch_size=98"], TRAIN, None, "43 images, fewer than one batch of 49"),
         ([], Synthetic(43, (8, 8), classes=3), None, "the data has 3 classes, the model 4"),
         ([], TRAIN, Synthetic(9, (8, 8), classes=5), "other classes (0, 1, 2, ... 5 in all)"),
-        (["schedule.warmup=4 epochs"], TRAIN, None, "a warm-up of 20 does not fit a run of 15"),
+        (
+            ["schedule.warmup=4 epochs"],
+            TRAIN,
+            None,
+            "schedule.warmup of 4 epochs exceeds the run of 3 epochs (20 against 15",
+        ),
     ],
 )
 def test_data_that_do_not_fit_the_recipe_are_refused(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from arm_core import cpu_scan
 from arm_core.backend import (
     Array,
     Batch,
@@ -80,8 +81,10 @@ class TorchEngine:
         self._settings = optimizer
         self._bfloat16 = options.precision is Precision.BFLOAT16
         self.scan = choose_scan(scans(self._device.type), options.scan)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        if self._device.type == "cpu":
+            threads = options.threads or torch.get_num_threads()
+            cpu_scan.start_threads()  # resets torch's count, and the count decides the last bits of a sum
+            torch.set_num_threads(threads)
         on_gpu = self._device.type == "cuda"
         self.device = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
         self._model = build_model(spec, self.scan, self._device)
@@ -205,7 +208,8 @@ class TorchEngine:
                 maximize=False,
             )
         if settings.ema_decay is not None:
-            ema, values = list(self._ema.values()), list(self._trainable.values())
+            ema = list(self._ema.values())
+            values: list[Tensor] = list(self._trainable.values())
             change = torch._foreach_sub(values, ema)
             torch._foreach_mul_(change, (1.0 - settings.ema_decay) * (1.0 - found_inf))
             torch._foreach_add_(ema, change)
