@@ -52,12 +52,12 @@ def layer_norm(x: F64, w: Weights, eps: float) -> F64:
 
 def gelu(x: F64) -> F64:
     """The exact form, x Phi(x)."""
-    erf = np.frompyfunc(math.erf, 1, 1)
-    return np.asarray(0.5 * x * (1.0 + erf(x / math.sqrt(2.0)).astype(np.float64)))
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return np.asarray(0.5 * x * (1.0 + erf(x / math.sqrt(2.0))))
 
 
-def unfold_patches(images: npt.NDArray[np.floating], patch: int) -> F64:
-    """(B, H, W, C) -> (B, patches, patch * patch * C), patches in raster order, values (row, column, channel)."""
+def unfold_patches(images: npt.NDArray[np.number], patch: int) -> F64:
+    """(B, H, W, C) -> (B, patches, patch * patch * C), raster order, values (row, column, channel)."""
     batch, height, width, channels = images.shape
     x = images.astype(np.float64).reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)

@@ -44,10 +44,12 @@ def unfold_patches(images: Tensor, patch: int) -> Tensor:
 class DirectionalWeight(nn.Module):
     """A weight, and where asked for a bias, with a leading direction axis K."""
 
+    bias: Tensor
+
     def __init__(self, *shape: int, bias: bool) -> None:
         super().__init__()
         self.weight = empty(*shape)
-        self.bias = empty(*shape[:2]) if bias else None
+        self.register_parameter("bias", empty(*shape[:2]) if bias else None)
 
     def project(self, x: Tensor) -> Tensor:
         """One matrix product per direction: (K, B, T, in) -> (K, B, T, out), without the bias."""
@@ -141,7 +143,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         def split(x: Tensor) -> Tensor:  # (B, T, E) -> (B, heads, T, E / heads)
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
 
         key, value = self.key_value(latent).chunk(2, dim=-1)
         out = F.scaled_dot_product_attention(
@@ -213,7 +215,7 @@ class PretrainModel(Trunk):
 
         taps = [norm(outputs[i - 1]) for norm, i in zip(self.tap_norms, spec.taps, strict=True)]
         joined = note(seen, "taps_to_decoder", self.taps_to_decoder(torch.cat(taps, dim=-1)))
-        latents = joined.unflatten(-1, (spec.decoder_width, spec.decoder_depth))  # (B, T, E, blocks)
+        latents = torch.unflatten(joined, -1, (spec.decoder_width, spec.decoder_depth))  # (B, T, E, blocks)
 
         x = (self.query_token + self.decoder_pos_embed[self.target_patches]).expand(len(images), -1, -1)
         note(seen, "queries", x)
