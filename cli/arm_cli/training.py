@@ -147,11 +147,11 @@ def _resume(stage: str, request: Request) -> None:
 
 def _resolve(stage: str, request: Request) -> Recipe:
     """The recipe with everything that the command line says."""
-    from arm_core.recipe import load_recipe, override
+    from arm_core.recipe import load_recipe, override, shipped_recipes
 
     assert request.recipe is not None
     short = f"{stage}-{request.recipe}"  # `arm pretrain tiny` means pretrain-tiny
-    recipe = load_recipe(short if short in _recipes(stage) else request.recipe)
+    recipe = load_recipe(short if short in shipped_recipes() else request.recipe)
     if recipe.stage != stage:
         raise ValueError(f"recipe {request.recipe} is for `arm {recipe.stage}`")
     return override(recipe, _overrides(request))
@@ -169,9 +169,10 @@ def _overrides(request: Request) -> list[str]:
 
 
 def _recipes(stage: str) -> list[str]:
-    from arm_core.recipe import shipped_recipes
+    """Shipped recipes for this command."""
+    from arm_core.recipe import load_recipe, shipped_recipes
 
-    return [name for name in shipped_recipes() if name.startswith(f"{stage}-")]
+    return [name for name in shipped_recipes() if load_recipe(name).stage == stage]
 
 
 def _name(recipe: str) -> str:
