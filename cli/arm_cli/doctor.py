@@ -20,7 +20,7 @@ PACKAGES = ("numpy", "numba", "pillow", "grain", "safetensors", "torch", "triton
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-@click.command()
+@click.command(short_help="What this machine can run, and what to install.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Engines, devices, scan implementations and libraries found here, and what to install.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from arm_core.backend import Array
 
 
-@click.command()
+@click.command(short_help="Write features and other outputs to a file.")
 @click.argument("model")
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--array", metavar="X.NPY", help="Normalised float32 images (B, 3, H, W) instead of files.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DIGITS = "digits"
 
 
-@click.command()
+@click.command(short_help="Measure a model on a folder of images.")
 @click.argument("model")
 @click.option("--data", metavar="FOLDER", help="Images to evaluate on, or `digits` for its test split.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)

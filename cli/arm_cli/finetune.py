@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from arm_core.spec import EncoderSpec, ModelSpec
 
 
-@click.command()
+@click.command(short_help="Train a classifier, from a pretrained model or from scratch.")
 @training_options
 @click.option("--from", "origin", metavar="MODEL", help="Pretrained model to start from; else from scratch.")
 def finetune(request: Request, origin: str | None) -> None:

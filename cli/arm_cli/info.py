@@ -18,7 +18,7 @@ WORD = 100
 """Characters of a metadata entry that are shown; --json shows all."""
 
 
-@click.command()
+@click.command(short_help="Parameters, multiply-adds and memory of a model.")
 @click.argument("name", metavar="PRESET|MODEL")
 @json_option
 def info(name: str, as_json: bool) -> None:

@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-COMMANDS = ("pretrain", "finetune", "evaluate", "predict", "embed", "convert", "info", "doctor")
+COMMANDS = (
+    "demo",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "predict",
+    "embed",
+    "convert",
+    "info",
+    "doctor",
+)
 """In the order of the help; `arm_cli.NAME` holds the command NAME and is imported when it is needed."""
 
 

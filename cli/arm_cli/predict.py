@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from arm_core.backend import Array
 
 
-@click.command()
+@click.command(short_help="Name the likeliest classes of images.")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--model", required=True, help="A classifier: model folder, run or checkpoint.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to show.")

@@ -7,7 +7,7 @@ import click
 from arm_cli.training import Request, fresh_parameters, run_training, training_options
 
 
-@click.command()
+@click.command(short_help="Learn from images without labels, cluster by cluster.")
 @training_options
 def pretrain(request: Request) -> None:
     """Pretrain a model as RECIPE says, without labels.

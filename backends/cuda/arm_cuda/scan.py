@@ -122,13 +122,13 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    result: Tensor = _CpuConv.apply(x, weight, bias, order)  # type: ignore[no-untyped-call]
+    result: Tensor = _CpuConv.apply(x, weight, bias, order)
     return result
 
 
 def _cpu_scan(*tensors: Tensor) -> Tensor:
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    result: Tensor = _CpuScan.apply(keep, *tensors)  # type: ignore[no-untyped-call]
+    result: Tensor = _CpuScan.apply(keep, *tensors)
     return result
 
 
