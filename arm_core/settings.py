@@ -81,6 +81,9 @@ class ClassifierModel(EncoderChoice):
     directions: int | None = None
     """1, 2 or 4."""
     pooling: Pooling | None = None
+    head_std: float | None = None
+    """Standard deviation of a new head's weights on a pretrained trunk; None for the official 2e-5. From
+    scratch every head starts alike (`arm_core.parameters.HEAD_STD`)."""
 
     def spec(self, classes: int | None = None) -> ClassifierSpec:
         """classes: number in the data; a ValueError says so where it differs from the recipe's."""

@@ -184,7 +184,7 @@ def broken(tmp_path, classifier, pretrained, images):
         ("predict images/a.png --model classifier --ema", "classifier"),
         ("predict images/a.png --model classifier --scan warp", "unknown scan 'warp'"),
         ("predict images/a.png --model classifier --device tpu", "tpu"),
-        ("predict images/a.png --model classifier --backend jax", "'jax' is not one of"),
+        ("predict images/a.png --model classifier --backend jax", "unknown backend 'jax'; known are auto, "),
         ("predict images/a.png --model classifier --top 0", "0 is not in the range"),
         ("predict --model classifier", "Missing argument 'IMAGE...'"),
         ("embed classifier --out o.npz", "give either IMAGE... or --array"),

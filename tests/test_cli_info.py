@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from arm_cli.main import main
-from arm_cli.options import BACKENDS, PRECISIONS
+from arm_cli.options import PRECISIONS
 from arm_core.backend import Precision, installed_backends
 from arm_core.model_files import write_model
 from arm_core.parameters import initial_parameters
@@ -152,5 +152,4 @@ def test_doctor_without_any_engine_ends_with_exit_code_1(monkeypatch):
 
 
 def test_choices_of_the_command_line_are_those_of_the_core():
-    assert set(BACKENDS) == {"auto", *installed_backends()}
     assert set(PRECISIONS) == {str(precision) for precision in Precision}

@@ -114,6 +114,18 @@ def test_pretraining_finetuning_and_evaluation_follow_each_other(place):
     assert {best["class"] for best in prediction["top"]} == {"dark", "light"}
 
 
+def test_a_new_head_has_the_spread_that_the_recipe_says(place):
+    assert arm("pretrain", "pre.toml", "--data", "train", "--set", "training.length=1 step").exit_code == 0
+    for std in (None, 0.5):
+        words = [] if std is None else ["--set", f"model.head_std={std}"]
+        result = arm(
+            "finetune", "fine.toml", "--from", "runs/pre", "--data", "train", "--out", f"run-{std}", *words
+        )
+        assert result.exit_code == 0, result.output
+        head = read_model(f"run-{std}/checkpoints/step-00000000").arrays["head.weight"].read()
+        assert head.std() == pytest.approx(std or 2e-5, rel=0.3)
+
+
 def test_finetuning_without_from_trains_from_scratch(place):
     assert arm("finetune", "fine.toml", "--data", "train", "--out", "run").exit_code == 0
     start = load_checkpoint(place / "run/checkpoints/step-00000000")
@@ -256,7 +268,7 @@ def mistakes(prepared, monkeypatch):
         (f"{PRE} --set training.batch_size=64", "12 images, fewer than one batch of 64"),
         (f"{PRE} --set model.cluster=4x4", "do not tile"),
         (f"{PRE} --set seed=1", "expected section.key=value"),
-        (f"{PRE} --backend tpu", "'tpu' is not one of"),
+        (f"{PRE} --backend tpu", "unknown backend 'tpu'"),
         (f"{PRE} --scan warp", "unknown scan 'warp'"),
         (f"{PRE} --threads 0", "0 is not in the range"),
         ("pretrain pre.toml --data broken --out new", "broken/1.png: cannot be decoded"),

@@ -203,8 +203,8 @@ class _Demo:
         """The best-trained classifier in the other engine: logits, gradients, classes."""
         import numpy as np
 
+        from arm_cli.models import open_model
         from arm_core.backend import Batch, EngineOptions, installed_backends
-        from arm_core.checkpoint import read_weights
         from arm_core.recipe import load_recipe
         from arm_core.report.demonstration import Parity
 
@@ -212,13 +212,13 @@ class _Demo:
         if not others:
             click.echo("  only one engine is installed: nothing to compare")
             return None
-        spec, parameters = read_weights(self._classifier_folder(), ema=False)
+        opened = open_model(str(self._classifier_folder()))
         images, labels = _images(test, load_recipe(ARMS["pretrained"]), range(PARITY_IMAGES))
         targets = np.eye(10, dtype=np.float32)[labels]
         results = []
         for backend in (self.backend, others[0]):
             options = self.choice.options() if backend is self.backend else EngineOptions()
-            engine = backend.create_engine(spec, parameters, options=options)
+            engine = backend.create_engine(opened.spec, opened.parameters, options=options)
             gradients = engine.loss_and_gradients(Batch(images=images, targets=targets))[1]
             results.append((engine.forward(images)["logits"], gradients))
         (logits, gradients), (other_logits, other_gradients) = results
@@ -255,17 +255,20 @@ def _first_weights(
     arm: str, recipe: Recipe, pretrain_spec: Any, pretrained: Mapping[str, Array], seed: int
 ) -> dict[str, Array]:
     """Weights that a classifier starts from: grown from the pretrained ones, or drawn from the seed."""
-    from arm_convert.adapt import to_classifier
-    from arm_core.parameters import HEAD_STD, initial_parameters
+    from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
+    from arm_core.parameters import initial_parameters
+    from arm_core.settings import ClassifierModel
     from arm_core.spec import ClassifierSpec
     from arm_core.tensor_file import Tensor
 
     spec = recipe.spec(10)
     assert isinstance(spec, ClassifierSpec)
+    assert isinstance(recipe.model, ClassifierModel)
     if arm != "pretrained":
         return initial_parameters(spec, seed)
     tensors = {name: Tensor.of(value) for name, value in pretrained.items()}
-    made = to_classifier(pretrain_spec, tensors, spec, seed=seed, head_std=HEAD_STD)
+    head_std = recipe.model.head_std or OFFICIAL_HEAD_STD
+    made = to_classifier(pretrain_spec, tensors, spec, seed=seed, head_std=head_std)
     return {name: tensor.read() for name, tensor in made.items()}
 
 

@@ -27,7 +27,7 @@ def finetune(request: Request, origin: str | None) -> None:
     starts as that model's, else from random weights: supervised training. Examples:
 
     \b
-      arm finetune digits --from runs/digits
+      arm finetune digits --from runs/pretrain-digits
       arm finetune tiny --from RUN --data TRAIN --eval-data VAL --out RUN2
       arm finetune tiny --data TRAIN --eval-data VAL --out RUN2
       arm finetune --resume RUN2
@@ -43,10 +43,12 @@ def finetune(request: Request, origin: str | None) -> None:
 def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...]) -> Mapping[str, Array]:
     """The classifier's weights grown from the model at `origin`."""
     from arm_cli.models import class_names, read_folder
-    from arm_convert.adapt import to_classifier
+    from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
+    from arm_core.settings import ClassifierModel
     from arm_core.spec import ClassifierSpec
 
     assert isinstance(spec, ClassifierSpec)
+    assert isinstance(recipe.model, ClassifierModel)
     model = read_folder(origin)
     if model.spec.encoder != spec.encoder:
         raise ValueError(
@@ -57,7 +59,14 @@ def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...
     keep_head = isinstance(model.spec, ClassifierSpec) and class_names(model, model.spec) == classes
     kind = "classifier" if isinstance(model.spec, ClassifierSpec) else "pretraining model"
     click.echo(f"from {model.path} ({kind}), {'its head kept' if keep_head else 'with a new head'}", err=True)
-    grown = to_classifier(model.spec, model.arrays, spec, seed=recipe.training.seed, keep_head=keep_head)
+    grown = to_classifier(
+        model.spec,
+        model.arrays,
+        spec,
+        seed=recipe.training.seed,
+        head_std=recipe.model.head_std or OFFICIAL_HEAD_STD,
+        keep_head=keep_head,
+    )
     return {name: tensor.read().astype("float32", copy=False) for name, tensor in grown.items()}
 
 

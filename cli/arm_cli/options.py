@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "mlx", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -63,7 +62,8 @@ def announce(backend: Backend, engine: Engine) -> None:
 def engine_options(command: F) -> F:
     """Add the options of an engine; the command receives them as one argument, `engine`."""
     options = (
-        click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Engine that computes."),
+        # No fixed choice: a package of its own may bring a further backend.
+        click.option("--backend", metavar="mlx|cuda|auto", default="auto", help="Engine that computes."),
         click.option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch)."),
         click.option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them."),
         click.option("--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products."),

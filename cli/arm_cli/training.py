@@ -123,7 +123,8 @@ def _start(stage: str, request: Request, start: Start, origin: str | None) -> No
     engine, session = _engine(request.engine, recipe, spec, start(recipe, spec, train.classes))
     if origin is not None:
         session["from"] = origin
-    with start_run(request.out or f"runs/{_name(request.recipe)}", recipe, spec) as run:
+    out = request.out or f"runs/{Path(_full_name(stage, request)).stem}"
+    with start_run(out, recipe, spec) as run:
         _train(run, engine, session, train, evaluation, request.as_json)
 
 
@@ -147,11 +148,9 @@ def _resume(stage: str, request: Request) -> None:
 
 def _resolve(stage: str, request: Request) -> Recipe:
     """The recipe with everything that the command line says."""
-    from arm_core.recipe import load_recipe, override, shipped_recipes
+    from arm_core.recipe import load_recipe, override
 
-    assert request.recipe is not None
-    short = f"{stage}-{request.recipe}"  # `arm pretrain tiny` means pretrain-tiny
-    recipe = load_recipe(short if short in shipped_recipes() else request.recipe)
+    recipe = load_recipe(_full_name(stage, request))
     if recipe.stage != stage:
         raise ValueError(f"recipe {request.recipe} is for `arm {recipe.stage}`")
     return override(recipe, _overrides(request))
@@ -175,8 +174,13 @@ def _recipes(stage: str) -> list[str]:
     return [name for name in shipped_recipes() if load_recipe(name).stage == stage]
 
 
-def _name(recipe: str) -> str:
-    return Path(recipe).name.removesuffix(".toml")
+def _full_name(stage: str, request: Request) -> str:
+    """The recipe asked for; `arm pretrain tiny` means pretrain-tiny."""
+    from arm_core.recipe import shipped_recipes
+
+    assert request.recipe is not None
+    full = f"{stage}-{request.recipe}"
+    return full if full in shipped_recipes() else request.recipe
 
 
 def _engine(
