@@ -172,7 +172,7 @@ class _Demo:
                     load_recipe(recipe_name), [f"data.labels_per_class={labels}", f"training.seed={seed}"]
                 )
                 train = Digits("train", size=pretrain_spec.image_size, seed=seed, labels_per_class=labels)
-                start = _first_weights(name, recipe, pretrain_spec, pretrained, seed)
+                start = first_weights(name, recipe, pretrain_spec, pretrained, seed)
                 folder = self._run_folder(name, labels, seed)
                 rows = self._train(folder, recipe, start, train, test, len(train.classes))
                 evaluations = [row for row in rows if "eval_top1" in row]
@@ -251,7 +251,7 @@ class _Demo:
         }
 
 
-def _first_weights(
+def first_weights(
     arm: str, recipe: Recipe, pretrain_spec: Any, pretrained: Mapping[str, Array], seed: int
 ) -> dict[str, Array]:
     """Weights that a classifier starts from: grown from the pretrained ones, or drawn from the seed."""
