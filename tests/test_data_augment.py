@@ -76,6 +76,8 @@ def test_color_and_contrast_move_away_from_grey_or_towards_it() -> None:
 
         assert measure(0.5) == pytest.approx(1.45 * spread, rel=0.05)
         assert measure(-0.5) == pytest.approx(0.55 * spread, rel=0.05)
+    np.testing.assert_array_equal(apply("color", RAMP, 0.9), RAMP)  # grey has no colour to change
+    assert (apply("contrast", RAMP, -0.9) != RAMP).any()
 
 
 def test_sharpness_sharpens_and_blurs() -> None:
@@ -85,6 +87,10 @@ def test_sharpness_sharpens_and_blurs() -> None:
         return float(np.abs(np.diff(out.astype(float), axis=1)).mean())
 
     assert detail(apply("sharpness", pixels, 0.9)) > detail(pixels) > detail(apply("sharpness", pixels, -0.9))
+    halves = np.repeat(np.array([[[60, 60, 60], [200, 200, 200]]], np.uint8), 8, axis=1).repeat(8, axis=0)
+    for strength in (0.9, -0.9):
+        changed = (apply("sharpness", halves, strength) != halves).any((0, 2))
+        assert np.flatnonzero(changed).tolist() == [7, 8]  # at the edge, and nowhere else
 
 
 @pytest.mark.parametrize(("name", "axis"), [("translate_x", 1), ("translate_y", 0)])

@@ -24,10 +24,14 @@ from arm_core.data import (
     EvalTransform,
     ImageFolder,
     Item,
+    Mixing,
     Synthetic,
     TrainLoader,
     TrainTransform,
+    handover,
 )
+from arm_core.data.draws import Draws
+from arm_core.data.handover import Folder, Parcels
 
 PLAIN = TrainTransform(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0)
 SIZE = (16, 24)
@@ -148,6 +152,22 @@ def test_an_epoch_visits_each_sample_once_but_for_the_incomplete_batch_and_the_n
     assert set().union(*epochs) == set(range(23))  # what one epoch leaves out comes in another
 
 
+def test_an_image_is_drawn_from_the_seed_the_epoch_and_its_own_number() -> None:
+    source = Synthetic(10, (20, 30))
+    with TrainLoader(source, PRETRAIN, size=SIZE, batch_size=4, seed=5) as loader:
+        for position, batch in enumerate(islice(loader, 4)):
+            indices = loader.batches.indices(position).tolist()
+            for image, index in zip(batch.images, indices, strict=True):
+                draws = Draws(5, "augment", position // 2, index)
+                np.testing.assert_array_equal(image, PRETRAIN(source.item(index), SIZE, draws))
+
+
+def test_each_batch_is_mixed_in_its_own_way() -> None:
+    loader = numbered(20, 2, classes=5, mixing=Mixing(mixup=1.0))
+    weights = [batch.targets.max() for batch in take(loader, 10) if batch.targets is not None]
+    assert len(set(weights)) > 5
+
+
 def test_the_targets_belong_to_the_images() -> None:
     for batch in take(numbered(23, 5, classes=5), 8):
         assert batch.targets is not None
@@ -262,7 +282,7 @@ def test_without_grain_this_process_makes_the_batches_and_workers_are_refused(
     )
     assert printed.splitlines() == [
         "(4, 16, 16, 3)",
-        "2 data workers need the package 'grain', which is missing: install it or use 0 workers",
+        "2 data workers need the package 'grain': install it, or use 0 workers",
     ]
 
 
@@ -281,7 +301,8 @@ if __name__ == "__main__":
     source = Synthetic(64, (32, 32))
     with TrainLoader(source, PRETRAIN, size=(32, 32), batch_size=8, seed=0, workers=2) as loader:
         next(loader), next(loader)  # one from each worker, so both are up
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        print(*[child.pid for child in multiprocessing.active_children()])
+        print(loader._stream._folder.path, flush=True)
         if "wait" in sys.argv:
             sys.stdin.read()
     print(sum(len(batch.images) for batch in EvalLoader(
@@ -305,8 +326,8 @@ def test_workers_print_nothing_of_their_own(script: Path) -> None:
 
 
 @pytest.fixture
-def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that waits with two workers alive, and the workers' numbers."""
+def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
+    """A process that waits with two workers alive, the workers' numbers, and the folder they write to."""
     process = subprocess.Popen(
         [sys.executable, str(script), "wait"],
         stdin=subprocess.PIPE,
@@ -317,8 +338,10 @@ def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     )
     assert process.stdout is not None
     workers = [int(pid) for pid in process.stdout.readline().split()]
-    yield process, workers
-    process.kill()
+    yield process, workers, Path(process.stdout.readline().strip())
+    for pid in (process.pid, *workers):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -333,9 +356,10 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_workers_ignore_ctrl_c_and_end_with_a_killed_main_process(
-    running: tuple[subprocess.Popen[str], list[int]],
+    running: tuple[subprocess.Popen[str], list[int], Path],
 ) -> None:
-    process, workers = running
+    process, workers, folder = running
+    assert any(folder.glob("*.npy"))
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGINT)
@@ -347,3 +371,28 @@ def test_workers_ignore_ctrl_c_and_end_with_a_killed_main_process(
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
+    assert not folder.exists()
+
+
+def test_a_folder_of_prepared_batches_goes_with_its_owner_or_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "MEMORY_FILES", tmp_path)
+    monkeypatch.setattr(handover, "ROOM", 0)
+    live = Folder()
+    (live.path / "0.npy").write_bytes(b"x")
+    killed = tmp_path / "arm-batches-killed"
+    killed.mkdir()
+    (killed / "lock").write_bytes(b"")
+    other = Folder()
+    assert live.path.exists()
+    assert not killed.exists()
+    other.remove()
+    live.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_that_says_what_helps(tmp_path: Path) -> None:
+    parcel = Parcels(numbered(4, 2).batches, tmp_path / "gone")[0]
+    with pytest.raises(ValueError, match=r"gone: cannot hold prepared batches \(No such file.*TMPDIR"):
+        parcel.open()

@@ -113,6 +113,7 @@ def test_sources_survive_pickling(pets: Path) -> None:
 def test_synthetic_images_follow_from_seed_and_index() -> None:
     first, again, other = Synthetic(4, (5, 7)), Synthetic(4, (5, 7)), Synthetic(4, (5, 7), seed=1)
     assert np.shape(first.item(1).image) == (5, 7, 3)
+    assert [Synthetic(9, classes=4).item(i).label for i in range(9)] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
     np.testing.assert_array_equal(first.item(1).image, again.item(1).image)
     assert not np.array_equal(first.item(1).image, first.item(2).image)
     assert not np.array_equal(first.item(1).image, other.item(1).image)
@@ -133,6 +134,9 @@ def test_draws_have_the_moments_of_their_distributions() -> None:
         variance = 1 / (4 * (2 * alpha + 1))
         assert abs(values.mean() - 0.5) < 5 * np.sqrt(variance / count)
         assert values.var() == pytest.approx(variance, rel=0.08)
+    values = np.array([draws.between(-2, 6) for _ in range(count)])
+    assert -2 <= values.min() < -1.98
+    assert 5.98 < values.max() < 6
     values = np.array([draws.gamma(0.8) for _ in range(count)])
     assert values.mean() == pytest.approx(0.8, rel=0.1)
     assert {draws.below(3) for _ in range(100)} == {0, 1, 2}

@@ -19,8 +19,8 @@ LEVELS = 10
 
 MAX_ROTATION, MAX_SHEAR, MAX_SHIFT = 30.0, 0.3, 0.45
 """At the largest magnitude: degrees, slope, and part of the side."""
-MAX_ENHANCE, LEAST_ENHANCE = 0.9, 0.1
-"""Largest change of an enhancement factor, and its lower bound."""
+MAX_ENHANCE = 0.9
+"""Largest change of an enhancement factor, whose neutral value is 1."""
 SOLARIZE_ADD_BELOW = 128
 """Values under this grow in `solarize_add`."""
 
@@ -108,7 +108,7 @@ def solarize_add(image: Image.Image, strength: float, fill: Fill) -> Image.Image
 
 
 def _enhance_factor(strength: float) -> float:
-    return max(LEAST_ENHANCE, 1.0 + MAX_ENHANCE * strength)
+    return 1.0 + MAX_ENHANCE * strength
 
 
 def color(image: Image.Image, strength: float, fill: Fill) -> Image.Image:

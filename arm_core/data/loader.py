@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from arm_core.backend import Array, Batch
 from arm_core.data.draws import Draws, epoch_order
+from arm_core.data.handover import Arrays
 from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
 from arm_core.data.source import Source
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
-from arm_core.data.workers import Arrays, Stream
+from arm_core.data.workers import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,23 +13,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import connection
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-class Maker(Protocol):
-    """Sets of arrays by number; it can be pickled, since each worker process holds a copy."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Arrays: ...
+from arm_core.data.handover import Arrays, Folder, Maker, Parcel, Parcels, remove_folder
 
 
 class Stream:
@@ -53,9 +43,13 @@ class Stream:
         self._grain: Any = None
         if workers == 0:
             self._sets: Iterator[Arrays] = (maker[k] for k in range(start, len(maker), step))
+        elif find_spec("grain") is None:
+            raise ValueError(f"{workers} data workers need the package 'grain': install it, or use 0 workers")
         else:
-            self._grain = _open_workers(maker, slice(start, None, step), workers, prefetch)
-            self._sets = _received(self._grain)
+            self._folder = Folder()
+            parcels = Parcels(maker, self._folder.path)
+            self._grain = _open_workers(parcels, slice(start, None, step), workers, prefetch)
+            self._sets = _opened(self._grain)
 
     def __iter__(self) -> Self:
         return self
@@ -68,8 +62,8 @@ class Stream:
         grain, self._grain, self._sets = self._grain, None, iter(())
         if grain is not None:
             grain.close()
-            # Grain's iterators hold their last arrays in reference cycles; at interpreter exit it is
-            # too late to give that shared memory back quietly.
+            self._folder.remove()
+            # Grain's iterators sit in reference cycles, and complain if they live until the interpreter ends.
             del grain
             gc.collect()
 
@@ -80,11 +74,7 @@ class Stream:
         self.close()
 
 
-def _open_workers(maker: Maker, part: slice, workers: int, prefetch: int) -> Any:
-    if find_spec("grain") is None:
-        raise ValueError(
-            f"{workers} data workers need the package 'grain', which is missing: install it or use 0 workers"
-        )
+def _open_workers(parcels: Parcels, part: slice, workers: int, prefetch: int) -> Any:
     # Grain remarks through absl that JAX, which nothing here uses, is missing.
     from absl import logging as absl_logging
 
@@ -93,45 +83,21 @@ def _open_workers(maker: Maker, part: slice, workers: int, prefetch: int) -> Any
 
     # Slicing before iterating keeps the numbers; Grain's own multi-worker state does not survive a
     # change of the worker count. One thread per process: the processes are the parallelism.
-    dataset = grain.MapDataset.source(_Reporting(maker))[part]
+    dataset = grain.MapDataset.source(parcels)[part]
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.multiprocessing.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=prefetch
     )
-    return iter(dataset.to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=_start_worker))
+    start_worker = partial(_start_worker, parcels.folder)
+    return iter(dataset.to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=start_worker))
 
 
-_ERROR = "error"
-"""Name of the one array in a set that stands for a ValueError."""
-
-
-@dataclass(frozen=True)
-class _Reporting:
-    """A maker whose ValueErrors are sets too: Grain leaks shared memory when a worker raises."""
-
-    maker: Maker
-
-    def __len__(self) -> int:
-        return len(self.maker)
-
-    def __getitem__(self, number: int) -> Arrays:
-        try:
-            return self.maker[number]
-        except ValueError as error:
-            return {_ERROR: np.array(str(error))}
-
-
-def _received(grain_iterator: Iterator[Arrays]) -> Iterator[Arrays]:
+def _opened(grain_iterator: Iterator[Parcel]) -> Iterator[Arrays]:
     with _quiet_children():  # the first call starts the workers
-        arrays = next(grain_iterator, None)
-    while arrays is not None:
-        # Out of shared memory, which is scarce in containers and unmapped behind our back at exit.
-        owned = {name: np.array(array) for name, array in arrays.items()}
-        del arrays
-        if _ERROR in owned:
-            raise ValueError(str(owned[_ERROR]))
-        yield owned
-        arrays = next(grain_iterator, None)
+        parcel = next(grain_iterator, None)
+    while parcel is not None:
+        yield parcel.open()
+        parcel = next(grain_iterator, None)
 
 
 class _LoggingOff:
@@ -155,15 +121,16 @@ def _quiet_children() -> Iterator[None]:
         del config["arm_core.logging"]
 
 
-def _start_worker(index: int, count: int) -> None:
+def _start_worker(folder: Path, index: int, count: int) -> None:
     """Leave Ctrl-C to the main process, and end with it even where it is killed."""
     logging.disable(logging.NOTSET)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent.sentinel, folder), daemon=True).start()
 
 
-def _exit_with(sentinel: int) -> None:
+def _end_with(sentinel: int, folder: Path) -> None:
     connection.wait([sentinel])
+    remove_folder(folder)
     os._exit(1)
