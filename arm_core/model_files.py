@@ -41,6 +41,9 @@ INDEX = "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{total:05d}.safetensors"
 CARD = "README.md"
 
+MAX_DEPTH, MAX_SIZE = 1024, 2**20
+"""Bounds on what is read from a file; far beyond any model that could be trained."""
+
 _MAX_JSON = 16 * 2**20
 _OURS = re.compile(rf"{re.escape(CONFIG)}|{CARD}|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
 """File names that a model folder may hold, and that `force` may therefore replace."""
@@ -89,11 +92,22 @@ def read_config(folder: Path) -> ModelSpec:
     path = folder / CONFIG
     if path.stat().st_size > _MAX_JSON:
         raise BadFileError(f"{path}: larger than {_MAX_JSON} bytes")
+    return parse_config(path, path.read_bytes())
+
+
+def parse_config(path: Path, text: bytes) -> ModelSpec:
+    """The spec in the JSON of a `config.json`; path: what errors call it."""
+    data = parse_json(path, text)
     try:
-        return from_json(parse_json(path, path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        message = str(error)
-        raise BadFileError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        spec = from_json(data)
+    except (ValueError, TypeError, ArithmeticError) as error:  # whatever a foreign file holds
+        raise BadFileError(f"{path}: {error}") from None
+    depths = [spec.encoder.depth, getattr(spec, "decoder_depth", 1)]
+    sizes = [spec.encoder.width, spec.encoder.state, spec.encoder.conv_width, *spec.image_size]
+    if max(depths) > MAX_DEPTH or max(sizes) > MAX_SIZE:
+        # The parameter table has a row for each block: a hostile depth would fill the memory.
+        raise BadFileError(f"{path}: expected at most {MAX_DEPTH} blocks and sizes up to {MAX_SIZE}")
+    return spec
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

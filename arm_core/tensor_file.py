@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,18 @@ MAX_HEADER = 16 * 2**20
 
 
 class BadFileError(ValueError):
-    """A file that is damaged, hostile or of another kind; the message names file, tensor and repair."""
+    """A file that is damaged, hostile or of another kind; the message names file, tensor and repair.
+
+    What the file itself says may stand in the message, so control characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text of a file for a terminal: control characters and the like as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,9 @@ def read_tensors(path: Path) -> TensorFile:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BadFileError(f"{path}: __metadata__ must map names to strings")
+    check_names(path, header)
+    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
+        raise BadFileError(f"{path}: __metadata__ is not Unicode")
     ranges = {name: _tensor_range(path, name, entry) for name, entry in header.items()}
     data = 8 + length
     position = 0
@@ -162,10 +176,11 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object in which no key stands twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{name!r} stands twice")
+            found[name] = value
         return found
 
     try:
@@ -175,6 +190,22 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse names that no program gives a tensor and no terminal should be shown."""
+    for name in names:
+        if not name.isprintable():
+            raise BadFileError(f"{path}: {name[:80]}: expected a printable name")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can hold and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensor_range(path: Path, name: str, entry: object) -> tuple[str, Shape, int, int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from arm_convert.card import model_card
 from arm_convert.layouts import to_canonical
 from arm_convert.metadata import HISTORY, RESULTS, TRAINING_ARGS
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
+from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
 from arm_convert.source import Layout, Source
 from arm_core.model_files import check_new, write_model
@@ -80,7 +80,10 @@ def resolve(
     if kind not in ("auto", kind_of(resolved.spec)):
         raise ValueError(f"{source.path}: expected a {kind} model, found a {kind_of(resolved.spec)} model")
     stored = {name: _as_float(source.path, name, tensor) for name, tensor in resolved.tensors.items()}
-    left_out = [*resolved.left_out, *(f"{name}: {_brief(value)}" for name, value in source.entries.items())]
+    left_out = [
+        *resolved.left_out,
+        *(f"{brief(name)}: {brief(value)}" for name, value in source.entries.items()),
+    ]
     if weights is Weights.MODEL and source.average is not None:
         left_out.append("the moving average of the weights (--weights ema takes it)")
     return replace(resolved, tensors=stored, left_out=left_out)
@@ -177,17 +180,6 @@ def _new_metadata(source: Source, weights: Weights) -> dict[str, str]:
     if isinstance(best, (int, float)):
         metadata[RESULTS] = json.dumps({"best top-1 accuracy during its training, %": best})
     return metadata
-
-
-def _brief(value: Any) -> str:
-    """A value in a few words, however large it is."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return repr(value)[:60]
-    if isinstance(value, dict):
-        return f"{len(value)} entries ({', '.join(str(key)[:20] for key in list(value)[:4])})"
-    if isinstance(value, Tensor):
-        return f"a tensor {value.shape}"
-    return f"a {type(value).__name__}"
 
 
 def import_model(

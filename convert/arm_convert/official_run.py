@@ -14,6 +14,7 @@ from typing import Any, cast
 from arm_convert.importing import Resolved, watch_finite
 from arm_convert.layouts import to_canonical
 from arm_convert.official import FROZEN, MASK, official_table
+from arm_convert.pickle_machine import brief
 from arm_convert.source import Source
 from arm_core.backend import Array, Precision, TrainingState
 from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
@@ -78,7 +79,7 @@ def optimizer_state(source: Source, spec: ModelSpec) -> OptimizerState:
     betas, eps = groups[0].get("betas"), groups[0].get("eps")
     decay = max((group.get("weight_decay") for group in groups), key=_number)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{source.path}: optimizer: expected two betas, found {str(betas)[:40]}")
+        raise ValueError(f"{source.path}: optimizer: expected two betas, found {brief(betas)}")
     return OptimizerState(
         step=step,
         exp_avg=moments["exp_avg"],
@@ -89,10 +90,11 @@ def optimizer_state(source: Source, spec: ModelSpec) -> OptimizerState:
     )
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"optimizer: expected a number, found {str(value)[:40]!r}")
-    return float(value)
+def _number(value: object, owner: str = "optimizer") -> float:
+    # NaN and infinity compare as False.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15:
+        return float(value)
+    raise ValueError(f"{owner}: expected a number, found {brief(value)}")
 
 
 def official_groups(source: Source, spec: ModelSpec) -> list[list[str]]:
@@ -121,7 +123,8 @@ def _numbers(source: Source, group: object) -> list[int]:
 def _step(value: object) -> int | None:
     if isinstance(value, Tensor) and value.shape == ():
         value = value.read().item()
-    return int(value) if isinstance(value, (int, float)) and value == int(value) and value >= 0 else None
+    whole = isinstance(value, (int, float)) and 0 <= value < 2**53 and value == int(value)
+    return int(cast(float, value)) if whole else None
 
 
 def official_recipe(source: Source, spec: ModelSpec, state: OptimizerState) -> Recipe:
@@ -169,11 +172,7 @@ class _Arguments:
 
     def optional(self, name: str) -> float | None:
         value = self._source.args.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(
-                f"{self._source.path}: args.{name}: expected a number, found {str(value)[:40]!r}"
-            )
-        return value
+        return None if value is None else _number(value, f"{self._source.path}: args.{name}")
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.optional(name)

@@ -59,6 +59,20 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
+def brief(value: object) -> str:
+    """A value of a file in a few words, at little cost however it is nested (it may contain itself)."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:60])
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a huge number"  # writing it out takes quadratic time
+    if isinstance(value, (int, float, bool, type(None))):
+        return repr(value)
+    if isinstance(value, (Function, Name)):
+        return value.name
+    size = f" of {len(value)}" if isinstance(value, (dict, list, tuple)) else ""
+    return f"a {type(value).__name__}{size}"
+
+
 class _RefusedError(Exception):
     pass
 
@@ -101,7 +115,7 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         found = known.get(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
             raise _RefusedError(
-                f"the file asks for {str(module)[:60]}.{str(name)[:60]}, which no checkpoint needs: "
+                f"the file asks for {_dotted(module, name)}, which no checkpoint needs: "
                 "refused, and nothing was run"
             )
         return found
@@ -112,6 +126,8 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
             raise _RefusedError(f"more than {MAX_OPERATIONS} operations")
         operation = opcode.name
         if operation in _VALUES:
+            if isinstance(argument, str):
+                argument.encode()  # half a surrogate pair could not be written again: UnicodeError
             stack.append(argument)
         elif operation in _CONSTANTS:
             stack.append(_CONSTANTS[operation])
@@ -140,7 +156,7 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
             target = _top(stack, dict)
             for key, value in _pairs(items).items():
                 if key in target:
-                    raise _RefusedError(f"{str(key)[:80]!r} stands twice")
+                    raise _RefusedError(f"{brief(key)} stands twice")
                 target[key] = value
         elif operation == "GLOBAL":
             module, _, name = argument.partition(" ")
@@ -151,7 +167,7 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         elif operation in ("REDUCE", "NEWOBJ"):
             arguments, function = _pop(stack), _pop(stack)
             if not isinstance(function, Function) or not isinstance(arguments, tuple):
-                raise _RefusedError(f"the file calls {str(function)[:80]}: refused, and nothing was run")
+                raise _RefusedError(f"the file calls {brief(function)}: refused, and nothing was run")
             stack.append(function.call(*arguments))
         elif operation == "BUILD":
             _build(_pop(stack), _top(stack))
@@ -167,6 +183,11 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         elif operation not in ("PROTO", "FRAME"):
             raise _RefusedError(f"the pickle operation {operation} belongs to no checkpoint: refused")
     raise _RefusedError("damaged pickle: it has no end")
+
+
+def _dotted(module: object, name: object) -> str:
+    parts = [part[:60] if isinstance(part, str) else brief(part) for part in (module, name)]
+    return ".".join(parts)
 
 
 def _pop(stack: list[Any]) -> Any:
@@ -189,7 +210,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
         if not isinstance(key, _KEYS):  # hashing nested tuples can take forever
             raise _RefusedError(f"expected plain keys, found a {type(key).__name__}")
         if key in pairs:
-            raise _RefusedError(f"{str(key)[:80]!r} stands twice")
+            raise _RefusedError(f"{brief(key)} stands twice")
         pairs[key] = value
     return pairs
 

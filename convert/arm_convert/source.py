@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from arm_convert import hub
-from arm_convert.pickle_machine import Attributes
+from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
 from arm_core.checkpoint import EMA, FOLDER, newest_folder
-from arm_core.model_files import read_model
-from arm_core.spec import ModelSpec, from_json
-from arm_core.tensor_file import BadFileError, Tensor, parse_json, read_tensors
+from arm_core.model_files import parse_config, read_model
+from arm_core.spec import ModelSpec
+from arm_core.tensor_file import BadFileError, Tensor, check_names, read_tensors
 
 LAYOUT_KEY, CONFIG_KEY = "arm.layout", "arm.config"
 """Metadata by which a file that we exported says what it holds."""
@@ -110,10 +110,11 @@ def _self_description(path: Path, metadata: dict[str, str]) -> tuple[Layout, Mod
     layout, config = metadata.pop(LAYOUT_KEY, None), metadata.pop(CONFIG_KEY, None)
     if layout is None or config is None:
         return Layout.OFFICIAL, None
-    try:
-        return Layout(layout), from_json(parse_json(path, config.encode()))
-    except (ValueError, TypeError) as error:
-        raise BadFileError(f"{path}: {error}") from None
+    if layout not in list(Layout):
+        raise BadFileError(
+            f"{path}: {LAYOUT_KEY}: expected one of {', '.join(Layout)}, found {brief(layout)}"
+        )
+    return Layout(layout), parse_config(path, config.encode())
 
 
 def _open_torch(path: Path) -> Source:
@@ -128,7 +129,7 @@ def _open_torch(path: Path) -> Source:
         return Source(path, form, Layout.OFFICIAL, *strip_prefix(_only_tensors(path, entries)))
     key = next((key for key in ("model", "state_dict", "model_state_dict") if key in entries), None)
     if key is None or not isinstance(entries[key], dict):
-        found = ", ".join(str(key)[:40] for key in list(entries)[:6])
+        found = ", ".join(brief(key) for key in list(entries)[:6])
         raise BadFileError(f"{path}: expected an entry 'model' with the tensors, found {found}")
     tensors, prefix = strip_prefix(_only_tensors(path, entries.pop(key)))
     average = entries.pop("model_ema", None)
@@ -154,9 +155,10 @@ def _open_torch(path: Path) -> Source:
 
 
 def _only_tensors(path: Path, entries: Mapping[Any, Any]) -> dict[str, Tensor]:
+    check_names(path, (name for name in entries if isinstance(name, str)))
     for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise BadFileError(f"{path}: {str(name)[:80]}: expected a tensor, found a {type(value).__name__}")
+            raise BadFileError(f"{path}: {brief(name)}: expected a tensor, found {brief(value)}")
     return dict(entries)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
-from arm_convert.pickle_machine import Attributes, Function, Name, Readable, read_pickle
+from arm_convert.pickle_machine import Attributes, Function, Name, Readable, brief, read_pickle
 from arm_convert.zip_file import Record, check_record, read_directory, read_record
 from arm_core.tensor_file import DTYPES, AnyArray, BadFileError, Shape, Tensor, read_range
 
@@ -119,16 +119,14 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, stride: obje
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 32):
         raise ValueError(f"{name}: expected equally many sizes and strides")
     if not all(_is_count(value) for value in (*shape, *stride)):
-        raise ValueError(f"{name}: expected sizes and strides of 0 or more, found {shape} and {stride}"[:160])
+        raise ValueError(f"{name}: expected sizes and strides of 0 or more")
     count = math.prod(shape)
     last = (
         offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else offset
     )
     if count > storage.count or (count and last >= storage.count) or offset > storage.count:
         raise ValueError(
-            f"{name}: a tensor of shape {shape} from value {offset} does not fit its {storage.count} values"[
-                :160
-            ]
+            f"{name}: a tensor of {count} values from value {offset} on does not fit its {storage.count}"
         )
     return Tensor(shape, storage.dtype, partial(_view, storage, offset, shape, stride))
 
@@ -200,10 +198,10 @@ def _fetch_record(
 def _storage_of(identifier: object) -> tuple[str, str, int]:
     """(key, dtype, count) of a persistent id ('storage', type, key, location, count[, view])."""
     if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
-        raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+        raise ValueError(f"unknown persistent id {brief(identifier)}")
     _, kind, key, _, count, *view = identifier
     if not isinstance(kind, Name) or not isinstance(key, str) or not _is_count(count):
-        raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+        raise ValueError(f"unknown persistent id {brief(identifier)}")
     if view and view[0] is not None:
         raise ValueError(
             f"storage {key} is a view of another, as torch before 0.4 wrote; save the file again"
@@ -231,15 +229,14 @@ def _read_legacy(path: Path) -> Any:
         if _plain(bounded, path) != _LEGACY_MAGIC:
             raise BadFileError(f"{path}: a pickle, but not one of torch.save")
         if (protocol := _plain(bounded, path)) != _LEGACY_PROTOCOL:
-            raise BadFileError(
-                f"{path}: expected torch protocol {_LEGACY_PROTOCOL}, found {str(protocol)[:40]}"
-            )
+            raise BadFileError(f"{path}: expected torch protocol {_LEGACY_PROTOCOL}, found {brief(protocol)}")
         system = _plain(bounded, path)
         if not isinstance(system, Mapping) or system.get("little_endian") is not True:
-            raise BadFileError(f"{path}: expected little-endian numbers, found {str(system)[:80]}")
+            raise BadFileError(f"{path}: expected little-endian numbers, found {brief(system)}")
         value = read_pickle(bounded, str(path), _known(), persistent)
         keys = _plain(bounded, path)
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        known = isinstance(keys, list) and all(isinstance(key, str) and key in storages for key in keys)
+        if not known or len(set(keys)) != len(keys) or len(keys) != len(storages):
             raise BadFileError(f"{path}: the storages listed are not those that the tensors need")
         for key in keys:
             dtype, count = storages[key]
@@ -247,7 +244,7 @@ def _read_legacy(path: Path) -> Any:
             if found != count:
                 raise BadFileError(f"{path}: storage {key}: expected {count} values, found {found}")
             starts[key] = file.tell()
-            file.seek(count * DTYPES[dtype].itemsize, io.SEEK_CUR)
+            file.seek(min(starts[key] + count * DTYPES[dtype].itemsize, size + 1))
         if file.tell() != size:
             raise BadFileError(f"{path}: expected {file.tell()} bytes, found {size}: truncated or damaged")
     return value
@@ -265,7 +262,7 @@ def _plain(file: Readable, path: Path) -> Any:
 
 
 def _no_storage(identifier: object) -> Any:
-    raise ValueError(f"unknown persistent id {str(identifier)[:80]}")
+    raise ValueError(f"unknown persistent id {brief(identifier)}")
 
 
 class _Bounded:

@@ -93,13 +93,14 @@ def inspect(model: str, names: bool, as_json: bool) -> None:
     Kind, size, types, names, metadata, and what importing it would choose and leave out.
     """
     from arm_convert.describe import describe
+    from arm_core.tensor_file import printable
 
     description = describe(open_named(model))
     if as_json:
         print_json(description.as_json())
         return
     for key, text in description.facts().items():
-        click.echo(f"{key}: {' '.join(text.split())}")
+        click.echo(printable(f"{key}: {text}"))
     if names:
         rows = [
             (name, tensor.dtype, "x".join(map(str, tensor.shape)) or "scalar")

@@ -104,7 +104,7 @@ def _tell(opened, resolved, out: str, *, but: str = "") -> None:  # type: ignore
     for choice in resolved.choices:
         click.echo(f"  {choice}")
     for item in resolved.left_out:
-        if not (but and item.startswith(but)):
+        if not (but and item.startswith(repr(but))):
             click.echo(f"  left out: {item}")
     click.echo(f"  written: {out}")
 
