@@ -10,7 +10,7 @@ import numpy as np
 from arm_core.backend import Array, Batch, Engine, TrainingState
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ArithmeticError):
     """Training met an infinity or NaN and stopped; its run keeps the last good checkpoint.
 
     step: the first update that failed.  tensor: the first bad tensor in words, None if none was found.

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
 
 from arm_core.backend import Batch
-from arm_core.data.loader import EvalLoader, TrainBatches, TrainLoader
+from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.source import Source
 from arm_core.drop_path import branch_scale
 from arm_core.recipe import Recipe
 from arm_core.schedule import Schedule
 from arm_core.spec import ClassifierSpec, ModelSpec
 from arm_core.typed_toml import Span
+
+
+class WorkersLost(RuntimeError):  # noqa: N818
+    """The processes that prepare images ended: killed, or out of memory. No training step is half done."""
+
+
+@contextmanager
+def _naming_lost_workers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkersLost(f"the processes that prepare images ended: {error}") from error
 
 
 class Plan:
@@ -81,7 +94,8 @@ class Plan:
     def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
         """The micro-batches of one update, drop path included; `loader` stands at `position`."""
         positions = range(position, position + self._training.accumulation)
-        return [self._with_drop_path(next(loader), p) for p in positions]
+        with _naming_lost_workers():
+            return [self._with_drop_path(next(loader), p) for p in positions]
 
     def _with_drop_path(self, batch: Batch, position: int) -> Batch:
         rate, depth = self._training.drop_path, self._spec.encoder.depth
@@ -89,6 +103,17 @@ class Plan:
             return batch
         scale = branch_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
         return replace(batch, branch_scale=scale)
+
+    @staticmethod
+    def eval_batches(loader: EvalLoader) -> Iterator[EvalBatch]:
+        """One pass over a loader."""
+        batches = iter(loader)
+        while True:
+            with _naming_lost_workers():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def eval_loader(self, source: Source) -> EvalLoader:
         """`source` in batches for evaluation; ValueError where its classes are not the training data's."""

@@ -19,7 +19,7 @@ from arm_core.data.loader import EvalLoader
 from arm_core.data.source import Source
 from arm_core.diagnosis import NonFiniteError, first_bad_state, first_non_finite
 from arm_core.evaluation import Evaluation, averaged_weights, evaluate
-from arm_core.plan import Plan
+from arm_core.plan import Plan, WorkersLost
 from arm_core.recipe import fingerprint
 from arm_core.run import RunFolder
 from arm_core.signals import StopOnSignal
@@ -109,27 +109,39 @@ class Trainer:
     def train(self) -> Outcome:
         """Run until the end, or until SIGINT or SIGTERM: then the step is finished and the state saved.
 
-        Raises NonFiniteError where a loss or gradient is no number, ValueError for broken data and OSError
-        where the disk fails; the checkpoints written before are sound in each case.
+        Raises NonFiniteError where a loss or gradient is no number, WorkersLost where data workers were
+        killed, ValueError for broken data and OSError where the disk fails; a sound checkpoint to go on
+        from is there in each case.
         """
+        lost: WorkersLost | None = None
         with StopOnSignal(self.observer.warned) as stop:
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
-                self._reset_clock()
-                if self.step and not stop.signal:
-                    self._evaluate_if_due()  # an interrupted run owes the evaluation of its last step
-                while self.step < self.plan.total_steps and not stop.signal:
-                    self._take_step(loader)
-                    if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
-                        self._log()
-                    if stop.signal:
-                        break
-                    best = self._evaluate_if_due()
-                    if best or self.plan.due(self._training.save_every, self.step):
-                        self._save()
-                complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
-                checkpoint = self._save()
+                try:
+                    self._take_steps(loader, stop)
+                except WorkersLost as error:
+                    lost = error
+            complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
+            checkpoint = self._save()
+        if lost and not stop.signal:  # a signal to the whole process group ends the workers, too
+            raise WorkersLost(
+                f"{lost}; saved step {self.step}, go on with: {self.run.resume_command}"
+            ) from lost
         return self._outcome(checkpoint, None if complete else stop.signal)
+
+    def _take_steps(self, loader: Iterator[Batch], stop: StopOnSignal) -> None:
+        self._reset_clock()
+        if self.step and not stop.signal:
+            self._evaluate_if_due()  # an interrupted run owes the evaluation of its last step
+        while self.step < self.plan.total_steps and not stop.signal:
+            self._take_step(loader)
+            if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
+                self._log()
+            if stop.signal:
+                break
+            best = self._evaluate_if_due()
+            if best or self.plan.due(self._training.save_every, self.step):
+                self._save()
 
     def _begin(self) -> None:
         """Bring engine and files to the step where training goes on."""
@@ -225,7 +237,7 @@ class Trainer:
             done += images
             self.observer.evaluating(done, total)
 
-        return evaluate(self.engine, loader, seen=seen)
+        return evaluate(self.engine, self.plan.eval_batches(loader), seen=seen)
 
     def _best(self) -> dict[str, Any] | None:
         rows = [row for row in self.run.metrics() if "score" in row]

@@ -16,6 +16,7 @@ from arm_core.diagnosis import NonFiniteError
 from arm_core.evaluation import cross_entropy, evaluate, ranks
 from arm_core.model_files import read_model
 from arm_core.parameters import initial_parameters
+from arm_core.plan import WorkersLost
 from arm_core.recipe import Recipe, load_recipe, override
 from arm_core.run import RunFolder, resume_run, start_run
 from arm_core.trainer import Observer, Trainer
@@ -348,6 +349,42 @@ def test_a_full_disk_says_what_is_safe_and_how_to_go_on(tmp_path, recipe, monkey
     with pytest.raises(OSError, match=r"step-00000010: cannot be written \(No space left.*--resume"):
         train(tmp_path, recipe)
     assert saved_steps(tmp_path)[-1] == 5
+
+
+class Losing(Synthetic):
+    """Images whose workers are killed when micro-batch `at` is due, perhaps by a signal to the group."""
+
+    def __init__(self, at: int, *, signalled: bool) -> None:
+        super().__init__(43, (8, 8), classes=4)
+        self.left, self.signalled = 4 * at, signalled
+
+    def item(self, index, epoch=0):
+        self.left -= 1
+        if self.left < 0:
+            if self.signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -15.")
+        return super().item(index, epoch)
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("at", [14, 15])
+def test_lost_data_workers_cost_no_step(tmp_path, recipe, signalled, at):
+    with start_run(tmp_path / "lost", recipe, recipe.spec(4)) as run:
+        trainer = Trainer(run, make_engine(run), Losing(at, signalled=signalled))
+        if signalled:
+            assert trainer.train().signal == "SIGTERM"
+        else:
+            with pytest.raises(WorkersLost, match=r"exit code -15.; saved step 7, go on with: arm finetune"):
+                trainer.train()
+    train(tmp_path / "whole", recipe)
+    with resume_run(tmp_path / "lost", warn=pytest.fail) as run:
+        assert run.resumed.progress.step == 7
+        engine = make_engine(run)
+        assert Trainer(run, engine, TRAIN).train().finished
+    whole = newest_checkpoint(tmp_path / "whole", pytest.fail)
+    for name, value in engine.parameters.items():
+        assert value.tobytes() == whole.state.parameters[name].tobytes()
 
 
 @pytest.mark.parametrize(
