@@ -1,4 +1,4 @@
-"""Choose the demonstration's learning rates, on validation digits and seeds that the demonstration leaves out.
+"""Choose the demonstration's learning rates, on validation digits and seeds that it leaves out itself.
 
     python benchmarks/tune_demo.py
 
