@@ -393,6 +393,5 @@ def test_a_folder_of_prepared_batches_goes_with_its_owner_or_with_the_next_one(
 
 
 def test_a_full_disk_is_one_line_that_says_what_helps(tmp_path: Path) -> None:
-    parcel = Parcels(numbered(4, 2).batches, tmp_path / "gone")[0]
     with pytest.raises(ValueError, match=r"gone: cannot hold prepared batches \(No such file.*TMPDIR"):
-        parcel.open()
+        Parcels(numbered(4, 2).batches, tmp_path / "gone")[0]

@@ -39,16 +39,13 @@ class Maker(Protocol):
 
 @dataclass(frozen=True)
 class Parcel:
-    """A set of arrays on its way, or the ValueError that took its place."""
+    """A set of arrays on its way."""
 
     path: Path
-    names: tuple[str, ...] = ()
-    error: str | None = None
+    names: tuple[str, ...]
 
     def open(self) -> Arrays:
-        """The arrays; the file is gone afterwards. Raises the ValueError where there is one."""
-        if self.error is not None:
-            raise ValueError(self.error)
+        """The arrays; the file is gone afterwards."""
         with self.path.open("rb") as file:
             arrays = {name: np.load(file) for name in self.names}
         self.path.unlink()
@@ -72,12 +69,10 @@ class Parcels:
             with path.open("wb") as file:
                 for array in arrays.values():
                     np.save(file, array, allow_pickle=False)
-        except ValueError as error:
-            return Parcel(path, error=str(error))
         except OSError as error:
             reason = error.strerror or error
             advice = "lower the batch size or the number of workers, or let TMPDIR name a larger disk"
-            return Parcel(path, error=f"{self.folder}: cannot hold prepared batches ({reason}); {advice}")
+            raise ValueError(f"{self.folder}: cannot hold prepared batches ({reason}); {advice}") from error
         return Parcel(path, tuple(arrays))
 
 

@@ -5,7 +5,6 @@ A `Maker` builds set number k from k alone, so it does not matter who builds it,
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import os
@@ -63,9 +62,6 @@ class Stream:
         if grain is not None:
             grain.close()
             self._folder.remove()
-            # Grain's iterators sit in reference cycles, and complain if they live until the interpreter ends.
-            del grain
-            gc.collect()
 
     def __enter__(self) -> Self:
         return self
