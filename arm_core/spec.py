@@ -124,19 +124,32 @@ class EncoderSpec:
         return self.patch * self.patch * self.channels
 
 
-def _grid(image_size: tuple[int, int], patch: int) -> tuple[int, int]:
-    height, width = image_size
-    _require_positive("image_size", height=height, width=width)
-    _require(
-        height % patch == 0 and width % patch == 0,
-        f"image_size {height}x{width} is not a whole number of {patch}-pixel patches; "
-        f"the nearest is {max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}",
-    )
-    return height // patch, width // patch
+class _Patched:
+    """An image cut into patches: what both models know of it."""
+
+    encoder: EncoderSpec
+    image_size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; a ValueError where they do not tile the image."""
+        (height, width), patch = self.image_size, self.encoder.patch
+        _require_positive("image_size", height=height, width=width)
+        nearest = [max(1, round(side / patch)) * patch for side in (height, width)]
+        _require(
+            [height, width] == [side // patch * patch for side in (height, width)],
+            f"image_size {height}x{width} is not a whole number of {patch}-pixel patches; "
+            f"the nearest is {nearest[0]}x{nearest[1]}",
+        )
+        return height // patch, width // patch
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSpec:
+class PretrainSpec(_Patched):
     """Autoregressive pretraining: predict cluster i + 1 from clusters 1..i (paper, section 3.2)."""
 
     encoder: EncoderSpec
@@ -195,15 +208,6 @@ class PretrainSpec:
             )
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return _grid(self.image_size, self.encoder.patch)
-
-    @property
-    def patches(self) -> int:
-        return math.prod(self.grid)
-
-    @property
     def patches_per_cluster(self) -> int:
         return math.prod(self.cluster)
 
@@ -228,7 +232,7 @@ class PretrainSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSpec:
+class ClassifierSpec(_Patched):
     """Classification: the trunk with one set of scan parameters per direction, pooled to a head."""
 
     encoder: EncoderSpec
@@ -255,15 +259,6 @@ class ClassifierSpec:
             self.patches >= 2,
             "a classifier needs two patches or more: its class token stands in their middle",
         )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return _grid(self.image_size, self.encoder.patch)
-
-    @property
-    def patches(self) -> int:
-        return math.prod(self.grid)
 
     @property
     def tokens(self) -> int:
