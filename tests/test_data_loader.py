@@ -295,18 +295,21 @@ def test_importing_the_data_package_loads_no_framework_and_no_grain(
 
 SCRIPT = """
 import sys, multiprocessing
-from arm_core.data import PRETRAIN, Synthetic, TrainLoader, EvalLoader, EvalTransform
+from pathlib import Path
+from arm_core.data import PRETRAIN, Synthetic, TrainLoader, EvalLoader, EvalTransform, handover
+
+handover.MEMORY_FILES, handover.ROOM = Path(sys.argv[1]), 0
 
 if __name__ == "__main__":
-    source = Synthetic(64, (32, 32))
-    with TrainLoader(source, PRETRAIN, size=(32, 32), batch_size=8, seed=0, workers=2) as loader:
+    source, settings = Synthetic(64, (32, 32)), dict(size=(32, 32), batch_size=8)
+    with TrainLoader(source, PRETRAIN, seed=0, workers=2, **settings) as loader:
         next(loader), next(loader)  # one from each worker, so both are up
-        print(*[child.pid for child in multiprocessing.active_children()])
-        print(loader._stream._folder.path, flush=True)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         if "wait" in sys.argv:
             sys.stdin.read()
-    print(sum(len(batch.images) for batch in EvalLoader(
-        source, EvalTransform(), size=(32, 32), batch_size=8, workers=2)))
+    print(sum(len(batch.images) for batch in EvalLoader(source, EvalTransform(), workers=2, **settings)))
+    forgotten = TrainLoader(source, PRETRAIN, seed=0, workers=1, **settings)
+    next(forgotten)
 """
 
 
@@ -317,19 +320,21 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_workers_print_nothing_of_their_own(script: Path) -> None:
-    """No remark about JAX, no leaked shared memory, no exception at exit."""
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+def test_workers_print_and_leave_nothing_of_their_own(script: Path) -> None:
+    """No remark about JAX, no leaked memory, no exception at exit, and no files left behind."""
+    folder = script.parent
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "64"
     assert done.stderr == ""
+    assert list(folder.iterdir()) == [script]
 
 
 @pytest.fixture
-def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
-    """A process that waits with two workers alive, the workers' numbers, and the folder they write to."""
+def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that waits with two workers alive, and the workers' numbers."""
     process = subprocess.Popen(
-        [sys.executable, str(script), "wait"],
+        [sys.executable, script, script.parent, "wait"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -338,7 +343,7 @@ def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], Pa
     )
     assert process.stdout is not None
     workers = [int(pid) for pid in process.stdout.readline().split()]
-    yield process, workers, Path(process.stdout.readline().strip())
+    yield process, workers
     for pid in (process.pid, *workers):
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
@@ -355,14 +360,15 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_workers_ignore_ctrl_c_and_end_with_a_killed_main_process(
-    running: tuple[subprocess.Popen[str], list[int], Path],
+def test_workers_leave_signals_to_the_main_process_and_end_with_a_killed_main_process(
+    running: tuple[subprocess.Popen[str], list[int]], script: Path
 ) -> None:
-    process, workers, folder = running
-    assert any(folder.glob("*.npy"))
+    process, workers = running
+    assert any(script.parent.glob("arm-batches-*/*.npy"))
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
     time.sleep(0.3)
     assert all(alive(pid) for pid in workers)
     process.kill()
@@ -371,7 +377,7 @@ def test_workers_ignore_ctrl_c_and_end_with_a_killed_main_process(
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
-    assert not folder.exists()
+    assert list(script.parent.iterdir()) == [script]
 
 
 def test_a_folder_of_prepared_batches_goes_with_its_owner_or_with_the_next_one(

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,16 +40,15 @@ class Stream:
                 f"data: expected start and workers of 0 or more, step and prefetch of 1 or more; "
                 f"found start={start}, workers={workers}, step={step}, prefetch={prefetch}"
             )
-        self._grain: Any = None
+        self._close: Callable[[], object] = _nothing
         if workers == 0:
             self._sets: Iterator[Arrays] = (maker[k] for k in range(start, len(maker), step))
-        elif find_spec("grain") is None:
-            raise ValueError(f"{workers} data workers need the package 'grain': install it, or use 0 workers")
         else:
-            self._folder = Folder()
-            parcels = Parcels(maker, self._folder.path)
-            self._grain = _open_workers(parcels, slice(start, None, step), workers, prefetch)
-            self._sets = _opened(self._grain)
+            team = _Workers(maker, slice(start, None, step), workers, prefetch)
+            self._sets = iter(team)
+            self._close = weakref.finalize(
+                self, team.close
+            )  # also where nobody closes, before the interpreter ends
 
     def __iter__(self) -> Self:
         return self
@@ -58,10 +58,8 @@ class Stream:
 
     def close(self) -> None:
         """Stop the workers; nothing can be read afterwards."""
-        grain, self._grain, self._sets = self._grain, None, iter(())
-        if grain is not None:
-            grain.close()
-            self._folder.remove()
+        self._close()
+        self._sets = iter(())
 
     def __enter__(self) -> Self:
         return self
@@ -70,30 +68,46 @@ class Stream:
         self.close()
 
 
-def _open_workers(parcels: Parcels, part: slice, workers: int, prefetch: int) -> Any:
-    # Grain remarks through absl that JAX, which nothing here uses, is missing.
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    import grain
-
-    # Slicing before iterating keeps the numbers; Grain's own multi-worker state does not survive a
-    # change of the worker count. One thread per process: the processes are the parallelism.
-    dataset = grain.MapDataset.source(parcels)[part]
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    options = grain.multiprocessing.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=prefetch
-    )
-    start_worker = partial(_start_worker, parcels.folder)
-    return iter(dataset.to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=start_worker))
+def _nothing() -> None:
+    pass
 
 
-def _opened(grain_iterator: Iterator[Parcel]) -> Iterator[Arrays]:
-    with _quiet_children():  # the first call starts the workers
-        parcel = next(grain_iterator, None)
-    while parcel is not None:
-        yield parcel.open()
-        parcel = next(grain_iterator, None)
+class _Workers:
+    """Grain's worker processes, and the folder through which they hand over what they make."""
+
+    def __init__(self, maker: Maker, part: slice, workers: int, prefetch: int) -> None:
+        if find_spec("grain") is None:
+            raise ValueError(f"{workers} data workers need the package 'grain': install it, or use 0 workers")
+        # Grain remarks through absl that JAX, which nothing here uses, is missing.
+        from absl import logging as absl_logging
+
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        import grain
+
+        self._folder = Folder()
+        # Slicing before iterating keeps the numbers; Grain's own multi-worker state does not survive a
+        # change of the worker count. One thread per process: the processes are the parallelism.
+        dataset = grain.MapDataset.source(Parcels(maker, self._folder.path))[part]
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.multiprocessing.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=prefetch
+        )
+        start_worker = partial(_start_worker, self._folder.path)
+        self._parcels: Any = iter(
+            dataset.to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=start_worker)
+        )
+
+    def __iter__(self) -> Iterator[Arrays]:
+        with _quiet_children():  # the first call starts the processes
+            parcel: Parcel | None = next(self._parcels, None)
+        while parcel is not None:
+            yield parcel.open()
+            parcel = next(self._parcels, None)
+
+    def close(self) -> None:
+        parcels, self._parcels = self._parcels, iter(())
+        parcels.close()
+        self._folder.remove()
 
 
 class _LoggingOff:
@@ -118,9 +132,10 @@ def _quiet_children() -> Iterator[None]:
 
 
 def _start_worker(folder: Path, index: int, count: int) -> None:
-    """Leave Ctrl-C to the main process, and end with it even where it is killed."""
+    """Leave signals to the main process, which may want more batches; end with it even where it is killed."""
     logging.disable(logging.NOTSET)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by Ctrl-C and by schedulers
+        signal.signal(name, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel, folder), daemon=True).start()
