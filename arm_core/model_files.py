@@ -126,7 +126,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise BadFileError(f"{index}: expected weight_map to name the file of each tensor")
     for name, file_name in places.items():
         # A shard stands beside its index: a path would let an index open any file.
-        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file_name):
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file_name):
             raise BadFileError(
                 f"{index}: {name}: expected the name of a .safetensors file, found {str(file_name)[:80]!r}"
             )
