@@ -20,7 +20,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, to
 CONV = ("x", "weight", "bias")
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
 
-# K, B, L, D, N, W: lengths around a chunk, widths around a block, sizes of one.
+# K, B, L, D, N, W: lengths around the CPU's chunks of 16, widths around its 64 channels, sizes of one.
 CASES = [
     (1, 1, 1, 1, 1, 1),
     (1, 2, 2, 5, 16, 4),
@@ -28,6 +28,7 @@ CASES = [
     (4, 2, 16, 40, 16, 4),
     (1, 3, 17, 96, 16, 2),
     (2, 2, 37, 33, 1, 3),
+    (2, 3, 33, 128, 17, 4),
     (4, 2, 197, 40, 16, 4),
 ]
 REGIMES = ["mild", "large steps", "vanishing steps"]

@@ -1,0 +1,281 @@
+"""Vectors of 64 float32 lanes for Numba kernels: `load`, `store`, `+ - *`, `fma` and a few more.
+
+A compiler turns loops into vector instructions only where it recognises them, and takes long over it.
+Here a kernel says what it means: an operation on a `Float32x64` becomes 4 AVX-512 instructions, 8 of AVX2
+or 16 of NEON, whichever the processor has, and these being independent of each other keep it busy.
+
+Numba's cache on disk notices changes of a kernel's own file only: after an edit here or in
+`functions.py`, touch `conv.py` and `scan.py`.
+"""
+
+# Compiled code has no Python types, and an intrinsic is called without its typing context.
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
+# mypy: disable-error-code="call-arg"
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
+from numba.extending import NativeValue, box, intrinsic, models, overload, register_model, unbox
+
+LANES = 64
+SUMS = 16
+"""Lanes of the partial sums that `store_folded` writes and `store_row_sums` adds up."""
+CACHE_LINE = 16  # values
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+_ANY_FLOATS = ir.Constant(_FLOATS, ir.Undefined)
+
+
+class Float32x64(types.Type):
+    """The Numba type of a vector; such values live inside compiled code only."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Float32x64")
+
+
+VECTOR = Float32x64()
+
+
+@register_model(Float32x64)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, _FLOATS)
+
+
+@box(Float32x64)
+def _to_python(typ, value, context):
+    return context.pyapi.make_none()
+
+
+@unbox(Float32x64)
+def _from_python(typ, value, context):
+    return NativeValue(_ANY_FLOATS, is_error=cgutils.true_bit)
+
+
+def _pointer(context, builder, array_type, array, index_type, index, target=_FLOATS):
+    """Address of array[index], as that of a `target`; no bounds, no negative indices."""
+    struct = context.make_array(array_type)(context, builder, array)
+    items = zip(cgutils.unpack_tuple(builder, index), index_type, strict=True)
+    indices = [context.cast(builder, value, typ, types.intp) for value, typ in items]
+    pointer = cgutils.get_item_pointer(context, builder, array_type, struct, indices, wraparound=False)
+    return builder.bitcast(pointer, target.as_pointer())
+
+
+def _check_array(array: Any, index: Any, *, writable: bool = False) -> None:
+    if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.layout == "C"):
+        raise TypingError(f"expected a C-ordered float32 array, found {array}")
+    if len(index) != array.ndim:
+        raise TypingError(f"expected {array.ndim} indices, found {index}")
+    if writable and not array.mutable:
+        raise TypingError(f"expected an array to write to, found {array}")
+
+
+@intrinsic
+def load(typing_context, array, index):
+    """The `LANES` values from array[index] on."""
+    _check_array(array, index)
+
+    def generate(context, builder, signature, arguments):
+        value = builder.load(_pointer(context, builder, array, arguments[0], index, arguments[1]))
+        value.align = 4
+        return value
+
+    return VECTOR(array, index), generate
+
+
+@intrinsic
+def store(typing_context, array, index, value):
+    """Write a vector from array[index] on."""
+    _check_array(array, index, writable=True)
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1])
+        builder.store(arguments[2], pointer).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, index, VECTOR), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the memory of the vector at array[index], for writing if the array can be written to."""
+    _check_array(array, index)
+
+    def generate(context, builder, signature, arguments):
+        first = _pointer(context, builder, array, arguments[0], index, arguments[1], _FLOAT)
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for start in range(0, LANES, CACHE_LINE):
+            line = builder.bitcast(builder.gep(first, [_INT(start)]), byte)
+            builder.call(function, [line, _INT(int(array.mutable)), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+def _constant(value):
+    """The number in every lane, as a constant of the code."""
+    if isinstance(value, int):
+        return ir.Constant(_INTS, [value] * LANES)
+    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
+
+
+def _as_vector(context, builder, typ, value):
+    """A vector as it is; a number in every lane."""
+    if typ == VECTOR:
+        return value
+    number = context.cast(builder, value, typ, types.float32)
+    first = builder.insert_element(_ANY_FLOATS, number, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, _ANY_FLOATS, _constant(0))
+
+
+@intrinsic
+def fill(typing_context, number):
+    """The number in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        return _as_vector(context, builder, number, arguments[0])
+
+    return VECTOR(number), generate
+
+
+def _arithmetic(symbol, instruction):
+    """Let `symbol` combine two vectors, or a vector and a number."""
+
+    @intrinsic
+    def combine(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            values = (_as_vector(context, builder, *pair) for pair in zip((a, b), arguments, strict=True))
+            return getattr(builder, instruction)(*values)
+
+        return VECTOR(a, b), generate
+
+    @overload(symbol)
+    def choose(a, b):
+        return (lambda a, b: combine(a, b)) if VECTOR in (a, b) else None
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a * b + c, rounded once where the processor can; each a vector or a number."""
+
+    def generate(context, builder, signature, arguments):
+        values = [_as_vector(context, builder, *pair) for pair in zip((a, b, c), arguments, strict=True)]
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+        return builder.call(function, values)
+
+    return VECTOR(a, b, c), generate
+
+
+@intrinsic
+def at_least(typing_context, vector, number):
+    """The larger of the two in each lane; NaN stays NaN."""
+
+    def generate(context, builder, signature, arguments):
+        floor = _as_vector(context, builder, number, arguments[1])
+        return builder.select(builder.fcmp_ordered("<", arguments[0], floor), floor, arguments[0])
+
+    return VECTOR(vector, number), generate
+
+
+@intrinsic
+def where_negative(typing_context, condition, a, b):
+    """Lanes of a where the condition is below zero, else of b."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered("<", arguments[0], _constant(0.0)), *arguments[1:])
+
+    return VECTOR(condition, a, b), generate
+
+
+@intrinsic
+def minus_abs(typing_context, vector):
+    """-|x|, by setting the sign."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.or_(builder.bitcast(arguments[0], _INTS), _constant(-(2**31)))
+        return builder.bitcast(bits, _FLOATS)
+
+    return VECTOR(vector), generate
+
+
+@intrinsic
+def add_to_exponent(typing_context, vector, shifted):
+    """vector * 2**n for shifted = n + 1.5 * 2**23: the low bits of such a float are the whole number n."""
+
+    def generate(context, builder, signature, arguments):
+        bits, n = (builder.bitcast(value, _INTS) for value in arguments)
+        return builder.bitcast(builder.add(bits, builder.shl(n, _constant(23))), _FLOATS)
+
+    return VECTOR(vector, shifted), generate
+
+
+def _shuffle(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), list(lanes)))
+
+
+def _add_halves(builder, a, b, width):
+    """Each of the groups of 2 * width lanes, first a's then b's, folded to width lanes."""
+    starts = range(0, a.type.count + b.type.count, 2 * width)
+    low = [start + i for start in starts for i in range(width)]
+    return builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, [i + width for i in low]))
+
+
+@intrinsic
+def store_folded(typing_context, array, index, vector):
+    """Write `SUMS` partial sums of a vector's lanes, from array[index] on."""
+    _check_array(array, index, writable=True)
+
+    def generate(context, builder, signature, arguments):
+        value, width = arguments[2], LANES
+        while width > SUMS:
+            width //= 2
+            low = range(width)
+            low, high = (_shuffle(builder, value, value, [i + start for i in low]) for start in (0, width))
+            value = builder.fadd(low, high)
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], value.type)
+        builder.store(value, pointer).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, index, VECTOR), generate
+
+
+@intrinsic
+def store_row_sums(typing_context, array, index, source, row):
+    """Write `SUMS` sums from array[index] on: the i-th over the `SUMS` values from source[row + i, 0] on.
+
+    `row` are the indices of the first row of `source`, whose last axis has `SUMS` values.
+    """
+    _check_array(array, index, writable=True)
+    _check_array(source, row)
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.VectorType(_FLOAT, SUMS)
+        first = _pointer(context, builder, source, arguments[2], row, arguments[3], kind)
+        rows = [builder.load(builder.gep(first, [_INT(i)])) for i in range(SUMS)]
+        for value in rows:
+            value.align = 4
+        width = SUMS
+        while len(rows) > 1:  # two rows become one, its groups of lanes half as wide
+            width //= 2
+            rows = [_add_halves(builder, a, b, width) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], kind)
+        builder.store(rows[0], pointer).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, index, source, row), generate
