@@ -29,11 +29,17 @@ F4 = np.float32
 LOG2E, LN2 = F4(1.4426950408889634), F4(0.6931471805599453)
 ROUND = F4(1.5 * 2.0**23)  # adding it rounds a float to a whole number, kept in the low bits
 
-INLINE: dict[str, Any] = {"boundscheck": False, "error_model": "numpy", "forceinline": True}
+_OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
+_INNER: dict[str, Any] = {
+    **_OPTIONS,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # quicker to compile
+INLINE: dict[str, Any] = {**_INNER, "forceinline": True}
 """Options of a function that becomes part of its caller."""
-TASK: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
+TASK = _INNER
 """Options of a function that runs on one thread."""
-KERNEL: dict[str, Any] = {"boundscheck": False, "error_model": "numpy", "parallel": True, "cache": True}
+KERNEL: dict[str, Any] = {**_OPTIONS, "parallel": True, "cache": True}
 """Options of a function that Python calls, and that spreads tasks over the threads."""
 
 

@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
-from numba.extending import NativeValue, box, intrinsic, models, overload, register_model, unbox
+from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 64
 SUMS = 16
@@ -48,16 +48,6 @@ VECTOR = Float32x64()
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
         super().__init__(manager, fe_type, _FLOATS)
-
-
-@box(Float32x64)
-def _to_python(typ, value, context):
-    return context.pyapi.make_none()
-
-
-@unbox(Float32x64)
-def _from_python(typ, value, context):
-    return NativeValue(_ANY_FLOATS, is_error=cgutils.true_bit)
 
 
 def _pointer(context, builder, array_type, array, index_type, index, target=_FLOATS):
