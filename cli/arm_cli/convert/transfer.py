@@ -90,7 +90,7 @@ def _import_run(opened, resolved, out: str, *, weights: str, force: bool) -> Non
     recipe = import_run(opened, resolved, Path(out))
     _tell(opened, resolved, out, but="optimizer")
     click.echo(
-        f"  recipe: {out}/recipe.toml; go on with: arm {recipe.stage} --resume {out} --set data.path=IMAGES"
+        f"  recipe: {out}/recipe.toml; go on with: arm {recipe.stage} --resume {out} --data IMAGES"
     )
 
 
