@@ -105,9 +105,10 @@ def _resolve_official(
         choices.append(f"names: without the prefix {source.prefix!r} that all of them carry")
     rows = official_table(spec)
     held = dict(tensors)
+    parameters = parameter_table(spec)
     for row in rows:
-        if not parameter_table(spec)[row.name].trainable and row.names[0] not in held:
-            table = row.split(initial_value(parameter_table(spec)[row.name], 0))
+        if not parameters[row.name].trainable and row.names[0] not in held:
+            table = row.split(initial_value(parameters[row.name], 0))
             held[row.names[0]] = Tensor.of(table[row.names[0]])
             choices.append(f"{row.names[0]}: missing in the file; computed, since it is a fixed table")
     if isinstance(spec, PretrainSpec):

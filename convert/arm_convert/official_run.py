@@ -64,7 +64,8 @@ def optimizer_state(source: Source, spec: ModelSpec) -> OptimizerState:
     for names, group in zip(expected, groups, strict=True):
         found = [state.get(i) for i in _numbers(source, group)]
         named |= {n: e if isinstance(e, dict) else {} for n, e in zip(names, found, strict=True)}
-    rows = [row for row in official_table(spec) if parameter_table(spec)[row.name].trainable]
+    parameters = parameter_table(spec)
+    rows = [row for row in official_table(spec) if parameters[row.name].trainable]
     moments = {}
     for kind in ("exp_avg", "exp_avg_sq"):
         tensors = {name: entry[kind] for name, entry in named.items() if isinstance(entry.get(kind), Tensor)}
@@ -102,7 +103,8 @@ def official_groups(source: Source, spec: ModelSpec) -> list[list[str]]:
 
     Pretraining: without decay, then with. Finetuning: by (layer, decay), as they first appear.
     """
-    rows = {name: parameter_table(spec)[row.name] for row in official_table(spec) for name in row.names}
+    parameters = parameter_table(spec)
+    rows = {name: parameters[row.name] for row in official_table(spec) for name in row.names}
     frozen = FROZEN if isinstance(spec, PretrainSpec) else ()
     names = [name for name in source.tensors if name in rows and name != MASK and name not in frozen]
     if isinstance(spec, PretrainSpec):

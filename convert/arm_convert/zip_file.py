@@ -141,9 +141,14 @@ def read_record(path: Path, record: Record) -> bytes:
     with path.open("rb") as file:
         file.seek(record.start)
         data = file.read(record.size)
-    if len(data) != record.size or zlib.crc32(data) != record.crc:
-        raise BadFileError(f"{path}: {record.name}: the checksum does not match: the file is damaged")
+    check_bytes(path, record, data)
     return data
+
+
+def check_bytes(path: Path, record: Record, data: bytes | memoryview) -> None:
+    """Compare the bytes of a whole record with its checksum."""
+    if len(data) != record.size or zlib.crc32(data) != record.crc:
+        raise _damaged(path, record)
 
 
 def check_record(path: Path, record: Record) -> None:
@@ -154,4 +159,8 @@ def check_record(path: Path, record: Record) -> None:
         while left and (data := file.read(min(left, CHUNK))):
             crc, left = zlib.crc32(data, crc), left - len(data)
     if left or crc != record.crc:
-        raise BadFileError(f"{path}: {record.name}: the checksum does not match: the file is damaged")
+        raise _damaged(path, record)
+
+
+def _damaged(path: Path, record: Record) -> BadFileError:
+    return BadFileError(f"{path}: {record.name}: the checksum does not match: the file is damaged")
