@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from arm_cli.main import main
-from arm_core.data.transforms import load_image
+from arm_core.data.transforms import EvalTransform, load_image
 from arm_core.model_files import write_model
 from arm_core.parameters import initial_parameters
 from arm_core.reference.model import forward
@@ -140,6 +140,15 @@ def test_predict_lists_the_likeliest_classes_by_name(tmp_path, classifier, class
     text = arm(*words).stdout.splitlines()
     assert text[0].startswith(f"{images[0]}: {found[0]['top'][0]['class']} ")
     assert len(text) == 3
+
+
+def test_images_go_through_the_transform_that_the_model_carries(tmp_path, classifier_spec, images):
+    transform = {"crop_fraction": 0.5, "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7]}
+    parameters = model_folder(tmp_path / "own", classifier_spec, eval_transform=json.dumps(transform))
+    assert arm("embed", tmp_path / "own", *images, "--out", tmp_path / "out.npz").exit_code == 0
+    pixels = [load_image(file, (24, 24), EvalTransform(**transform)) for file in images]
+    with np.load(tmp_path / "out.npz") as found:
+        near(found["logits"], forward(classifier_spec, parameters, np.stack(pixels))["logits"])
 
 
 def test_classes_without_names_are_numbers_and_top_may_exceed_them(tmp_path, classifier_spec, images):

@@ -147,6 +147,17 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(place, classes, kept):
     assert np.array_equal(head, parameters["head.weight"]) == kept
 
 
+def test_labels_follow_the_class_names_of_the_model(place):
+    spec = load_recipe("fine.toml").spec(2)
+    values = {n: v * (50 if n == "head.weight" else 1) for n, v in initial_parameters(spec, 5).items()}
+    losses = []
+    for classes in (["dark", "light"], ["light", "dark"]):
+        write_model("-".join(classes), spec, values, metadata={"classes": json.dumps(classes)})
+        result = arm("evaluate", "-".join(classes), "--data", "train", "--json")
+        losses.append(json.loads(result.stdout)["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3  # the same logits, held against exchanged labels
+
+
 def test_set_and_precision_change_the_recipe_that_the_run_keeps(place):
     words = ["pretrain", "pre.toml", "--data", "train", "--out", "run", "--set", "training.length=1 step"]
     result = arm(*words, "--set", "training.seed=7", "--precision", "bfloat16", "--threads", "1")
