@@ -19,11 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from arm_core import quantized
 from arm_core.parameters import check_parameters, parameter_table
+from arm_core.quantized import QuantizedTensor
 from arm_core.spec import ModelSpec, from_json, to_json
 from arm_core.tensor_file import (
     AnyArray,
@@ -40,6 +43,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{total:05d}.safetensors"
 CARD = "README.md"
+QUANTIZATION = "quantization"
+"""Metadata of quantized weights: `affine, 4 bits`."""
 
 MAX_DEPTH, MAX_SIZE = 1024, 2**20
 """Bounds on what is read from a file; far beyond any model that could be trained."""
@@ -60,8 +65,15 @@ class Model:
     path: Path
 
     def load(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All parameters as float32 arrays."""
-        return {name: np.asarray(tensor.read(), np.float32) for name, tensor in self.arrays.items()}
+        """All parameters as float32 arrays, those of a quantized model as `Quantized` matrices."""
+        return {name: _loaded(tensor) for name, tensor in self.arrays.items()}
+
+
+def _loaded(tensor: Tensor) -> npt.NDArray[np.float32]:
+    if isinstance(tensor, QuantizedTensor):
+        # It stands in for the array: `np.asarray` gives its values, an engine may take its parts.
+        return cast(npt.NDArray[np.float32], tensor.parts())
+    return np.asarray(tensor.read(), np.float32)
 
 
 def read_model(path: Path | str) -> Model:
@@ -114,7 +126,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a folder, from one file or from the shards that its index names."""
     if not (folder / INDEX).exists():
         file = read_tensors(folder / WEIGHTS)
-        return file.tensors, file.metadata
+        return _unquantized(folder, file.tensors, file.metadata)
     index = folder / INDEX
     if (folder / WEIGHTS).exists():
         raise BadFileError(f"{folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is out of date")
@@ -139,7 +151,20 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for file_name, shard in shards.items():
         if extra := [name for name in shard.tensors if places.get(name) != file_name]:
             raise BadFileError(f"{folder / file_name}: {extra[0]} is not listed for this file in {INDEX}")
-    return arrays, next(iter(shards.values())).metadata
+    return _unquantized(folder, arrays, next(iter(shards.values())).metadata)
+
+
+def _unquantized(
+    folder: Path, stored: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Stored tensors as those of the parameter table, where the metadata says that some are quantized."""
+    if QUANTIZATION not in metadata:
+        return stored, metadata
+    bits = next((bits for bits in quantized.BITS if metadata[QUANTIZATION] == f"affine, {bits} bits"), None)
+    if bits is None:
+        raise BadFileError(f"{folder}: unknown quantization {metadata[QUANTIZATION][:60]!r}")
+    rest = {key: value for key, value in metadata.items() if key != QUANTIZATION}
+    return quantized.join(stored, bits, str(folder)), rest
 
 
 def write_model(
@@ -174,6 +199,11 @@ def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, shard_size: int | None
 ) -> None:
     """Write tensors as one file, or as shards with an index where they exceed `shard_size` bytes."""
+    bits = {tensor.bits_each for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}
+    if bits:
+        assert len(bits) == 1, "a model is quantized with one number of bits"
+        metadata = {**(metadata or {}), QUANTIZATION: f"affine, {bits.pop()} bits"}
+        tensors = quantized.split(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     if shard_size is None or total <= shard_size:
         write_tensors(folder / WEIGHTS, tensors, metadata)

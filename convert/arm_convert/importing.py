@@ -23,6 +23,7 @@ from arm_convert.plain import Framework, plain_table
 from arm_convert.source import Layout, Source
 from arm_core.model_files import check_new, write_model
 from arm_core.parameters import initial_value, parameter_table
+from arm_core.quantized import QuantizedTensor
 from arm_core.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.tensor_file import FLOATS, AnyArray, BadFileError, Tensor
 
@@ -151,7 +152,9 @@ def _resolve_ours(source: Source, tensors: dict[str, Tensor]) -> Resolved:
         known = {name for row in rows for name in row.names}
         left_out = [f"tensor {name} {tensor.shape}" for name, tensor in tensors.items() if name not in known]
         return Resolved(spec, to_canonical(rows, tensors), dict(source.metadata), [], left_out)
-    return Resolved(spec, dict(tensors), dict(source.metadata), [], [])
+    count = sum(isinstance(tensor, QuantizedTensor) for tensor in tensors.values())
+    choices = [f"{count} quantized matrices: as the float32 values that they stand for"] if count else []
+    return Resolved(spec, dict(tensors), dict(source.metadata), choices, [])
 
 
 def _as_float(path: Path, name: str, tensor: Tensor) -> Tensor:

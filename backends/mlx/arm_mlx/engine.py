@@ -25,6 +25,7 @@ from arm_core.backend import (
 )
 from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters
+from arm_core.quantized import Quantized
 from arm_core.spec import ModelSpec
 from arm_mlx import blas
 from arm_mlx.model import build_model, named, soft_cross_entropy
@@ -101,11 +102,13 @@ class MlxEngine:
             return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
+        self._refuse_quantized()
         with mx.stream(self._device):
             loss, gradients = self._accumulate([batch])
             return to_float(loss), {name: to_numpy(gradients[name]) for name in self._trainable}
 
     def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> PendingStep:
+        self._refuse_quantized()
         with mx.stream(self._device):
             loss, gradients = self._accumulate(batches)
             norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(())))
@@ -114,6 +117,7 @@ class MlxEngine:
         return PendingStep(loss, norm)
 
     def export_state(self) -> TrainingState:
+        self._refuse_quantized()
         return TrainingState(
             parameters={name: to_numpy(p) for name, p in named(self._model.parameters()).items()},
             exp_avg={name: to_numpy(m) for name, m in self._exp_avg.items()},
@@ -123,13 +127,23 @@ class MlxEngine:
 
     def load_state(self, state: TrainingState) -> None:
         check_parameters(self.spec, state.parameters)
-        self._model.load_weights([(name, put(array)) for name, array in state.parameters.items()])
+        quantized = {n: a for n, a in state.parameters.items() if isinstance(a, Quantized)}
+        plain = [(name, put(array)) for name, array in state.parameters.items() if name not in quantized]
+        self._model.load_weights(plain, strict=not quantized)
+        modules = dict(self._model.named_modules())
+        for name, weight in quantized.items():
+            modules[name.removesuffix(".weight")].hold(weight)
+        self._quantized = bool(quantized)
         self._exp_avg = self._like_trainable(state.exp_avg, "exp_avg")
         self._exp_avg_sq = self._like_trainable(state.exp_avg_sq, "exp_avg_sq")
         self._ema: Arrays = {}
         if self._settings.ema_decay is not None:
             start = {name: state.parameters[name] for name in self._trainable}
             self._ema = self._like_trainable(state.ema or start, "ema")
+
+    def _refuse_quantized(self) -> None:
+        if self._quantized:
+            raise ValueError("a quantized model does not train; start from the one it was made of")
 
     @property
     def _trainable(self) -> Arrays:

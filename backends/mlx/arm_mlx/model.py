@@ -16,6 +16,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from arm_core.parameters import parameter_table
+from arm_core.quantized import Quantized
 from arm_core.reference.model import TARGET_EPS
 from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
 from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
@@ -61,7 +62,7 @@ class Product(nn.Module):
 
 
 class Linear(Product):
-    """x W^T + b. weight: (out, in); bias: (out,)."""
+    """x W^T + b. weight: (out, in), or its parts where it is quantized; bias: (out,)."""
 
     def __init__(self, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -69,9 +70,25 @@ class Linear(Product):
         if bias:
             self.bias = empty(fan_out)
 
+    def hold(self, weight: Quantized) -> None:
+        """Multiply by a quantized weight from now on, without gradients."""
+        self.weight, self.bits, self.group_size = mx.array(weight.packed), weight.bits, weight.group_size
+        self.scales, self.biases = mx.array(weight.scales), mx.array(weight.biases)
+        self.freeze(keys=["weight", "scales", "biases"])
+
     def __call__(self, x: mx.array) -> mx.array:
-        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
+        x = x.astype(self.dtype)
+        if "scales" in self:
+            product = self._quantized_product(x)
+            return product + self.bias.astype(self.dtype) if "bias" in self else product
+        weight = self.weight.astype(self.dtype)
         return mx.addmm(self.bias.astype(self.dtype), x, weight.T) if "bias" in self else x @ weight.T
+
+    def _quantized_product(self, x: mx.array) -> mx.array:
+        scales, biases = self.scales.astype(self.dtype), self.biases.astype(self.dtype)
+        return mx.quantized_matmul(
+            x, self.weight, scales, biases, transpose=True, group_size=self.group_size, bits=self.bits
+        )
 
 
 class LayerNorm(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from arm_cli.convert.change import average, cast, resize, to_classifier
+from arm_cli.convert.change import average, cast, quantize, resize, to_classifier
 from arm_cli.convert.check import diff, inspect, verify
 from arm_cli.convert.transfer import export_command, import_command, push
 
@@ -27,5 +27,5 @@ def convert() -> None:
 
 for command in (import_command, export_command, push):
     convert.add_command(command)
-for command in (to_classifier, resize, cast, average, verify, inspect, diff):
+for command in (to_classifier, resize, cast, quantize, average, verify, inspect, diff):
     convert.add_command(command)

@@ -89,9 +89,7 @@ def _import_run(opened, resolved, out: str, *, weights: str, force: bool) -> Non
         )
     recipe = import_run(opened, resolved, Path(out))
     _tell(opened, resolved, out, but="optimizer")
-    click.echo(
-        f"  recipe: {out}/recipe.toml; go on with: arm {recipe.stage} --resume {out} --data IMAGES"
-    )
+    click.echo(f"  recipe: {out}/recipe.toml; go on with: arm {recipe.stage} --resume {out} --data IMAGES")
 
 
 def _tell(opened, resolved, out: str, *, but: str = "") -> None:  # type: ignore[no-untyped-def]
