@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import re
@@ -17,7 +18,7 @@ from arm_cli.main import main
 from arm_convert import torch_writer
 from arm_convert.export import SUFFIXES_OF, Format, export_model
 from arm_convert.importing import Weights, import_model, resolve
-from arm_convert.official import official_shapes
+from arm_convert.official import official_mask, official_shapes, official_view
 from arm_convert.source import open_source, strip_prefix
 from arm_core import tensor_file
 from arm_core.model_files import read_model, write_model
@@ -436,3 +437,49 @@ def test_a_self_description_that_lies_is_refused(tmp_path):
         write_tensors(tmp_path / "y.safetensors", file.tensors, {**file.metadata, **changes})
         with pytest.raises(BadFileError, match=message):
             resolve(open_source(tmp_path / "y.safetensors", warn=print))
+
+
+# -- official files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [foreign.torch_zip, foreign.torch_legacy])
+@pytest.mark.parametrize("name", ["pretrain_strong", "classifier_strong"])
+def test_official_weights_in_a_pth_arrive_as_those_that_reproduce_the_official_outputs(tmp_path, name, make):
+    """`test_golden_engines` holds what both engines compute from these against the official numbers."""
+    strong = golden.load(name)
+    state = official_view(strong.spec, strong.parameters)
+    if name == "pretrain_strong":
+        state["mask"] = official_mask(strong.spec)
+    content = make({"model": state, "args": argparse.Namespace(global_pool=False)})
+    result = arm("import", foreign.save(tmp_path / "x.pth", content), tmp_path / "m")
+    assert result.exit_code == 0, result.output
+    model = read_model(tmp_path / "m")
+    assert model.spec == strong.spec
+    loaded = model.load()
+    assert all(np.array_equal(loaded[key], value) for key, value in strong.parameters.items())
+
+
+@pytest.mark.skipif(golden.complete() is None, reason="needs the complete official data: set ARM_GOLDEN")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pretrain_checkpoint-40",
+        "pretrain_slim_checkpoint-40",
+        "ft_cls_checkpoint-10",
+        "ft_gp_checkpoint-10",
+        "ft_gp_slim_checkpoint-10",
+    ],
+)
+@pytest.mark.parametrize("weights", ["model", "ema"])
+def test_an_official_pth_goes_in_and_out_exactly(tmp_path, name, weights):
+    torch = pytest.importorskip("torch")
+    path = golden.complete() / f"{name}.pth"
+    content = torch.load(path, weights_only=False)
+    if weights == "ema" and "model_ema" not in content:
+        pytest.skip("keeps no average")
+    assert arm("import", path, tmp_path / "m", "--weights", weights).exit_code == 0
+    assert arm("export", tmp_path / "m", tmp_path / "x.pth", "--to", "official").exit_code == 0
+    expected = content["model" if weights == "model" else "model_ema"]
+    found = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
