@@ -82,5 +82,5 @@ def accuracy_figure(
     axes.set_title(title, color=INK, fontsize=10)
     axes.set_xlabel("finetuning step", color=INK, fontsize=9)
     axes.set_ylabel("test accuracy, %", color=INK, fontsize=9)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower center", ncols=2)
     return _svg(figure, title)

@@ -106,6 +106,8 @@ class _Demo:
                 losses=[row["loss"] for row in losses],
                 images=images,
                 prediction=prediction,
+                mean=self.pretraining.recipe.augmentation.mean,
+                std=self.pretraining.recipe.augmentation.std,
                 comparisons=comparisons,
                 rates={arm: _rates(self._job(arm, LABELS[0], 0).recipe) for arm in ARMS},
                 parity=parity,
