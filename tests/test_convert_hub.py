@@ -14,8 +14,12 @@ from click.testing import CliRunner
 
 from arm_cli.main import main
 from arm_convert.hub import Address, parse_address
+from arm_core.backend import TrainingState
+from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
 from arm_core.model_files import read_model, write_model
 from arm_core.parameters import initial_parameters
+from arm_core.recipe import load_recipe, override
+from arm_core.run import start_run
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -164,14 +168,21 @@ def test_addresses_have_a_revision_and_a_file():
     assert parse_address("hf://a/b@v1.0/x/y.pth") == Address("a/b", "v1.0", "x/y.pth")
 
 
-def test_the_card_of_a_run_holds_its_recipe(hub, model, tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    folder = run / "checkpoints/step-00000001"
-    shutil.copytree(model, folder)
-    (run / "recipe.toml").write_text('stage = "finetune"\n')
-    arm("push", folder, "hf://user/name")
-    assert 'stage = "finetune"' in (hub.folder("user/name", None) / "README.md").read_text()
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-00000004"])
+def test_the_card_of_a_run_holds_its_recipe_and_results_but_no_paths(hub, tmp_path, place):
+    recipe = override(load_recipe("finetune-digits"), ["data.path=/secret/images"])
+    state = TrainingState(parameters=initial_parameters(foreign.CLASSIFIER, 4))
+    progress = Progress(step=4, position=4, recipe="", engine={})
+    with start_run(tmp_path / "run", recipe, foreign.CLASSIFIER) as run:
+        save_checkpoint(run.path, Checkpoint(spec=foreign.CLASSIFIER, progress=progress, state=state))
+        run.append_metrics({"step": 2, "eval_loss": 9.0, "eval_top1": 0.1})
+        run.append_metrics({"step": 4, "eval_loss": 1.5, "eval_top1": 0.625})
+    assert arm("push", tmp_path / place, "hf://user/name").exit_code == 0
+    card = (hub.folder("user/name", None) / "README.md").read_text()
+    assert 'stage = "finetune"' in card
+    assert "62.5" in card
+    assert "taken from run run, step-00000004" in card
+    assert "secret" not in card
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from arm_convert.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
+from arm_convert.source import Source
 from arm_core.parameters import count_parameters
 from arm_core.spec import PRESETS, ClassifierSpec, ModelSpec, PretrainSpec
 
@@ -40,6 +41,16 @@ def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | No
     if names := read_json(metadata, CLASSES, []):
         parts += [f"## Classes\n\n{len(names)}: {_plain(', '.join(map(str, names)))[:2000]}\n"]
     return "\n".join(parts)
+
+
+def run_recipe(source: Source) -> str | None:
+    """The recipe of the run that a source belongs to, without the paths of its data."""
+    from arm_core.recipe import load_recipe, override, to_toml
+    from arm_core.run import RECIPE
+
+    if source.run is None or not (source.run / RECIPE).is_file():
+        return None
+    return to_toml(override(load_recipe(source.run / RECIPE), ["data.path=none", "data.eval_path=none"]))
 
 
 def _title(spec: ModelSpec) -> str:

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from arm_convert.card import model_card
+from arm_convert.card import model_card, run_recipe
 from arm_convert.layouts import to_canonical
-from arm_convert.metadata import HISTORY, RESULTS, TRAINING_ARGS
+from arm_convert.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
 from arm_convert.source import Layout, Source
+from arm_core.checkpoint import step_name
 from arm_core.model_files import check_new, write_model
 from arm_core.parameters import initial_value, parameter_table
 from arm_core.quantized import QuantizedTensor
+from arm_core.run import METRICS, read_rows
 from arm_core.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.tensor_file import FLOATS, AnyArray, BadFileError, Tensor
 
@@ -73,7 +75,7 @@ def resolve(
         else:
             if pooling is not None or image_size is not None:
                 raise ValueError("says its own pooling and image size; leave out --pooling and --image-size")
-            resolved = _resolve_ours(source, tensors)
+            resolved = _resolve_ours(source, tensors, weights)
     except ValueError as error:
         message = str(error)
         located = message if message.startswith(str(source.path)) else f"{source.path}: {message}"
@@ -144,7 +146,7 @@ def _check_mask(spec: PretrainSpec, mask: Tensor | None, choices: list[str]) -> 
         raise ValueError(f"mask: expected blocks of {spec.patches_per_cluster} tokens, lower triangular")
 
 
-def _resolve_ours(source: Source, tensors: dict[str, Tensor]) -> Resolved:
+def _resolve_ours(source: Source, tensors: dict[str, Tensor], weights: Weights) -> Resolved:
     assert source.spec is not None  # every other layout states it
     spec = source.spec
     if source.layout is not Layout.CANONICAL:
@@ -154,7 +156,21 @@ def _resolve_ours(source: Source, tensors: dict[str, Tensor]) -> Resolved:
         return Resolved(spec, to_canonical(rows, tensors), dict(source.metadata), [], left_out)
     count = sum(isinstance(tensor, QuantizedTensor) for tensor in tensors.values())
     choices = [f"{count} quantized matrices: as the float32 values that they stand for"] if count else []
-    return Resolved(spec, dict(tensors), dict(source.metadata), choices, [])
+    metadata = dict(source.metadata) if source.run is None else _run_metadata(source, source.run, weights)
+    return Resolved(spec, dict(tensors), metadata, choices, [])
+
+
+def _run_metadata(source: Source, run: Path, weights: Weights) -> dict[str, str]:
+    """A run's metadata with where it stands, and what it measured at that step."""
+    metadata = with_history(source.metadata, f"taken from run {run.name}, {source.path.name} ({weights})")
+    prefix = "ema" if weights is Weights.EMA else "eval"
+    for row in read_rows(run / METRICS):
+        if step_name(row.get("step", -1)) == source.path.name and f"{prefix}_loss" in row:
+            found = {"loss on the evaluation images": row[f"{prefix}_loss"]}
+            if f"{prefix}_top1" in row:
+                found["top-1 accuracy on the evaluation images, %"] = 100 * row[f"{prefix}_top1"]
+            metadata[RESULTS] = json.dumps(found)
+    return metadata
 
 
 def _as_float(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -213,7 +229,7 @@ def import_model(
         metadata=resolved.metadata,
         force=force,
         shard_size=shard_size,
-        card=model_card(resolved.spec, resolved.metadata),
+        card=model_card(resolved.spec, resolved.metadata, recipe=run_recipe(source)),
     )
     return reports
 

@@ -15,7 +15,7 @@ from typing import Any
 from arm_convert import hub
 from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
-from arm_core.checkpoint import EMA, FOLDER, newest_folder
+from arm_core.checkpoint import EMA, FOLDER, MANIFEST, newest_folder, verify
 from arm_core.model_files import parse_config, read_model
 from arm_core.spec import ModelSpec
 from arm_core.tensor_file import BadFileError, Tensor, check_names, read_tensors
@@ -62,6 +62,8 @@ class Source:
     """Training arguments of an official checkpoint."""
     entries: dict[str, Any] = field(default_factory=dict)
     """Everything else at the top of an official checkpoint: optimizer, epoch, scaler, ..."""
+    run: Path | None = None
+    """The folder of the run that this is a checkpoint of."""
 
 
 def open_source(name: Path | str, *, warn: Warn) -> Source:
@@ -83,12 +85,15 @@ def open_source(name: Path | str, *, warn: Warn) -> Source:
 
 
 def _open_folder(path: Path, warn: Warn) -> Source:
-    folder, kind = path, "model folder"
+    folder, kind, run = path, "model folder", None
     if (path / FOLDER).is_dir():
         newest = newest_folder(path, warn)
         if newest is None:
             raise ValueError(f"{path}: this run has saved no checkpoint yet")
-        folder, kind = newest, f"run, {newest.name}"
+        folder, kind, run = newest, f"run, {newest.name}", path
+    elif (path / MANIFEST).is_file():
+        verify(path)
+        kind, run = f"checkpoint {path.name}", path.absolute().parent.parent
     model = read_model(folder)
     average = None
     if (folder / EMA).is_file():
@@ -101,6 +106,7 @@ def _open_folder(path: Path, warn: Warn) -> Source:
         average=average,
         spec=model.spec,
         metadata=model.metadata,
+        run=run,
     )
 
 

@@ -149,14 +149,16 @@ def push(model: str, target: str, weights: str, private: bool, message: str, sha
     """
     import tempfile
 
-    from arm_convert.card import model_card
+    from arm_convert.card import model_card, run_recipe
     from arm_convert.hub import parse_address
     from arm_convert.hub import push as upload
+    from arm_convert.importing import Weights, resolve
     from arm_core.model_files import write_model
 
     parse_address(target)
-    resolved = open_model(model, weights)
-    card = model_card(resolved.spec, resolved.metadata, recipe=_recipe_of(model))
+    source = open_named(model)
+    resolved = resolve(source, weights=Weights(weights))
+    card = model_card(resolved.spec, resolved.metadata, recipe=run_recipe(source))
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(
             Path(scratch) / "model",
@@ -167,12 +169,3 @@ def push(model: str, target: str, weights: str, private: bool, message: str, sha
             card=card,
         )
         click.echo(upload(folder, target, private=private, message=message))
-
-
-def _recipe_of(model: str) -> str | None:
-    """The recipe of the run that a model is, or belongs to."""
-    from arm_core.run import RECIPE
-
-    folder = Path(model)
-    candidates = [folder / RECIPE, folder.parent.parent / RECIPE]  # a run, or one of its checkpoints
-    return next((path.read_text("utf-8") for path in candidates if path.is_file()), None)
