@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -240,10 +240,10 @@ def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
     `force` replaces an existing model folder; a folder with any other file in it is never replaced.
     """
     check_new(target, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_parents(target)
     draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    draft.mkdir()
     try:
+        draft.mkdir()
         yield draft
         sync_folder(draft)
         if target.exists():
@@ -260,6 +260,7 @@ def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
         sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        _remove(made)
         raise
 
 
@@ -273,7 +274,7 @@ def new_file(target: Path, *, force: bool) -> Iterator[Path]:
         raise ValueError(f"{target}: exists and is not a file; choose another name")
     if target.exists() and not force:
         raise ValueError(f"{target}: exists already; choose another name or pass --force to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_parents(target)
     draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         yield draft
@@ -283,7 +284,22 @@ def new_file(target: Path, *, force: bool) -> Iterator[Path]:
         sync_folder(target.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
+        _remove(made)
         raise
+
+
+def _make_parents(target: Path) -> list[Path]:
+    """Make the folders above `target`; returns those that were missing, the innermost first."""
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders that were made for nothing, as far as they are still empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_new(target: Path, *, force: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from arm_convert.importing import Weights, import_model, resolve
 from arm_convert.official import official_mask, official_shapes, official_view
 from arm_convert.source import open_source, strip_prefix
 from arm_core import tensor_file
+from arm_core.backend import TrainingState
+from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
 from arm_core.model_files import read_model, write_model
 from arm_core.parameters import initial_parameters
 from arm_core.spec import DIRECTIONS, Pooling, PredictionOrder, Target
@@ -335,6 +339,55 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, official, comm
         "cast": ("cast", folder, tmp_path / "m", "--dtype", "float32"),
     }
     refused(tmp_path, arm(*words[command]), "No space left on device")
+
+
+def test_folders_made_for_an_output_that_failed_are_removed(tmp_path):
+    content = foreign.checkpoint(foreign.CLASSIFIER)
+    content["model"]["head.bias"][0] = np.nan
+    path = foreign.save(tmp_path / "x.pth", foreign.torch_zip(content))
+    assert arm("import", path, tmp_path / "a/b/m").exit_code == 2
+    assert names(tmp_path) == ["x.pth"]
+    assert arm("import", path, tmp_path / "a/b/m", "--allow-nonfinite").exit_code == 0
+
+
+def test_a_malicious_pickle_is_one_line_and_runs_nothing(tmp_path):
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'marker'}",)
+
+    for content in (foreign.zip_of(pickle.dumps({"model": Command()}, 2), []), pickle.dumps(Command(), 2)):
+        path = foreign.save(tmp_path / "x.pth", content)
+        for words in (
+            ("import", path, tmp_path / "m"),
+            ("inspect", path),
+            ("verify", path),
+            ("diff", path, path),
+        ):
+            refused(tmp_path, arm(*words), r"x\.pth")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-00000004"])
+def test_a_run_gives_its_weights_or_their_average(tmp_path, place):
+    first, second = (initial_parameters(foreign.CLASSIFIER, seed) for seed in (1, 2))
+    state = TrainingState(parameters=first, ema=second)
+    progress = Progress(step=4, position=4, recipe="", engine={})
+    (tmp_path / "run").mkdir()
+    folder = save_checkpoint(
+        tmp_path / "run", Checkpoint(spec=foreign.CLASSIFIER, progress=progress, state=state)
+    )
+    for weights, expected in (("model", first), ("ema", second)):
+        assert arm("import", tmp_path / place, tmp_path / weights, "--weights", weights).exit_code == 0
+        loaded = read_model(tmp_path / weights).load()
+        assert all(np.array_equal(loaded[name], value) for name, value in expected.items())
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    result = arm("import", tmp_path / place, tmp_path / "m")
+    assert result.exit_code == 2
+    assert (
+        "model.safetensors: damaged" in result.output or "none of the 1 checkpoints is sound" in result.output
+    )
 
 
 def test_a_pth_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypatch):
