@@ -7,10 +7,11 @@ all cores, which a network this small cannot keep busy, and a busy machine slows
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,8 @@ def run_all(
     free = [job for job in jobs if job.start is None]
     waiting = [job for job in jobs if job.start is not None]
     # Spawned, since a forked process must not use the threads of an engine that was loaded before.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) as pool:
         running: dict[Future[Rows], Job] = {}
 
         def submit(some: list[Job]) -> None:
@@ -129,6 +131,18 @@ def run_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return results
+
+
+def _end_with_parent() -> None:
+    """In a new process: do not outlive the one that started it, however that one ends."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_cpu(backend: str, options: EngineOptions) -> bool:
