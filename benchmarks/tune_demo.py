@@ -22,8 +22,9 @@ from arm_core.backend import EngineOptions, choose_backend
 from arm_core.recipe import load_recipe, override
 
 SEEDS = (100, 101)
-BASE_LR = (2.5e-2, 5e-2, 1e-1)
-LAYER_DECAY = {"pretrained": (0.6, 0.75), "from scratch": (1.0, 0.75)}
+BASE_LR = {"pretrained": (5e-2, 1e-1), "from scratch": (2.5e-2, 5e-2)}
+"""What was left of a wider search, from 1.25e-2 to 1e-1."""
+LAYER_DECAY = {"pretrained": (0.6,), "from scratch": (1.0, 0.75)}
 
 
 @click.command()
@@ -33,8 +34,8 @@ def main(backend: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pretraining = Job(folder=Path(folder) / "pretrain", recipe=load_recipe("pretrain-digits"))
         jobs: dict[tuple[int, str, float, float], list[Job]] = {}
-        for labels, arm, base_lr in itertools.product(LABELS, ARMS, BASE_LR):
-            for decay, seed in itertools.product(LAYER_DECAY[arm], SEEDS):
+        for labels, arm in itertools.product(LABELS, ARMS):
+            for base_lr, decay, seed in itertools.product(BASE_LR[arm], LAYER_DECAY[arm], SEEDS):
                 changes = {
                     "data.labels_per_class": labels,
                     "training.seed": seed,
