@@ -13,7 +13,10 @@ from __future__ import annotations
 import numba as nb
 
 from arm_core.cpu_scan.functions import F4, INLINE, KERNEL, TASK, sigmoid, vectors
-from arm_core.cpu_scan.simd import LANES, fill, fma, load, store
+from arm_core.cpu_scan.simd import LANES, fill, fma, load, prefetch, store
+
+AHEAD = 8
+"""Tokens between asking for memory and using it."""
 
 
 @nb.njit(**INLINE)
@@ -22,6 +25,8 @@ def _in_scan_order(x, b, order, k, c, before, rows):
     for t in range(before):
         store(rows, (t, 0), fill(F4(0.0)))
     for t in range(order.shape[1]):
+        if t + AHEAD < order.shape[1]:
+            prefetch(x, (b, order[k, t + AHEAD], c))
         store(rows, (before + t, 0), load(x, (b, order[k, t], c)))
 
 
@@ -51,6 +56,8 @@ def _conv_forward_task(b, c, x, weight, bias, order, u):
         _taps(weight, k, c, weights)
         shift = load(bias, (k, c))
         for t in range(length):
+            if t + AHEAD < length:
+                prefetch(u, (k, b, order[k, t + AHEAD], c))
             total = _convolve(steps, t, weights, taps, shift)
             store(u, (k, b, order[k, t], c), total * sigmoid(total))
 
@@ -80,6 +87,8 @@ def _conv_backward_task(b, c, grad_u, x, weight, bias, order, grad_x, part_weigh
             store(grad_weights, (j, 0), fill(F4(0.0)))
         shift, grad_shift = load(bias, (k, c)), fill(F4(0.0))
         for t in range(length):
+            if t + AHEAD < length:
+                prefetch(grad_u, (k, b, order[k, t + AHEAD], c))
             total = _convolve(steps, t, weights, taps, shift)
             s = sigmoid(total)
             g = load(grad_u, (k, b, order[k, t], c)) * s * fma(total, F4(1.0) - s, F4(1.0))

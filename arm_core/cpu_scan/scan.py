@@ -60,9 +60,6 @@ def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, st
             if keep:
                 for n in range(count):
                     store(states, (k, b, start // CHUNK, c // LANES, n, 0), load(state, (n, 0, 0)))
-            for t in range(end, min(end + CHUNK, length)):
-                prefetch(u, (k, b, order[k, t], c))
-                prefetch(dt, (k, b, order[k, t], c))
             for t in range(start, end):
                 x = load(u, (k, b, order[k, t], c))
                 step, _ = softplus_and_slope(load(dt, (k, b, order[k, t], c)) + bias)
@@ -71,6 +68,12 @@ def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, st
                 store(token, (t - start, 2, 0), skip * x)
             for t in range(start, end):
                 p = order[k, t]
+                if t + CHUNK < length:
+                    prefetch(u, (k, b, order[k, t + CHUNK], c))
+                    prefetch(dt, (k, b, order[k, t + CHUNK], c))
+                    if keep:
+                        for n in range(t - start, count, CHUNK):
+                            prefetch(states, (k, b, start // CHUNK + 1, c // LANES, n, 0))
                 step, drive = load(token, (t - start, 0, 0)), load(token, (t - start, 1, 0))
                 total = load(token, (t - start, 2, 0))
                 for n in range(count):
@@ -132,14 +135,6 @@ def _scan_backward_task(
         for chunk in range((length - 1) // CHUNK, -1, -1):
             start = chunk * CHUNK
             end = min(start + CHUNK, length)
-            if chunk > 0:
-                for n in range(count):
-                    prefetch(states, (k, b, chunk - 1, block, n, 0))
-                for t in range(start - CHUNK, start):
-                    prefetch(u, (k, b, order[k, t], c))
-                    prefetch(dt, (k, b, order[k, t], c))
-                    prefetch(grad_u, (k, b, order[k, t], c))
-                    prefetch(grad_dt, (k, b, order[k, t], c))
             for t in range(start, end):
                 p = order[k, t]
                 step, slope = softplus_and_slope(load(dt, (k, b, p, c)) + bias)
@@ -150,6 +145,8 @@ def _scan_backward_task(
                 store(past, (0, n, 0, 0), load(states, (k, b, chunk, block, n, 0)))
             for i in range(end - start):
                 p = order[k, start + i]
+                prefetch(grad_u, (k, b, p, c))
+                prefetch(grad_dt, (k, b, p, c))
                 step, drive = load(token, (i, 0, 0)), load(token, (i, 1, 0))
                 for n in range(count):
                     decay = exp2(step * load(state, (n, 0, 0)))
@@ -158,6 +155,11 @@ def _scan_backward_task(
                     store(past, (i + 1, n, 0, 0), h)
             for i in range(end - start - 1, -1, -1):
                 p = order[k, start + i]
+                if chunk > 0:
+                    prefetch(u, (k, b, order[k, start - CHUNK + i], c))
+                    prefetch(dt, (k, b, order[k, start - CHUNK + i], c))
+                    for n in range(i, count, CHUNK):
+                        prefetch(states, (k, b, chunk - 1, block, n, 0))
                 step, drive, gy = load(token, (i, 0, 0)), load(token, (i, 1, 0)), load(grad_y, (p, 0))
                 grad_drive, grad_step = fill(F4(0.0)), fill(F4(0.0))
                 for n in range(count):

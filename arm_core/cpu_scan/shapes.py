@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +99,9 @@ class Sizes:
 
 def new(shape: tuple[int, ...]) -> F32:
     """Memory for a result, starting at a cache line; its kernel writes every element."""
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     memory = np.empty(size + CACHE_LINE, np.float32)
-    skip = (-memory.ctypes.data // memory.itemsize) % CACHE_LINE
+    skip = (-memory.__array_interface__["data"][0] // memory.itemsize) % CACHE_LINE
     return memory[skip : skip + size].reshape(shape)
 
 
@@ -117,6 +118,8 @@ def rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     The view then has the whole row as its last axis, beginning at the slice; kernels read no further than
     the slice, since the end of the very last row lies outside of the array.
     """
+    if array.flags.c_contiguous:
+        return dense(array)
     row = array.strides[-2] // array.itemsize
     strides = [array.itemsize]
     for size in (row, *array.shape[-2:0:-1]):
