@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_core.optimizer import OptimizerSettings
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
@@ -31,9 +32,22 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Compile(StrEnum):
+    """What a backend's compiler is given."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+    """Each block by itself: one compilation serves all of them."""
+    MODEL = "model"
+    """The whole forward and backward pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a backend runs a model; nothing here changes the maths."""
+    """How a backend runs a model; nothing here changes the maths.
+
+    A backend refuses with a ValueError what it does not offer.
+    """
 
     device: str = "auto"
     """`auto`, `cpu`, or a device name of the backend (`gpu` for MLX, `cuda` or `cuda:1` for torch)."""
@@ -42,6 +56,11 @@ class EngineOptions:
     precision: Precision = Precision.FLOAT32
     threads: int | None = None
     """CPU threads; None leaves the libraries' own choice."""
+    compile: Compile = Compile.NONE
+    recompute: bool = False
+    """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer state over the ranks instead of repeating them on each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +100,19 @@ class PendingStep(Protocol):
 class TrainingState:
     """Everything a step changes, by parameter name; moments and EMA cover the trainable ones."""
 
-    parameters: dict[str, Array]
-    exp_avg: dict[str, Array] = field(default_factory=dict)
-    exp_avg_sq: dict[str, Array] = field(default_factory=dict)
-    ema: dict[str, Array] = field(default_factory=dict)
+    parameters: Mapping[str, Array]
+    exp_avg: Mapping[str, Array] = field(default_factory=dict)
+    exp_avg_sq: Mapping[str, Array] = field(default_factory=dict)
+    ema: Mapping[str, Array] = field(default_factory=dict)
     """Empty unless an EMA is kept."""
 
 
 class Engine(Protocol):
-    """One model on one device."""
+    """One model on one device, or on one device of each rank of a job (`arm_core.ranks`).
+
+    Several ranks call every method at the same point of their work and, since sharded weights are
+    gathered for a pass, `forward` and `loss_and_gradients` equally often. Each gives its own batches.
+    """
 
     spec: ModelSpec
     device: str
@@ -109,17 +132,25 @@ class Engine(Protocol):
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         """Loss and the gradient of every trainable parameter, by name; nothing is updated."""
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> PendingStep:
-        """One AdamW update from the mean gradient of the micro-batches.
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+    ) -> PendingStep:
+        """One AdamW update from the mean gradient of the micro-batches of all ranks.
 
         step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
+        of: micro-batches of all ranks together, which need not have equally many; each has one at least.
+        None stands for those given. Loss and gradient norm are those of the whole update, on every rank.
         A non-finite loss or gradient norm leaves the state as it was.
         """
 
-    def export_state(self) -> TrainingState: ...
+    def exchange_average(self) -> None:
+        """Swap the trainable weights with their moving average; a second call swaps them back."""
+
+    def export_state(self) -> TrainingState:
+        """Copies in host memory: of everything on rank 0, perhaps of nothing on other ranks."""
 
     def load_state(self, state: TrainingState) -> None:
-        """Replace parameters (checked against the table), moments and EMA."""
+        """Replace parameters (checked against the table), moments and EMA; every rank gives all of them."""
 
 
 class Backend(Protocol):
@@ -141,6 +172,13 @@ class Backend(Protocol):
     def scans(self, device: str) -> Mapping[str, str | None]:
         """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
 
+    def join(self, device: str) -> Ranks:
+        """The job that a launcher made this process a part of, else `ALONE`; once per process.
+
+        device: as in `EngineOptions`; it decides what the ranks talk through. Raises ValueError where the
+        launcher's description of the job is broken, or the device is not there for this rank.
+        """
+
     def create_engine(
         self,
         spec: ModelSpec,
@@ -148,7 +186,9 @@ class Backend(Protocol):
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
-    ) -> Engine: ...
+        ranks: Ranks = ALONE,
+    ) -> Engine:
+        """ranks: from `join`, for an engine that trains together with those of the other ranks."""
 
 
 def installed_backends() -> dict[str, Backend]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arm_core.backend import Array, Batch, Engine, TrainingState
+from arm_core.ranks import ALONE, Ranks, agree
 
 
 class NonFiniteError(ArithmeticError):
@@ -26,26 +27,46 @@ class NonFiniteError(ArithmeticError):
         )
 
 
-def first_non_finite(engine: Engine, batches: Sequence[Batch]) -> str | None:
+def first_non_finite(engine: Engine, batches: Sequence[Batch], ranks: Ranks = ALONE) -> str | None:
     """Where infinities or NaNs begin in a training step: images, weights, forward pass or gradients.
 
-    Looks in the order of the computation and repeats it with the engine's present weights.
+    Looks in the order of the computation and repeats it with the engine's present weights. Each rank
+    looks at its own batches, and all learn of the first tensor that one of them found.
     """
-    if name := first_bad({f"images of micro-batch {i}": b.images for i, b in enumerate(batches)}):
-        return name
-    if name := first_bad(engine.export_state().parameters):
-        return f"{name} (a weight)"
-    for batch in batches:
-        if name := first_bad(engine.forward(batch.images, intermediates=True)):
-            return f"{name} (forward pass)"
+    for look in (_bad_images, _bad_weight, _bad_activation, _bad_gradient):
+        if name := agree(ranks, look(engine, batches)):
+            return name
+    return None
+
+
+def _bad_images(engine: Engine, batches: Sequence[Batch]) -> str | None:
+    return first_bad({f"images of micro-batch {i}": b.images for i, b in enumerate(batches)})
+
+
+def _bad_weight(engine: Engine, batches: Sequence[Batch]) -> str | None:
+    name = first_bad(engine.export_state().parameters)
+    return name and f"{name} (a weight)"
+
+
+def _bad_activation(engine: Engine, batches: Sequence[Batch]) -> str | None:
+    name = None
+    for batch in batches:  # all of them: other ranks may take part in each pass
+        found = first_bad(engine.forward(batch.images, intermediates=True))
+        name = name or found
+    return name and f"{name} (forward pass)"
+
+
+def _bad_gradient(engine: Engine, batches: Sequence[Batch]) -> str | None:
+    words = None
     for batch in batches:
         loss, gradients = engine.loss_and_gradients(batch)
         if not np.isfinite(loss):
-            return "the training loss (the forward pass without drop path is finite)"
-        # Gradients flow from the end of the table to its start.
-        if name := first_bad(dict(reversed(gradients.items()))):
-            return f"{name} (gradient)"
-    return None
+            found: str | None = "the training loss (the forward pass without drop path is finite)"
+        else:  # gradients flow from the end of the table to its start
+            name = first_bad(dict(reversed(gradients.items())))
+            found = name and f"{name} (gradient)"
+        words = words or found
+    return words
 
 
 def first_bad_state(state: TrainingState) -> str | None:

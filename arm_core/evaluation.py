@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
 from arm_core.backend import Array, Engine
 from arm_core.data.loader import EvalBatch
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ClassifierSpec
 
 TOP = 5
@@ -36,31 +38,45 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, batches: Iterable[EvalBatch], *, seen: Callable[[int], None] | None = None
+    engine: Engine,
+    batches: Iterable[EvalBatch],
+    *,
+    seen: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
+    rounds: int = 0,
 ) -> Evaluation:
     """Run the engine's model over `batches` (an `EvalLoader`); `seen` is told the images of each batch.
 
+    ranks: each gives its own batches, and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
+    fewer batches computes something idle in the last one, since all take part in a pass.
     Raises ValueError for no images, and for an image without a label where the model is a classifier.
     """
     classifier = isinstance(engine.spec, ClassifierSpec)
-    images, first, five, loss = 0, 0, 0, 0.0
+    own: list[tuple[int, int, int, float]] = []
     for batch in batches:
         count = len(batch.images)
         outputs = engine.forward(batch.images)
         if classifier:
             _check_labels(batch, outputs["logits"].shape[1])
-            loss += float(cross_entropy(outputs["logits"], batch.labels).sum())
-            rank = ranks(outputs["logits"], batch.labels)
-            first, five = first + int((rank < 1).sum()), five + int((rank < TOP).sum())
+            loss = float(cross_entropy(outputs["logits"], batch.labels).sum())
+            before = classes_before(outputs["logits"], batch.labels)
+            own.append((count, int((before < 1).sum()), int((before < TOP).sum()), loss))
         else:
-            loss += float(outputs["loss"]) * count
-        images += count
+            own.append((count, 0, 0, float(outputs["loss"]) * count))
         if seen is not None:
             seen(count)
+    for _ in range(rounds - len(own)):
+        engine.forward(np.zeros((1, *engine.spec.image_size, 3), np.float32))
+    # Added up in the order of the batches: the same bits from any number of ranks.
+    turns = zip_longest(*ranks.gather(own))
+    sums = [batch for turn in turns for batch in turn if batch is not None]
+    images, first, five, loss = (
+        (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0, 0, 0.0)
+    )
     if not images:
         raise ValueError("evaluation: the data has no images")
     accuracy = {"top1": first / images, "top5": five / images} if classifier else {}
-    return Evaluation(images=images, loss=loss / images, **accuracy)
+    return Evaluation(images=int(images), loss=loss / images, **accuracy)
 
 
 def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -70,7 +86,7 @@ def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[n
     return np.asarray(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels])
 
 
-def ranks(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def classes_before(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Classes that stand before the true one, `(B,)`: 0 where it is the likeliest.
 
     Ties go to the class with the smaller number; a value that is no number beats the true class.
@@ -83,12 +99,11 @@ def ranks(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
 @contextmanager
 def averaged_weights(engine: Engine) -> Iterator[None]:
     """Inside the block the engine computes with the moving average of its weights."""
-    state = engine.export_state()
-    engine.load_state(replace(state, parameters={**state.parameters, **state.ema}))
+    engine.exchange_average()
     try:
         yield
     finally:
-        engine.load_state(state)
+        engine.exchange_average()
 
 
 def _check_labels(batch: EvalBatch, classes: int) -> None:

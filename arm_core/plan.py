@@ -13,8 +13,10 @@ from arm_core.backend import Batch
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.source import Source
 from arm_core.drop_path import branch_scale
+from arm_core.ranks import ALONE, Ranks
 from arm_core.recipe import Recipe
 from arm_core.schedule import Schedule
+from arm_core.settings import TrainingSettings
 from arm_core.spec import ClassifierSpec, ModelSpec
 from arm_core.typed_toml import Span
 
@@ -34,12 +36,17 @@ def _naming_lost_workers() -> Iterator[None]:
 class Plan:
     """A recipe laid out over a data source.
 
+    With several ranks, rank r makes the micro-batches whose position leaves the remainder r when divided
+    by their number, so that what an update consists of does not depend on how many there are.
+
     Raises ValueError where they do not fit: too few images for a batch, another number of classes, a
-    warm-up longer than the run.
+    warm-up longer than the run, more ranks than an update has micro-batches.
     """
 
-    def __init__(self, recipe: Recipe, spec: ModelSpec, source: Source) -> None:
+    def __init__(self, recipe: Recipe, spec: ModelSpec, source: Source, *, ranks: Ranks = ALONE) -> None:
         self._recipe, self._training, self._spec, self._source = recipe, recipe.training, spec, source
+        self._rank, self._world = ranks.rank, ranks.world
+        _check_shares(self._training, ranks.world)
         self._classes = spec.classes if isinstance(spec, ClassifierSpec) else None
         batches = TrainBatches(
             source=source,
@@ -78,7 +85,7 @@ class Plan:
         return step // steps > (step - 1) // steps
 
     def open(self, position: int, *, workers: int) -> TrainLoader:
-        """The micro-batches from `position` on; close it."""
+        """This rank's micro-batches from `position` on; close it."""
         return TrainLoader(
             self._source,
             self._recipe.augmentation,
@@ -88,12 +95,15 @@ class Plan:
             classes=self._classes,
             mixing=self._recipe.mixing,
             start=position,
+            rank=(self._rank - position) % self._world,
+            world=self._world,
             workers=workers,
         )
 
     def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
-        """The micro-batches of one update, drop path included; `loader` stands at `position`."""
-        positions = range(position, position + self._training.accumulation)
+        """This rank's micro-batches of one update, drop path included; `loader` stands at `position`."""
+        update = range(position, position + self._training.accumulation)
+        positions = [p for p in update if p % self._world == self._rank]
         with _naming_lost_workers():
             return [self._with_drop_path(next(loader), p) for p in positions]
 
@@ -116,7 +126,7 @@ class Plan:
             yield batch
 
     def eval_loader(self, source: Source) -> EvalLoader:
-        """`source` in batches for evaluation; ValueError where its classes are not the training data's."""
+        """This rank's batches of `source` for evaluation; ValueError where its classes are others."""
         if self._classes is not None and source.classes != self._source.classes:
             raise ValueError(
                 f"the images to evaluate on have other classes ({_some(source.classes)}) "
@@ -127,6 +137,8 @@ class Plan:
             self._recipe.eval_transform,
             size=self._spec.image_size,
             batch_size=self._training.micro_batch,
+            rank=self._rank,
+            world=self._world,
             workers=self._recipe.data.workers,
         )
 
@@ -135,6 +147,18 @@ class Plan:
         transform = json.dumps(asdict(self._recipe.eval_transform))
         names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
         return {"eval_transform": transform, **names}
+
+
+def _check_shares(training: TrainingSettings, world: int) -> None:
+    if world <= training.accumulation:
+        return
+    fitting = next((n for n in range(world, training.batch_size + 1) if training.batch_size % n == 0), None)
+    advice = f"start a new run with --set training.accumulation={fitting}, or " if fitting else ""
+    raise ValueError(
+        f"training.accumulation: an update is made of {training.accumulation} micro-batches of "
+        f"{training.micro_batch} images, too few for {world} processes; {advice}use "
+        f"{training.accumulation} or fewer"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

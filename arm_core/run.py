@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +22,14 @@ from arm_core.checkpoint import (
     LAST,
     Checkpoint,
     Warn,
+    load_checkpoint,
     newest_checkpoint,
     remove_drafts,
     saved_steps,
+    step_name,
 )
 from arm_core.model_files import CONFIG, read_config, sync_folder, write_text
+from arm_core.ranks import ALONE, Ranks, together
 from arm_core.recipe import Recipe, fingerprint, load_recipe, override
 from arm_core.spec import ModelSpec, to_json
 
@@ -38,6 +42,9 @@ class RunFolder:
 
     `resumed` is the checkpoint that training goes on from, None in a new run: create the engine with
     its parameters. `overrides` are the changes to the recipe that this session made.
+
+    In a job of several processes rank 0 holds the lock and writes; the others, without a lock, only read,
+    and what would write does nothing.
     """
 
     def __init__(
@@ -45,14 +52,14 @@ class RunFolder:
         path: Path,
         recipe: Recipe,
         spec: ModelSpec,
-        lock: int,
+        lock: int | None,
         *,
         resumed: Checkpoint | None = None,
         overrides: Sequence[str] = (),
     ) -> None:
         self.path, self.recipe, self.spec = path, recipe, spec
         self.resumed, self.overrides = resumed, tuple(overrides)
-        self._lock: int | None = lock
+        self._lock, self._writes = lock, lock is not None
 
     @property
     def resume_command(self) -> str:
@@ -61,7 +68,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a row to `metrics.jsonl`."""
-        _append(self.path / METRICS, row)
+        self._append(self.path / METRICS, row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows so far."""
@@ -69,6 +76,8 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Drop rows later than `step`, which training is about to write again."""
+        if not self._writes:
+            return
         rows = [row for row in self.metrics() if row["step"] <= step]
         draft = self.path / f"{METRICS}.tmp"
         write_text(draft, "".join(json.dumps(row) + "\n" for row in rows))
@@ -76,7 +85,12 @@ class RunFolder:
 
     def record_session(self, record: dict[str, Any]) -> None:
         """Add a row to `sessions.jsonl`: who goes on from where."""
-        _append(self.path / SESSIONS, record)
+        self._append(self.path / SESSIONS, record)
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        if self._writes:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Release the lock."""
@@ -93,13 +107,21 @@ class RunFolder:
         self.close()
 
 
-def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec) -> RunFolder:
+def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec, *, ranks: Ranks = ALONE) -> RunFolder:
     """Begin a run in a new or empty folder, or in one whose run never came to a checkpoint.
 
     spec: the recipe's model, with the number of classes that the data has.
+    ranks: the job that trains; all of it calls this together, and sees the same folder.
     Raises ValueError where the folder holds a run or anything else, or is in use.
     """
-    folder = Path(path)
+    folder, lock = Path(path), None
+    with together(ranks):
+        if ranks.rank == 0:
+            lock = _start(folder, recipe, spec)
+    return RunFolder(folder, recipe, spec, lock)
+
+
+def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; a run needs a folder of its own")
     if saved_steps(folder):
@@ -110,34 +132,51 @@ def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec) -> RunFolder:
     if folder.exists() and (foreign := sorted(_others(folder))):
         raise ValueError(f"{folder}: not empty (it holds {foreign[0]!r}); a run needs a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _acquire(folder)
-    try:
+    with _locked(folder) as lock:
         for name in (METRICS, SESSIONS, LAST):
             (folder / name).unlink(missing_ok=True)
         remove_drafts(folder)
         write_text(folder / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
         _replace(folder / RECIPE, recipes.to_toml(recipe))
         sync_folder(folder)
-    except BaseException:
-        os.close(lock)
-        raise
-    return RunFolder(folder, recipe, spec, lock)
+    return lock
 
 
-def resume_run(path: Path | str, overrides: Sequence[str] = (), *, warn: Warn) -> RunFolder:
+def resume_run(
+    path: Path | str, overrides: Sequence[str] = (), *, warn: Warn, ranks: Ranks = ALONE
+) -> RunFolder:
     """Open a run to go on with it, from its newest sound checkpoint.
 
     overrides: changes to the recipe from here on (`arm_core.recipe.override`), kept in the run; the model,
     the seed and the make-up of the batches stay, since the position in the data counts in them.
     warn: is told of damaged checkpoints, and of a recipe that is not the newest checkpoint's.
+    ranks: the job that trains; all of it calls this together, and sees the same folder.
     Raises ValueError where there is no run, none of its checkpoints is sound, or it is in use.
     """
     folder = Path(path)
+    run: RunFolder | None = None
+    with together(ranks):
+        if ranks.rank == 0:
+            run = _resume(folder, overrides, warn)
+    if ranks.world == 1:
+        assert run is not None
+        return run
+    # Rank 0 has checked the files; the others read those that it chose.
+    chosen = None if run is None or run.resumed is None else run.resumed.progress.step
+    step = next(found for found in ranks.gather(chosen) if found is not None)
+    with together(ranks):
+        if run is None:
+            recipe, spec = load_recipe(folder / RECIPE), read_config(folder)
+            checkpoint = load_checkpoint(folder / FOLDER / step_name(step), check=False)
+            run = RunFolder(folder, recipe, spec, None, resumed=checkpoint, overrides=overrides)
+    return run
+
+
+def _resume(folder: Path, overrides: Sequence[str], warn: Warn) -> RunFolder:
     if not (folder / RECIPE).is_file():
         what = f"holds no {RECIPE}" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: {what}; expected the folder of a run")
-    lock = _acquire(folder)
-    try:
+    with _locked(folder) as lock:
         spec, stored = read_config(folder), load_recipe(folder / RECIPE)
         checkpoint = newest_checkpoint(folder, warn)
         if checkpoint is None:
@@ -151,9 +190,6 @@ def resume_run(path: Path | str, overrides: Sequence[str] = (), *, warn: Warn) -
         if recipe != stored:
             _replace(folder / RECIPE, recipes.to_toml(recipe))
         remove_drafts(folder)
-    except BaseException:
-        os.close(lock)
-        raise
     return RunFolder(folder, recipe, spec, lock, resumed=checkpoint, overrides=overrides)
 
 
@@ -188,11 +224,6 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     write_text(draft, text)
@@ -203,15 +234,22 @@ def _others(folder: Path) -> list[str]:
     return [item.name for item in folder.iterdir() if item.name.removesuffix(".tmp") not in _OURS]
 
 
-def _acquire(folder: Path) -> int:
-    """Lock the run for this process; the system releases it however the process ends."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Lock the run for this process; the block's success keeps the lock, an error gives it back.
+
+    The system releases it however the process ends.
+    """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise ValueError(f"{folder}: in use by another process ({holder or 'unknown'})") from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()}\n".encode())
+        yield descriptor
+    except BaseException:
         os.close(descriptor)
-        raise ValueError(f"{folder}: in use by another process ({holder or 'unknown'})") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"pid {os.getpid()}\n".encode())
-    return descriptor
+        raise

@@ -20,6 +20,7 @@ from arm_core.data.source import Source
 from arm_core.diagnosis import NonFiniteError, first_bad_state, first_non_finite
 from arm_core.evaluation import Evaluation, averaged_weights, evaluate
 from arm_core.plan import Plan, WorkersLost
+from arm_core.ranks import ALONE, Ranks, StopTogether, lead, together
 from arm_core.recipe import fingerprint
 from arm_core.run import RunFolder
 from arm_core.signals import StopOnSignal
@@ -74,8 +75,9 @@ class Trainer:
     checkpoint's. Else the engine is trained from the parameters that it was created with.
     train_source: images, and labels for a classifier.  eval_source: evaluated as the recipe says; None for
     no evaluation.  session: what is to be recorded about this session, such as backend and version.
+    ranks: the job of which this process is a part, as the engine and the run know it; all ranks train.
 
-    Raises ValueError where data and recipe do not fit together.
+    Raises ValueError where data, recipe and ranks do not fit together.
     """
 
     def __init__(
@@ -87,13 +89,15 @@ class Trainer:
         *,
         observer: Observer | None = None,
         session: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if engine.spec != run.spec:
             raise ValueError(f"{run.path}: the engine was made for another model than the run's")
         self.run, self.engine, self.observer = run, engine, observer or Observer()
         self._recipe, self._training = run.recipe, run.recipe.training
         self._session = {**(session or {}), "device": engine.device, "scan": engine.scan}
-        self.plan = Plan(run.recipe, run.spec, train_source)
+        self._ranks = ranks
+        self.plan = Plan(run.recipe, run.spec, train_source, ranks=ranks)
         self._eval_loader = None if eval_source is None else self.plan.eval_loader(eval_source)
 
         progress = run.resumed.progress if run.resumed else None
@@ -110,17 +114,21 @@ class Trainer:
         """Run until the end, or until SIGINT or SIGTERM: then the step is finished and the state saved.
 
         Raises NonFiniteError where a loss or gradient is no number, WorkersLost where data workers were
-        killed, ValueError for broken data and OSError where the disk fails; a sound checkpoint to go on
-        from is there in each case.
+        killed, RankLost where another process of the job ended, ValueError for broken data and OSError
+        where the disk fails; a sound checkpoint to go on from is there in each case.
         """
         lost: WorkersLost | None = None
-        with StopOnSignal(self.observer.warned) as stop:
+        with StopOnSignal(self.observer.warned) as noted:
+            stop = StopTogether(self._ranks, lambda: noted.signal)
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
                 try:
                     self._take_steps(loader, stop)
                 except WorkersLost as error:
+                    if self._ranks.world > 1:  # the others are in the middle of a step
+                        raise WorkersLost(f"{error}; go on with: {self.run.resume_command}") from error
                     lost = error
+                    stop.asked()
             complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
             checkpoint = self._save()
         if lost and not stop.signal:  # a signal to the whole process group ends the workers, too
@@ -129,15 +137,15 @@ class Trainer:
             ) from lost
         return self._outcome(checkpoint, None if complete else stop.signal)
 
-    def _take_steps(self, loader: Iterator[Batch], stop: StopOnSignal) -> None:
+    def _take_steps(self, loader: Iterator[Batch], stop: StopTogether) -> None:
         self._reset_clock()
-        if self.step and not stop.signal:
+        if self.step and not stop.asked():
             self._evaluate_if_due()  # an interrupted run owes the evaluation of its last step
-        while self.step < self.plan.total_steps and not stop.signal:
+        while self.step < self.plan.total_steps and not stop.asked():
             self._take_step(loader)
             if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
                 self._log()
-            if stop.signal:
+            if stop.asked():
                 break
             best = self._evaluate_if_due()
             if best or self.plan.due(self._training.save_every, self.step):
@@ -145,32 +153,33 @@ class Trainer:
 
     def _begin(self) -> None:
         """Bring engine and files to the step where training goes on."""
+        resumed = self.run.resumed is not None
         if self.run.resumed is not None:
             self.engine.load_state(self.run.resumed.state)
             self.run.resumed = None  # frees a copy of the whole state
-            self.run.truncate_metrics(self.step)
-        self.run.record_session(
-            {
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "step": self.step,
-                "recipe": fingerprint(self._recipe),
-                "overrides": list(self.run.overrides),
-                **self._engine_record(),
-            }
-        )
+        session = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": self.step,
+            "recipe": fingerprint(self._recipe),
+            "overrides": list(self.run.overrides),
+            **self._engine_record(),
+        }
+        with together(self._ranks):
+            if resumed:
+                self.run.truncate_metrics(self.step)
+            self.run.record_session(session)
         self.observer.started(self)
         if self._saved_step < 0:
             self._save()  # a run that dies early can then be resumed, wherever its first weights came from
 
     def _take_step(self, loader: Iterator[Batch]) -> None:
-        batches = self.plan.next_batches(loader, self._position)
-        self._position += len(batches)
-        self.step += 1
-        pending = self.engine.train_step(batches, step=self.step, lr=self.plan.lr(self.step))
-        self._pending.append((self.step, pending))
-        images = sum(len(batch.images) for batch in batches)
-        self._clock_images += images
-        self.observer.stepped(self.step, images)
+        batches, of = self.plan.next_batches(loader, self._position), self._training.accumulation
+        step = self.step + 1
+        pending = self.engine.train_step(batches, step=step, lr=self.plan.lr(step), of=of)
+        self._pending.append((step, pending))
+        self.step, self._position = step, self._position + of
+        self._clock_images += self._training.batch_size
+        self.observer.stepped(step, self._training.batch_size)
 
     def _collect(self) -> None:
         """Wait for the steps under way and keep their results."""
@@ -206,14 +215,17 @@ class Trainer:
             return False
         every = self._training.evaluate_every
         due = self.step == self.plan.total_steps or (every is not None and self.plan.due(every, self.step))
-        return due and not any("eval_loss" in row and row["step"] == self.step for row in self.run.metrics())
+        return due and not lead(self._ranks, self._evaluated)
+
+    def _evaluated(self) -> bool:
+        return any("eval_loss" in row and row["step"] == self.step for row in self.run.metrics())
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate where the recipe says so; True for a new best."""
         if self._eval_loader is None or not self._owes_evaluation():
             return False
         self._collect()
-        best = self._best()
+        best = lead(self._ranks, self._best)
         row: dict[str, Any] = {"step": self.step, "epoch": self.plan.epoch(self.step)}
         found = self._evaluate(self._eval_loader)
         score = found.score
@@ -234,10 +246,11 @@ class Trainer:
 
         def seen(images: int) -> None:
             nonlocal done
-            done += images
+            done = min(done + images * self._ranks.world, total)
             self.observer.evaluating(done, total)
 
-        return evaluate(self.engine, self.plan.eval_batches(loader), seen=seen)
+        batches = self.plan.eval_batches(loader)
+        return evaluate(self.engine, batches, seen=seen, ranks=self._ranks, rounds=loader.rounds)
 
     def _best(self) -> dict[str, Any] | None:
         rows = [row for row in self.run.metrics() if "score" in row]
@@ -249,9 +262,6 @@ class Trainer:
         if self._saved_step == self.step:
             return target
         self._collect()
-        state = self.engine.export_state()
-        if bad := first_bad_state(state):
-            raise self._non_finite(self.step, "the state is not finite", bad)
         progress = Progress(
             step=self.step,
             position=self._position,
@@ -261,8 +271,20 @@ class Trainer:
             grad_norms=tuple(self._grad_norms),
         )
         checkpoint = Checkpoint(
-            spec=self.run.spec, progress=progress, state=state, metadata=self.plan.model_metadata()
+            spec=self.run.spec,
+            progress=progress,
+            state=self.engine.export_state(),
+            metadata=self.plan.model_metadata(),
         )
+        lead(self._ranks, lambda: self._write(checkpoint, target))
+        self._saved_step = self.step
+        self.observer.saved(target)
+        self._reset_clock()
+        return target
+
+    def _write(self, checkpoint: Checkpoint, target: Path) -> None:
+        if bad := first_bad_state(checkpoint.state):
+            raise self._non_finite(self.step, "the state is not finite", bad)
         try:
             save_checkpoint(self.run.path, checkpoint)
         except OSError as error:
@@ -270,24 +292,21 @@ class Trainer:
                 f"{target}: cannot be written ({error.strerror or error}); the checkpoints before it are "
                 f"sound. Make room, then go on with: {self.run.resume_command}"
             ) from error
-        self._saved_step = self.step
         best = self._best()
         prune(self.run.path, keep=self._training.keep, also=[best["step"]] if best else [])
-        self.observer.saved(target)
-        self._reset_clock()
-        return target
 
     def _reset_clock(self) -> None:
         self._clock, self._clock_images = time.monotonic(), 0
 
     def _engine_record(self) -> dict[str, str]:
-        return {**self._session, "precision": str(self._training.precision)}
+        several = {"ranks": str(self._ranks.world)} if self._ranks.world > 1 else {}
+        return {**self._session, **several, "precision": str(self._training.precision)}
 
     def _find_non_finite(self, step: int) -> str | None:
         """Make the batches of a failed step again and look where they go wrong."""
         start = self._position - (self.step - step + 1) * self._training.accumulation
         with self.plan.open(start, workers=0) as loader:
-            return first_non_finite(self.engine, self.plan.next_batches(loader, start))
+            return first_non_finite(self.engine, self.plan.next_batches(loader, start), self._ranks)
 
     def _non_finite(self, step: int, what: str, tensor: str | None) -> NonFiniteError:
         last = self.run.path / FOLDER / step_name(saved_steps(self.run.path)[-1])

@@ -13,7 +13,7 @@ from arm_core.checkpoint import newest_checkpoint, read_weights, saved_steps
 from arm_core.data import EvalLoader, EvalTransform, Synthetic
 from arm_core.data.loader import EvalBatch
 from arm_core.diagnosis import NonFiniteError
-from arm_core.evaluation import cross_entropy, evaluate, ranks
+from arm_core.evaluation import classes_before, cross_entropy, evaluate
 from arm_core.model_files import read_model
 from arm_core.parameters import initial_parameters
 from arm_core.plan import WorkersLost
@@ -146,9 +146,9 @@ def test_drop_path_masks_follow_from_seed_and_position(tmp_path, recipe):
     seen: list[Batch] = []
 
     class Watched(ToyEngine):
-        def train_step(self, batches, *, step, lr):
+        def train_step(self, batches, *, step, lr, of):
             seen.extend(batches)
-            return super().train_step(batches, step=step, lr=lr)
+            return super().train_step(batches, step=step, lr=lr, of=of)
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
         Trainer(run, Watched(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer), TRAIN).train()
@@ -178,7 +178,7 @@ def test_evaluation_counts_exactly(tmp_path, recipe):
 
 def test_ranks_break_ties_by_class_number_and_never_favour_what_is_no_number():
     logits = np.array([[1, 1, 0], [1, 1, 0], [np.nan, 0, 1], [0, np.nan, 1]], np.float32)
-    assert ranks(logits, np.array([0, 1, 2, 1])).tolist() == [0, 1, 1, 3]
+    assert classes_before(logits, np.array([0, 1, 2, 1])).tolist() == [0, 1, 1, 3]
     assert cross_entropy(np.array([[1000.0, 0.0]], np.float32), np.array([1]))[0] == 1000.0
 
 

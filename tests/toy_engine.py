@@ -85,7 +85,7 @@ class ToyEngine:
             grads["patch_embed.weight"] = np.full_like(grads["patch_embed.weight"], np.nan)
         return loss, {name: g.astype(np.float32) for name, g in grads.items()}
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> ToyStep:
+    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None) -> ToyStep:
         self._poison = step in self.poisoned_steps
         found = [self.loss_and_gradients(batch) for batch in batches]
         loss = float(np.mean([loss for loss, _ in found]))
@@ -112,6 +112,10 @@ class ToyEngine:
                 if settings.ema_decay is not None:
                     e = self.ema[name]
                     self.ema[name] = (e + (1 - settings.ema_decay) * (p - e)).astype(np.float32)
+
+    def exchange_average(self) -> None:
+        for name, average in self.ema.items():
+            self.ema[name], self.parameters[name] = self.parameters[name], average
 
     def export_state(self) -> TrainingState:
         kinds = ("parameters", "exp_avg", "exp_avg_sq", "ema")

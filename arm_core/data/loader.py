@@ -206,6 +206,11 @@ class EvalLoader:
         """Batches of this rank."""
         return len(range(self._rank, len(self.batches), self._world))
 
+    @property
+    def rounds(self) -> int:
+        """Batches of the rank that has most of them."""
+        return -(-len(self.batches) // self._world)
+
     def __iter__(self) -> Iterator[EvalBatch]:
         workers = min(self._workers, len(self))  # no process without a batch to make
         with Stream(

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from arm_core.backend import Array, Engine, EngineOptions
 from arm_core.optimizer import OptimizerSettings
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ModelSpec
 
 
@@ -41,6 +42,9 @@ class CudaBackend:
 
         return scans(device)
 
+    def join(self, device: str) -> Ranks:
+        return ALONE
+
     def create_engine(
         self,
         spec: ModelSpec,
@@ -48,6 +52,7 @@ class CudaBackend:
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
+        ranks: Ranks = ALONE,
     ) -> Engine:
         from arm_cuda.engine import TorchEngine
 

@@ -102,18 +102,28 @@ class TorchEngine:
         return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
-        loss = self._accumulate([batch])
+        loss = self._accumulate([batch], 1)
         gradients = {name: to_numpy(p.grad) for name, p in self._trainable.items() if p.grad is not None}
         self._model.zero_grad()
         return loss.item(), gradients
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> PendingStep:
-        loss = self._accumulate(batches)
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+    ) -> PendingStep:
+        loss = self._accumulate(batches, of or len(batches))
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         norm = gradient_norm(gradients)
         self._update(loss, norm, step, lr)
         self._model.zero_grad()
         return PendingStep(loss, norm)
+
+    @torch.no_grad()
+    def exchange_average(self) -> None:
+        for name, average in self._ema.items():
+            weight = self._trainable[name]
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
 
     def export_state(self) -> TrainingState:
         return TrainingState(
@@ -162,8 +172,8 @@ class TorchEngine:
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of the mean loss over the micro-batches; returns that loss."""
+    def _accumulate(self, batches: Sequence[Batch], of: int) -> Tensor:
+        """Gradients of their part of the mean loss over `of` micro-batches; returns that part."""
         total = torch.zeros((), device=self._device)
         for batch in batches:
             scale = None if batch.branch_scale is None else self._put(batch.branch_scale)
@@ -174,8 +184,8 @@ class TorchEngine:
                 if batch.targets is None:
                     raise ValueError("a classifier trains on batches with targets (B, classes), found None")
                 loss = soft_cross_entropy(outputs["logits"], self._put(batch.targets))
-            (loss / len(batches)).backward()
-            total += loss.detach() / len(batches)
+            (loss / of).backward()
+            total += loss.detach() / of
         return total
 
     @torch.no_grad()

@@ -8,8 +8,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from arm_core.backend import Array, Engine, EngineOptions
+from arm_core.backend import Array, Compile, Engine, EngineOptions
 from arm_core.optimizer import OptimizerSettings
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ModelSpec
 from arm_mlx import blas
 
@@ -48,6 +49,9 @@ class MlxBackend:
 
         return scans(device)
 
+    def join(self, device: str) -> Ranks:
+        return ALONE
+
     def create_engine(
         self,
         spec: ModelSpec,
@@ -55,10 +59,13 @@ class MlxBackend:
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
+        ranks: Ranks = ALONE,
     ) -> Engine:
+        options = options or EngineOptions()
+        wanted = {"compile": options.compile != Compile.NONE, "recompute": options.recompute}
+        if refused := [name for name, asked in {**wanted, "shard": options.shard}.items() if asked]:
+            raise ValueError(f"backend 'mlx' does not offer {', '.join(refused)}; --backend cuda does")
         blas.load()
         from arm_mlx.engine import MlxEngine
 
-        return MlxEngine(
-            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options or EngineOptions()
-        )
+        return MlxEngine(spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options)

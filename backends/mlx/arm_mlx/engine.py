@@ -104,17 +104,25 @@ class MlxEngine:
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         self._refuse_quantized()
         with mx.stream(self._device):
-            loss, gradients = self._accumulate([batch])
+            loss, gradients = self._accumulate([batch], 1)
             return to_float(loss), {name: to_numpy(gradients[name]) for name in self._trainable}
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float) -> PendingStep:
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+    ) -> PendingStep:
         self._refuse_quantized()
         with mx.stream(self._device):
-            loss, gradients = self._accumulate(batches)
+            loss, gradients = self._accumulate(batches, of or len(batches))
             norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(())))
             self._update(loss, gradients, norm, step, lr)
             mx.async_eval(loss, norm, self._model.parameters(), self._exp_avg, self._exp_avg_sq, self._ema)
         return PendingStep(loss, norm)
+
+    def exchange_average(self) -> None:
+        weights, averages = self._trainable, list(self._ema.items())
+        self._model.update(tree_unflatten(averages))
+        for name, _ in averages:
+            self._ema[name] = weights[name]
 
     def export_state(self) -> TrainingState:
         self._refuse_quantized()
@@ -168,12 +176,12 @@ class MlxEngine:
             raise ValueError("a classifier trains on batches with targets (B, classes), found None")
         return soft_cross_entropy(outputs["logits"], put(batch.targets))
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[mx.array, Arrays]:
-        """Mean loss over the micro-batches, and its gradients by name."""
+    def _accumulate(self, batches: Sequence[Batch], of: int) -> tuple[mx.array, Arrays]:
+        """Their part of the mean loss over `of` micro-batches, and its gradients by name."""
         total = mx.zeros(())
         gradients: Arrays = {}
         for batch in batches:
-            loss, tree = self._share_of_loss(batch, len(batches))
+            loss, tree = self._share_of_loss(batch, of)
             new = named(tree)
             gradients = {name: gradients[name] + g if gradients else g for name, g in new.items()}
             total = total + loss
