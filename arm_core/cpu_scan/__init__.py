@@ -1,4 +1,4 @@
-"""The two sequence operators of the mixer on a CPU, forward and backward: both engines call these.
+"""The two sequence operators of the mixer on a CPU, forward and backward, and the gate of the MLP.
 
 They compute what `arm_core.reference.scan` states, in float32, with Numba kernels compiled at the first
 call and cached on disk. Inputs are NumPy arrays, as a rule zero-copy views of a framework's tensors;
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy.typing as npt
 
-from arm_core.cpu_scan import conv, scan
+from arm_core.cpu_scan import conv, scan, swiglu
 from arm_core.cpu_scan.shapes import F32, Orders, Sizes, dense, new, rows
 
 _turn = threading.Lock()  # Numba's fallback thread pool ends the process when two threads enter it
@@ -156,6 +156,33 @@ def scan_backward(
         dt_bias=sizes.narrow(grad_bias),
         z=sizes.narrow(grad_z),
     )
+
+
+def swiglu_forward(a: F32, b: F32, *, threads: int | None = None) -> F32:
+    """silu(a) * b, element by element, in the shape of the two. Raises ValueError where they differ."""
+    _check_alike(a=a, b=b)
+    out = new(a.shape)
+    _run(swiglu.swiglu_forward, threads, *_flat(a, b), out.reshape(-1))
+    return out
+
+
+def swiglu_backward(grad_out: F32, a: F32, b: F32, *, threads: int | None = None) -> tuple[F32, F32]:
+    """Gradients of `swiglu_forward`, of a and of b, from that of its result. Raises ValueError likewise."""
+    _check_alike(a=a, b=b, grad_out=grad_out)
+    grad_a, grad_b = new(a.shape), new(a.shape)
+    _run(swiglu.swiglu_backward, threads, *_flat(grad_out, a, b), grad_a.reshape(-1), grad_b.reshape(-1))
+    return grad_a, grad_b
+
+
+def _check_alike(**arrays: F32) -> None:
+    shape = arrays["a"].shape
+    for name, array in arrays.items():
+        if array.shape != shape or array.dtype != "float32":
+            raise ValueError(f"{name}: expected float32 {shape}, found {array.dtype} {array.shape}")
+
+
+def _flat(*arrays: F32) -> list[npt.NDArray[Any]]:
+    return [dense(array).reshape(-1) for array in arrays]
 
 
 def _conv_inputs(sizes: Sizes, x: F32, weight: F32, bias: F32, order: Orders) -> list[npt.NDArray[Any]]:

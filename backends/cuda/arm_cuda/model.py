@@ -18,6 +18,7 @@ from arm_core.reference.model import TARGET_EPS
 from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
 from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
 from arm_cuda.scan import directional_conv, selective_scan
+from arm_cuda.swiglu import swiglu
 
 Seen = dict[str, Tensor] | None
 
@@ -92,7 +93,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(spec.mlp_width, spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w3(F.silu(self.w1(x)) * self.w2(x)))
+        return cast(Tensor, self.w3(swiglu(self.w1(x), self.w2(x))))
 
 
 class Block(nn.Module):

@@ -1,0 +1,65 @@
+"""The gate of the MLP on the CPU against float64, alone and in torch."""
+
+import numpy as np
+import pytest
+
+from arm_core import cpu_scan
+from arm_core.reference.scan import silu
+
+TOLERANCE = 5e-7
+"""Of each tensor's largest value; a float32 rounding is 6e-8."""
+SIZES = [(5,), (63,), (64,), (3, 5, 7), (1, 4096), (2, 4097), (3, 4, 1031)]  # around vectors and tasks
+
+
+def values(shape: tuple[int, ...], scale: float = 4.0) -> list[np.ndarray]:
+    """grad, a, b"""
+    rng = np.random.default_rng(3)
+    return [(scale * rng.standard_normal(shape)).astype(np.float32) for _ in range(3)]
+
+
+def float64_gate(grad: np.ndarray, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+    """The value, and the gradients of a and b."""
+    grad, a, b = (t.astype(np.float64) for t in (grad, a, b))
+    sigmoid = 1 / (1 + np.exp(-a))
+    return [silu(a) * b, grad * b * sigmoid * (1 + a * (1 - sigmoid)), grad * silu(a)]
+
+
+def worst(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("scale", [4.0, 60.0], ids=["mild", "saturated"])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_value_and_gradients_agree_with_float64(shape: tuple[int, ...], scale: float) -> None:
+    grad, a, b = values(shape, scale)
+    found = [cpu_scan.swiglu_forward(a, b), *cpu_scan.swiglu_backward(grad, a, b)]
+    for ours, expected in zip(found, float64_gate(grad, a, b), strict=True):
+        assert worst(ours, expected) < TOLERANCE
+
+
+def test_torch_computes_the_same_with_gradients_in_every_precision() -> None:
+    torch = pytest.importorskip("torch")
+    from arm_cuda.swiglu import swiglu
+
+    grad, a, b = values((3, 4, 1031))
+    expected = float64_gate(grad, a, b)
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.float64, 1e-14), (torch.bfloat16, 2e-2)):
+        x, y = (torch.from_numpy(t).to(dtype).requires_grad_() for t in (a, b))
+        out = swiglu(x, y)
+        assert out.dtype == dtype
+        out.backward(torch.from_numpy(grad).to(dtype).mT.contiguous().mT)  # not contiguous
+        for ours, reference in zip((out, x.grad, y.grad), expected, strict=True):
+            assert worst(ours.detach().double().numpy(), reference) < tolerance
+
+
+def test_a_nan_stays_where_it_is() -> None:
+    _, a, b = values((130,))
+    a[17] = np.nan
+    assert np.flatnonzero(np.isnan(cpu_scan.swiglu_forward(a, b))).tolist() == [17]
+
+
+def test_arrays_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"b: expected float32 \(3,\), found float32 \(4,\)"):
+        cpu_scan.swiglu_forward(np.zeros(3, np.float32), np.zeros(4, np.float32))
