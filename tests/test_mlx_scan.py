@@ -254,7 +254,7 @@ def test_cpu_views_are_not_copies() -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_unknown_scan_is_refused_with_the_known_names(operator: str) -> None:
-    with pytest.raises(ValueError, match="unknown scan 'fast'; known are cpu, reference"):
+    with pytest.raises(ValueError, match="unknown scan 'fast'; known are metal, cpu, reference"):
         call(operator, inputs(SMALL[0]), "fast")
 
 
@@ -267,6 +267,19 @@ def test_a_shape_that_does_not_fit_is_refused_by_name(operator: str, impl: str) 
         call(operator, {**values, name: values[name][..., :2]}, impl)
 
 
+@pytest.mark.parametrize("impl", usable())
+def test_a_scan_that_keeps_nothing_gives_the_same_and_refuses_gradients(impl: str) -> None:
+    values = inputs(CASES[2])
+    arrays = [mx.array(values[name]) for name in (*SCAN, "order")]
+    found = scans.selective_scan(*arrays, impl=impl, keep=False)
+    assert np.array_equal(np.array(found), call("selective_scan", values, impl))
+    with pytest.raises(ValueError, match="expected keep=True where gradients are taken"):
+        mx.grad(lambda u: scans.selective_scan(u, *arrays[1:], impl=impl, keep=False).sum())(arrays[0])
+
+
 def test_scans_of_a_device_are_listed_with_the_reason_against_each() -> None:
-    assert scans.scans("cpu") == {"cpu": None, "reference": None}
-    assert scans.scans("gpu") == {"cpu": "its kernels run on the CPU", "reference": None}
+    assert scans.scans("cpu") == {"metal": "its kernels run on Apple GPUs", "cpu": None, "reference": None}
+    metal = None if mx.metal.is_available() else "MLX sees no Metal on this machine"
+    on_gpu = {"metal": metal, "cpu": "its kernels run on the CPU", "reference": None}
+    assert scans.scans("gpu") == on_gpu
+    assert list(on_gpu) == list(scans.scans("gpu"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_core import cpu_scan
+from arm_mlx import metal
 
 Gradients = tuple[mx.array | None, ...]
 
@@ -27,18 +29,20 @@ def directional_conv(
     u[k, b, p_t] = silu(bias_k + sum_j weight_k[:, j] x[b, p_(t - W + 1 + j)]) with p = order[k];
     tokens before the first count as 0.
 
-    x: (B, L, D) float32 or bfloat16.  weight: (K, D, W) and bias: (K, D) float32.  order: (K, L) int32.
-    impl: see `IMPLEMENTATIONS`.  Returns u: (K, B, L, D) in x.dtype.
+    x: (B, L, D) float32, float16 or bfloat16.  weight: (K, D, W) and bias: (K, D) float32.
+    order: (K, L) int32.  impl: see `IMPLEMENTATIONS`.  Returns u: (K, B, L, D) in x.dtype.
     Raises ValueError on an unknown impl, and on a shape that does not fit.
     """
     _check(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
-    u = _implementation(impl).directional_conv(x.astype(mx.float32), weight, bias, order)
-    return u.astype(x.dtype)
+    implementation = _implementation(impl)
+    dtype = x.dtype if implementation.half_precision else mx.float32
+    weights = (a.astype(mx.float32) for a in (weight, bias))
+    return implementation.directional_conv(x.astype(dtype), *weights, order).astype(x.dtype)
 
 
 def selective_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
-    z: mx.array, order: mx.array, *, impl: str,
+    z: mx.array, order: mx.array, *, impl: str, keep: bool = True,
 ) -> mx.array:  # fmt: skip
     """Selective scan over K directions, their mean, and the gate.
 
@@ -49,16 +53,24 @@ def selective_scan(
         out[b, p] = silu(z[b, p]) mean_k y_k[p]
 
     u, dt: (K, B, L, D); dt before bias and softplus.  B, C: (K, B, L, N).  z: (B, L, D).  All of these
-    float32 or bfloat16.  A: (K, D, N), negative.  D, dt_bias: (K, D).  order: (K, L) int32.
-    impl: see `IMPLEMENTATIONS`.  Returns out: (B, L, D) in u.dtype; the state stays float32.
-    Raises ValueError on an unknown impl, and on a shape that does not fit.
+    float32, float16 or bfloat16.  A: (K, D, N), negative.  D, dt_bias: (K, D).  order: (K, L) int32.
+    impl: see `IMPLEMENTATIONS`.  keep: whether gradients may be asked for.
+    Returns out: (B, L, D) in u.dtype; the state stays float32.
+    Raises ValueError on an unknown impl, on a shape that does not fit, and in a gradient without `keep`.
     """
     _check(
         u=(u, "KBLD"), dt=(dt, "KBLD"), A=(A, "KDN"), B=(B, "KBLN"), C=(C, "KBLN"), D=(D, "KD"),
         dt_bias=(dt_bias, "KD"), z=(z, "BLD"), order=(order, "KL"),
     )  # fmt: skip
-    floats = (a.astype(mx.float32) for a in (u, dt, A, B, C, D, dt_bias, z))
-    return _implementation(impl).selective_scan(*floats, order).astype(u.dtype)
+    implementation = _implementation(impl)
+    by_token = (u, dt, B, C, z)
+    dtype = mx.result_type(*by_token) if implementation.half_precision else mx.float32
+    run: Callable[..., mx.array] = partial(implementation.selective_scan, keep=keep)
+    if not keep:
+        run = _without_gradients(run)
+    u_, dt_, B_, C_, z_ = (a.astype(dtype) for a in by_token)
+    A_, D_, bias_ = (a.astype(mx.float32) for a in (A, D, dt_bias))
+    return run(u_, dt_, A_, B_, C_, D_, bias_, z_, order).astype(u.dtype)
 
 
 def scans(device: str) -> dict[str, str | None]:
@@ -68,10 +80,15 @@ def scans(device: str) -> dict[str, str | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """One way to run the two operators; signatures as above without `impl`, float32 in and out."""
+    """One way to run the two operators; signatures as above without `impl`.
+
+    Parameters of the layer (weight, bias, A, D, dt_bias) come as float32, all else in one type.
+    """
 
     directional_conv: Callable[..., mx.array]
     selective_scan: Callable[..., mx.array]
+    half_precision: bool = False
+    """Whether it takes float16 and bfloat16 as they are; otherwise all is handed over as float32."""
     unusable: Callable[[str], str | None]
     """`cpu` or `gpu` -> None, or why it cannot run there."""
 
@@ -80,6 +97,17 @@ def _implementation(name: str) -> Implementation:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown scan {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
+
+
+def _without_gradients(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The function, refusing to be differentiated instead of forgetting a gradient."""
+    forward = mx.custom_function(lambda *inputs: function(*inputs))
+
+    @forward.vjp
+    def _(*_: Any) -> Gradients:
+        raise ValueError("selective_scan: expected keep=True where gradients are taken, found keep=False")
+
+    return cast(Callable[..., mx.array], forward)
 
 
 def _check(**arrays: tuple[mx.array, str]) -> None:
@@ -121,6 +149,8 @@ def _reference_scan(
     dt_bias: mx.array,
     z: mx.array,
     order: mx.array,
+    *,
+    keep: bool,
 ) -> mx.array:
     step = mx.logaddexp(dt + dt_bias[:, None, None], 0.0)  # softplus
     y = _first(_recurrence(A, *(_reorder(tokens, order) for tokens in (step, step * u, B, C))))
@@ -186,8 +216,11 @@ def _cpu_conv(*inputs: mx.array) -> mx.array:
     return cast(mx.array, _cpu_conv_function(*inputs))
 
 
-def _cpu_scan(*inputs: mx.array) -> mx.array:
-    return _first(_cpu_scan_function(*inputs))
+def _cpu_scan(*inputs: mx.array, keep: bool) -> mx.array:
+    if keep:
+        return _first(_cpu_scan_function(*inputs))
+    out, _ = cpu_scan.scan_forward(*_arrays(*inputs), keep=False)
+    return mx.array(out)
 
 
 @mx.custom_function
@@ -203,7 +236,6 @@ def _cpu_conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> 
 
 @mx.custom_function
 def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
-    """Keeps what the backward needs in any case: MLX does not tell whether one will follow."""
     out, residuals = cpu_scan.scan_forward(*_arrays(*inputs), keep=True)
     assert residuals is not None
     return mx.array(out), mx.array(residuals.mean), mx.array(residuals.states)
@@ -229,7 +261,19 @@ def _arrays(*arrays: mx.array) -> list[npt.NDArray[Any]]:
     return [np.asarray(array) for array in arrays]
 
 
+def _no_metal(device: str) -> str | None:
+    if device == "cpu":
+        return "its kernels run on Apple GPUs"
+    return None if mx.metal.is_available() else "MLX sees no Metal on this machine"
+
+
 IMPLEMENTATIONS = {
+    "metal": Implementation(
+        directional_conv=metal.directional_conv,
+        selective_scan=metal.selective_scan,
+        half_precision=True,
+        unusable=_no_metal,
+    ),
     "cpu": Implementation(
         directional_conv=_cpu_conv,
         selective_scan=_cpu_scan,

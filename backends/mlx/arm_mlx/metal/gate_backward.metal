@@ -1,0 +1,7 @@
+// Gradients of the gate: of z, and of y, the same for every direction. One thread per element.
+//
+// grad, z, mean (B, L, D) T.  Writes dz, grad_y (B, L, D) T.
+const uint i = thread_position_in_grid.x;
+const float gate = float(z[i]), sigmoid = arm_sigmoid(gate), g = float(grad[i]);
+dz[i] = T(g * float(mean[i]) * sigmoid * metal::fma(gate, 1.0f - sigmoid, 1.0f));
+grad_y[i] = T(g * gate * sigmoid * (1.0f / float(DIRECTIONS)));

@@ -1,0 +1,72 @@
+"""The kernels' text. MLX writes each signature itself, from the names and types of the arrays.
+
+MLX gives a kernel those of Metal's thread attributes whose names occur anywhere in its text. Comments are
+therefore taken out: they may mention what the code does not use.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import mlx.core as mx
+
+SCAN_INPUTS = ("u", "dt", "A", "B", "C", "D", "dt_bias", "order")
+CONV_INPUTS = ("x", "weight", "bias", "order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One Metal kernel: the files it consists of, and its arrays in order."""
+
+    files: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    save: bool = False
+    """Whether it writes what a backward needs (ARM_SAVE in the text)."""
+
+
+def _forward_and_saving(
+    name: str, files: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], saved: str
+) -> dict[str, Kernel]:
+    return {
+        name: Kernel(files=files, inputs=inputs, outputs=outputs),
+        f"{name}_saving": Kernel(files=files, inputs=inputs, outputs=(*outputs, saved), save=True),
+    }
+
+
+KERNELS = {
+    "conv_forward": Kernel(files=("conv_forward",), inputs=CONV_INPUTS, outputs=("u",)),
+    "conv_backward": Kernel(files=("conv_backward",), inputs=("du", *CONV_INPUTS), outputs=("dx", "parts")),
+    **_forward_and_saving("scan_forward", ("scan_setup", "scan_forward"), SCAN_INPUTS, ("y",), "states"),
+    "scan_backward": Kernel(
+        files=("scan_setup", "scan_backward"),
+        inputs=("grad_y", "states", *SCAN_INPUTS),
+        outputs=("du", "ddt", "dA", "dBC", "dD", "ddt_bias"),
+    ),
+    **_forward_and_saving("gate_forward", ("gate_forward",), ("y", "z"), ("out",), "mean"),
+    "gate_backward": Kernel(files=("gate_backward",), inputs=("grad", "z", "mean"), outputs=("dz", "grad_y")),
+}
+
+
+@cache
+def text(name: str) -> str:
+    """A .metal file of this package, without comments."""
+    return re.sub(r"[ \t]*//.*", "", files("arm_mlx.metal").joinpath(f"{name}.metal").read_text("utf-8"))
+
+
+@cache
+def load(name: str) -> Any:
+    """The kernel of that name as MLX's callable. MLX compiles it at its first call with given sizes."""
+    kernel = KERNELS[name]
+    return mx.fast.metal_kernel(
+        name=f"arm_{name}",
+        input_names=kernel.inputs,
+        output_names=kernel.outputs,
+        header=("#define ARM_SAVE\n" if kernel.save else "") + text("helpers"),
+        source="".join(text(file) for file in kernel.files),
+        compile_options={"math_mode": "safe"},  # infinities in exp, and the order of log1p
+    )
