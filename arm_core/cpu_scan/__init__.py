@@ -55,7 +55,7 @@ def conv_forward(x: F32, weight: F32, bias: F32, order: Orders, *, threads: int 
     """
     sizes = Sizes.of_conv(x, weight, bias, order)
     u = new(sizes.shape("KBLV"))
-    _run(conv.conv_forward, threads, *_conv_inputs(sizes, x, weight, bias, order), u)
+    run(conv.conv_forward, threads, *_conv_inputs(sizes, x, weight, bias, order), u)
     return sizes.narrow(u)
 
 
@@ -75,7 +75,7 @@ def conv_backward(
     sizes.check(grad_u=(grad_u, "KBLD"))
     grad_x, part_weight, part_bias = (new(sizes.shape(axes)) for axes in ("BLV", "BKWV", "BKV"))
     inputs = rows(sizes.widen(grad_u)), *_conv_inputs(sizes, x, weight, bias, order)
-    _run(conv.conv_backward, threads, *inputs, grad_x, part_weight, part_bias)
+    run(conv.conv_backward, threads, *inputs, grad_x, part_weight, part_bias)
     grad_weight = part_weight.sum(0).swapaxes(1, 2)
     return ConvGradients(
         sizes.narrow(grad_x), sizes.narrow(grad_weight, axis=1), sizes.narrow(part_bias.sum(0))
@@ -108,7 +108,7 @@ def scan_forward(
     mean = new(sizes.shape("BLV")) if keep else out
     states = new(sizes.shape("KBTJNE") if keep else (0,) * 6)
     inputs = _scan_inputs(sizes, u, dt, A, B, C, D, dt_bias, z, order)
-    _run(scan.scan_forward, threads, *inputs, mean, out, states)
+    run(scan.scan_forward, threads, *inputs, mean, out, states)
     return sizes.narrow(out), ScanResiduals(mean, states) if keep else None
 
 
@@ -142,7 +142,7 @@ def scan_backward(
     parts = [new(sizes.shape(axes)) for axes in ("BKNV", "JKBLQ", "JKBLQ", "BKV", "BKV")]
     inputs = _scan_inputs(sizes, u, dt, A, B, C, D, dt_bias, z, order)
     kept = dense(residuals.mean), dense(residuals.states)
-    _run(scan.scan_backward, threads, rows(sizes.widen(grad_out)), *inputs, *kept, *gradients, *parts)
+    run(scan.scan_backward, threads, rows(sizes.widen(grad_out)), *inputs, *kept, *gradients, *parts)
 
     grad_u, grad_dt, grad_A, grad_B, grad_C, grad_z = gradients
     grad_D, grad_bias = (part.sum(0) for part in parts[-2:])
@@ -162,7 +162,7 @@ def swiglu_forward(a: F32, b: F32, *, threads: int | None = None) -> F32:
     """silu(a) * b, element by element, in the shape of the two. Raises ValueError where they differ."""
     _check_alike(a=a, b=b)
     out = new(a.shape)
-    _run(swiglu.swiglu_forward, threads, *_flat(a, b), out.reshape(-1))
+    run(swiglu.swiglu_forward, threads, *_flat(a, b), out.reshape(-1))
     return out
 
 
@@ -170,7 +170,7 @@ def swiglu_backward(grad_out: F32, a: F32, b: F32, *, threads: int | None = None
     """Gradients of `swiglu_forward`, of a and of b, from that of its result. Raises ValueError likewise."""
     _check_alike(a=a, b=b, grad_out=grad_out)
     grad_a, grad_b = new(a.shape), new(a.shape)
-    _run(swiglu.swiglu_backward, threads, *_flat(grad_out, a, b), grad_a.reshape(-1), grad_b.reshape(-1))
+    run(swiglu.swiglu_backward, threads, *_flat(grad_out, a, b), grad_a.reshape(-1), grad_b.reshape(-1))
     return grad_a, grad_b
 
 
@@ -197,7 +197,8 @@ def _scan_inputs(
     return [*tokens, *(dense(sizes.widen(a)) for a in (D, dt_bias)), rows(sizes.widen(z)), dense(order)]
 
 
-def _run(kernel: Any, threads: int | None, *arrays: npt.NDArray[Any]) -> None:
+def run(kernel: Any, threads: int | None, *arrays: npt.NDArray[Any]) -> None:
+    """Call a compiled kernel on so many threads (None: as `set_threads` says), one kernel at a time."""
     wanted = threads if threads is not None else _default_threads
     if wanted is not None and wanted < 1:
         raise ValueError(f"threads: expected 1 or more, found {wanted}")
