@@ -246,9 +246,9 @@ def test_training_through_the_cpu_scan_runs_its_own_backward(monkeypatch: pytest
 
 def test_cpu_views_are_not_copies() -> None:
     x = mx.random.normal((2, 5, 8))
-    (half,) = scans._arrays(mx.split(x, 2, axis=-1)[1])
+    (half,) = scans.evaluated(mx.split(x, 2, axis=-1)[1])
     assert half.strides == (5 * 8 * 4, 8 * 4, 4)
-    (whole,), (again,) = scans._arrays(x), scans._arrays(x)
+    (whole,), (again,) = scans.evaluated(x), scans.evaluated(x)
     assert np.shares_memory(whole, again)
 
 

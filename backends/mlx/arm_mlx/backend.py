@@ -8,7 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from arm_core.backend import Array, Compile, Engine, EngineOptions
+from arm_core.backend import Array, Engine, EngineOptions
 from arm_core.optimizer import OptimizerSettings
 from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ModelSpec
@@ -62,8 +62,8 @@ class MlxBackend:
         ranks: Ranks = ALONE,
     ) -> Engine:
         options = options or EngineOptions()
-        wanted = {"compile": options.compile != Compile.NONE, "recompute": options.recompute}
-        if refused := [name for name, asked in {**wanted, "shard": options.shard}.items() if asked]:
+        wanted = {"recompute": options.recompute, "shard": options.shard}
+        if refused := [name for name, asked in wanted.items() if asked]:
             raise ValueError(f"backend 'mlx' does not offer {', '.join(refused)}; --backend cuda does")
         blas.load()
         from arm_mlx.engine import MlxEngine

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import mlx.core as mx
@@ -17,23 +16,23 @@ from arm_core import cpu_scan
 from arm_core.backend import (
     Array,
     Batch,
+    Compile,
     EngineOptions,
     Precision,
     StepResult,
     TrainingState,
     choose_scan,
 )
-from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
+from arm_core.optimizer import OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters
 from arm_core.quantized import Quantized
-from arm_core.spec import ModelSpec
-from arm_mlx import blas
+from arm_core.spec import ClassifierSpec, ModelSpec
+from arm_mlx import blas, cpu_update, update
 from arm_mlx.model import build_model, named, soft_cross_entropy
 from arm_mlx.scan import scans
+from arm_mlx.update import Arrays, Moments, rates
 
 log = logging.getLogger("arm_mlx")
-
-Arrays = dict[str, mx.array]
 
 
 def devices() -> list[str]:
@@ -59,6 +58,17 @@ def set_threads(count: int) -> None:
         log.warning("threads=%d reaches the scan alone: %s has no such setting", count, blas.load().library)
 
 
+def whether_to_compile(wanted: Compile, scan: str) -> bool:
+    """Refuses with a ValueError what MLX does not compile."""
+    if wanted is Compile.BLOCKS:
+        raise ValueError("compile: MLX compiles the whole step or nothing; found blocks, use model or none")
+    if wanted is Compile.MODEL and scan == "cpu":
+        raise ValueError(
+            "compile: scan 'cpu' leaves MLX's graph, which ends a compilation; use --scan reference"
+        )
+    return wanted is Compile.MODEL
+
+
 @dataclass(frozen=True)
 class PendingStep:
     """Loss and gradient norm that may still be on their way from the device."""
@@ -70,8 +80,23 @@ class PendingStep:
         return StepResult(loss=to_float(self.loss), grad_norm=to_float(self.grad_norm))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The two functions that a training step is made of, compiled or not."""
+
+    add: Callable[[Arrays, mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]
+    """(batch, share, loss, gradients) -> loss and gradients with the share of this micro-batch."""
+    finish: Callable[[Arrays, mx.array, mx.array, Arrays, mx.array], tuple[mx.array, mx.array]]
+    """(last batch, share, loss, gradients, rates) -> loss and gradient norm, after the update."""
+
+
 class MlxEngine:
-    """Runs `spec` on an Apple GPU or a CPU. float32 master weights, bfloat16 products on request."""
+    """Runs `spec` on an Apple GPU or a CPU. float32 master weights, bfloat16 products on request.
+
+    With `Compile.MODEL` the whole step, update included, is one compiled graph; its trace is taken at the
+    first step and at another number of images. Without, each operation is MLX's own, and on a CPU the
+    update is written in place.
+    """
 
     def __init__(
         self,
@@ -86,25 +111,32 @@ class MlxEngine:
         self._settings = optimizer
         on_gpu = self._device.type == mx.gpu
         self.scan = choose_scan(scans("gpu" if on_gpu else "cpu"), options.scan)
+        compiled = whether_to_compile(options.compile, self.scan)
         if options.threads is not None:
             set_threads(options.threads)
         self.device = str(mx.device_info()["device_name"]) if on_gpu else "CPU"
         products = mx.bfloat16 if options.precision is Precision.BFLOAT16 else mx.float32
         self._model = build_model(spec, self.scan, products)
         self._groups = parameter_groups(spec, optimizer)
-        self._share_of_loss = nn.value_and_grad(self._model, lambda batch, count: self._loss(batch) / count)
+        self._moments = Moments()
+        self._share_of_loss = nn.value_and_grad(self._model, lambda batch, share: self._loss(batch) * share)
+        self._update = update.update if on_gpu or compiled else cpu_update.update
+        self._steps = self._compile() if compiled else Steps(self._add, self._finish)
         self.load_state(TrainingState(parameters=dict(parameters)))
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         seen: Arrays | None = {} if intermediates else None
         with mx.stream(self._device):
-            outputs = self._model(put(images), seen=seen)
-            return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
+            self._model.eval()
+            try:
+                return to_host(self._model(put(images), seen=seen) | (seen or {}))
+            finally:
+                self._model.train()
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         self._refuse_quantized()
         with mx.stream(self._device):
-            loss, gradients = self._accumulate([batch], 1)
+            loss, gradients = self._add(self._put(batch), mx.array(1.0), mx.zeros(()), {})
             return to_float(loss), {name: to_numpy(gradients[name]) for name in self._trainable}
 
     def train_step(
@@ -112,25 +144,29 @@ class MlxEngine:
     ) -> PendingStep:
         self._refuse_quantized()
         with mx.stream(self._device):
-            loss, gradients = self._accumulate(batches, of or len(batches))
-            norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(())))
-            self._update(loss, gradients, norm, step, lr)
-            mx.async_eval(loss, norm, self._model.parameters(), self._exp_avg, self._exp_avg_sq, self._ema)
+            share = mx.array(1.0 / (of or len(batches)))
+            loss, gradients = mx.zeros(()), cast(Arrays, {})
+            for batch in batches[:-1]:
+                loss, gradients = self._steps.add(self._put(batch), share, loss, gradients)
+                mx.async_eval(loss, gradients)  # one micro-batch's graph at a time
+            now = mx.array(rates(step, lr, self._settings))
+            loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
+            del gradients  # what nobody holds any more, the update's results may overwrite
+            mx.async_eval(loss, norm, self._state)
         return PendingStep(loss, norm)
 
     def exchange_average(self) -> None:
-        weights, averages = self._trainable, list(self._ema.items())
-        self._model.update(tree_unflatten(averages))
-        for name, _ in averages:
-            self._ema[name] = weights[name]
+        weights, ema = self._trainable, self._moments.ema
+        self._model.update(tree_unflatten(list(ema.items())))
+        ema.update({name: weights[name] for name in ema})
 
     def export_state(self) -> TrainingState:
         self._refuse_quantized()
         return TrainingState(
-            parameters={name: to_numpy(p) for name, p in named(self._model.parameters()).items()},
-            exp_avg={name: to_numpy(m) for name, m in self._exp_avg.items()},
-            exp_avg_sq={name: to_numpy(v) for name, v in self._exp_avg_sq.items()},
-            ema={name: to_numpy(e) for name, e in self._ema.items()},
+            parameters=to_host(named(self._model.parameters())),
+            exp_avg=to_host(self._moments.exp_avg),
+            exp_avg_sq=to_host(self._moments.exp_avg_sq),
+            ema=to_host(self._moments.ema),
         )
 
     def load_state(self, state: TrainingState) -> None:
@@ -142,12 +178,11 @@ class MlxEngine:
         for name, weight in quantized.items():
             modules[name.removesuffix(".weight")].hold(weight)
         self._quantized = bool(quantized)
-        self._exp_avg = self._like_trainable(state.exp_avg, "exp_avg")
-        self._exp_avg_sq = self._like_trainable(state.exp_avg_sq, "exp_avg_sq")
-        self._ema: Arrays = {}
+        self._moments.exp_avg.update(self._like_trainable(state.exp_avg, "exp_avg"))
+        self._moments.exp_avg_sq.update(self._like_trainable(state.exp_avg_sq, "exp_avg_sq"))
         if self._settings.ema_decay is not None:
             start = {name: state.parameters[name] for name in self._trainable}
-            self._ema = self._like_trainable(state.ema or start, "ema")
+            self._moments.ema.update(self._like_trainable(state.ema or start, "ema"))
 
     def _refuse_quantized(self) -> None:
         if self._quantized:
@@ -167,66 +202,54 @@ class MlxEngine:
             )
         return {name: put(arrays[name]) for name in self._trainable}
 
-    def _loss(self, batch: Batch) -> mx.array:
-        scale = None if batch.branch_scale is None else put(batch.branch_scale)
-        outputs = self._model(put(batch.images), scale)
+    def _put(self, batch: Batch) -> Arrays:
+        """The arrays of a batch that has everything this model trains on."""
+        if batch.targets is None and isinstance(self.spec, ClassifierSpec):
+            raise ValueError("a classifier trains on batches with targets (B, classes), found None")
+        arrays = {"images": batch.images, "targets": batch.targets, "branch_scale": batch.branch_scale}
+        return {name: put(array) for name, array in arrays.items() if array is not None}
+
+    @property
+    def _state(self) -> list[Arrays]:
+        """All arrays that a step changes."""
+        moments = self._moments
+        return [cast(Arrays, self._model.state), moments.exp_avg, moments.exp_avg_sq, moments.ema]
+
+    def _compile(self) -> Steps:
+        """The state enters and leaves the graphs by itself; what the caller hands over is what changes."""
+        add = mx.compile(self._add, inputs=self._state)
+        return Steps(add, mx.compile(self._finish, inputs=self._state, outputs=self._state))
+
+    def _loss(self, batch: Arrays) -> mx.array:
+        outputs = self._model(batch["images"], batch.get("branch_scale"))
         if "loss" in outputs:
             return outputs["loss"]
-        if batch.targets is None:
-            raise ValueError("a classifier trains on batches with targets (B, classes), found None")
-        return soft_cross_entropy(outputs["logits"], put(batch.targets))
+        return soft_cross_entropy(outputs["logits"], batch["targets"])
 
-    def _accumulate(self, batches: Sequence[Batch], of: int) -> tuple[mx.array, Arrays]:
-        """Their part of the mean loss over `of` micro-batches, and its gradients by name."""
-        total = mx.zeros(())
-        gradients: Arrays = {}
-        for batch in batches:
-            loss, tree = self._share_of_loss(batch, of)
-            new = named(tree)
-            gradients = {name: gradients[name] + g if gradients else g for name, g in new.items()}
-            total = total + loss
-            mx.async_eval(total, gradients)  # one micro-batch's graph at a time
-        return total, gradients
+    def _add(
+        self, batch: Arrays, share: mx.array, loss: mx.array, gradients: Arrays
+    ) -> tuple[mx.array, Arrays]:
+        """The sums with this micro-batch's share of the loss and of its gradients by name."""
+        part, tree = self._share_of_loss(batch, share)
+        new = named(tree)
+        return loss + part, {name: gradients[name] + g if gradients else g for name, g in new.items()}
 
-    def _update(self, loss: mx.array, gradients: Arrays, norm: mx.array, step: int, lr: float) -> None:
-        """AdamW, clipping and EMA, without waiting for the device; nothing changes where not finite."""
-        settings = self._settings
-        finite = mx.isfinite(loss + norm)
-        factor = (
-            mx.array(1.0) if settings.clip is None else mx.minimum(settings.clip / (norm + CLIP_EPS), 1.0)
+    def _finish(
+        self, batch: Arrays, share: mx.array, loss: mx.array, gradients: Arrays, now: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The last micro-batch of a step, and the update. Returns loss and gradient norm."""
+        loss, gradients = self._add(batch, share, loss, gradients)
+        new, norm = self._update(
+            self._trainable,
+            self._moments,
+            gradients,
+            loss=loss,
+            rates=now,
+            groups=self._groups,
+            settings=self._settings,
         )
-        update = partial(adamw, factor=factor, step=step, settings=settings)
-        old, new = self._trainable, {}
-        for group in self._groups:
-            rate = lr * group.lr_scale
-            for name in group.names:
-                before = old[name], self._exp_avg[name], self._exp_avg_sq[name]
-                after = update(*before, gradients[name], lr=rate, weight_decay=group.weight_decay)
-                new[name], self._exp_avg[name], self._exp_avg_sq[name] = (
-                    mx.where(finite, b, a) for a, b in zip(before, after, strict=True)
-                )
-                if settings.ema_decay is not None:
-                    ema = self._ema[name]
-                    change = (1.0 - settings.ema_decay) * (new[name] - ema)
-                    self._ema[name] = mx.where(finite, ema + change, ema)
         self._model.update(tree_unflatten(list(new.items())))
-
-
-def adamw(
-    p: mx.array, m: mx.array, v: mx.array, gradient: mx.array,
-    *, factor: mx.array, step: int, settings: OptimizerSettings, lr: float, weight_decay: float,
-) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
-    """One tensor's update by the formula of `OptimizerSettings`: new parameter and moments.
-
-    factor: what clipping multiplies the gradient with.  lr: with the layer's scale.
-    """
-    beta1, beta2 = settings.betas
-    g = gradient * factor
-    m = beta1 * m + (1.0 - beta1) * g
-    v = beta2 * v + (1.0 - beta2) * mx.square(g)
-    denominator = mx.sqrt(v / (1.0 - beta2**step)) + settings.eps
-    p = p * (1.0 - lr * weight_decay) - (lr / (1.0 - beta1**step)) * m / denominator
-    return p, m, v
+        return loss, norm
 
 
 def put(array: Array) -> mx.array:
@@ -237,6 +260,10 @@ def put(array: Array) -> mx.array:
 def to_numpy(array: mx.array) -> Array:
     """A float32 copy in host memory."""
     return np.array(array.astype(mx.float32), order="C")
+
+
+def to_host(arrays: Arrays) -> dict[str, Array]:
+    return {name: to_numpy(array) for name, array in arrays.items()}
 
 
 def to_float(scalar: mx.array) -> float:

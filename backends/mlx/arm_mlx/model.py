@@ -9,6 +9,7 @@ Every forward takes `seen`, a dict that collects the intermediate tensors named 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -20,9 +21,11 @@ from arm_core.quantized import Quantized
 from arm_core.reference.model import TARGET_EPS
 from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
 from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
-from arm_mlx.scan import directional_conv, selective_scan, silu
+from arm_mlx.scan import directional_conv, selective_scan
+from arm_mlx.swiglu import swiglu
 
 Seen = dict[str, mx.array] | None
+Inputs = Sequence[mx.array]
 
 
 def note(seen: Seen, name: str, value: mx.array) -> mx.array:
@@ -55,6 +58,31 @@ def gelu(x: mx.array) -> mx.array:
     return x * phi.astype(x.dtype)
 
 
+@mx.custom_function
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """x W^T. x: (..., rows, in).  weight: (..., out, in).  Returns (..., rows, out)."""
+    return x @ weight.swapaxes(-1, -2)
+
+
+@mx.custom_function
+def affine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """x W^T + b. x: (rows, in).  weight: (out, in).  bias: (out,).  Returns (rows, out)."""
+    return mx.addmm(bias, x, weight.T)
+
+
+@linear.vjp
+def _linear_vjp(inputs: Inputs, grad: mx.array, result: mx.array) -> tuple[mx.array, ...]:
+    """Autodiff's own gradient of the weight is a transposed view, which an update reads far slower."""
+    x, weight = inputs
+    return grad @ weight, grad.swapaxes(-1, -2) @ x
+
+
+@affine.vjp
+def _affine_vjp(inputs: Inputs, grad: mx.array, result: mx.array) -> tuple[mx.array, ...]:
+    x, weight, _ = inputs
+    return grad @ weight, grad.T @ x, grad.sum(0)
+
+
 class Product(nn.Module):
     """A module that multiplies matrices, in float32 or, where the engine says so, in bfloat16."""
 
@@ -81,8 +109,10 @@ class Linear(Product):
         if "scales" in self:
             product = self._quantized_product(x)
             return product + self.bias.astype(self.dtype) if "bias" in self else product
-        weight = self.weight.astype(self.dtype)
-        return mx.addmm(self.bias.astype(self.dtype), x, weight.T) if "bias" in self else x @ weight.T
+        rows, weight = x.reshape(-1, x.shape[-1]), self.weight.astype(self.dtype)
+        bias = [self.bias.astype(self.dtype)] if "bias" in self else []
+        found = cast(mx.array, affine(rows, weight, *bias) if bias else linear(rows, weight))
+        return found.reshape(*x.shape[:-1], -1)
 
     def _quantized_product(self, x: mx.array) -> mx.array:
         scales, biases = self.scales.astype(self.dtype), self.biases.astype(self.dtype)
@@ -116,9 +146,9 @@ class DirectionalWeight(Product):
     def project(self, x: mx.array) -> mx.array:
         """One matrix product per direction: (K, B, T, in) -> (K, B, T, out), without the bias."""
         directions, batch, tokens, _ = x.shape
-        weight = self.weight.astype(self.dtype)
-        product = x.astype(self.dtype).reshape(directions, batch * tokens, -1) @ weight.swapaxes(1, 2)
-        return product.reshape(directions, batch, tokens, -1)
+        rows = x.astype(self.dtype).reshape(directions, batch * tokens, -1)
+        found = cast(mx.array, linear(rows, self.weight.astype(self.dtype)))
+        return found.reshape(directions, batch, tokens, -1)
 
 
 class Mixer(nn.Module):
@@ -143,19 +173,22 @@ class Mixer(nn.Module):
         low, B, C = mx.split(self.x_proj.project(u), self.split, axis=-1)
         dt = self.dt_proj.project(low)  # bias and softplus belong to the scan
         A = -mx.exp(self.A_log)
-        out = selective_scan(u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan)
+        out = selective_scan(
+            u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan, keep=self.training
+        )
         return self.out_proj(out)
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, scan: str) -> None:
         super().__init__()
+        self.scan = scan
         self.w1 = Linear(spec.width, spec.mlp_width)
         self.w2 = Linear(spec.width, spec.mlp_width)
         self.w3 = Linear(spec.mlp_width, spec.width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w3(silu(self.w1(x)) * self.w2(x))
+        return self.w3(swiglu(self.w1(x), self.w2(x), impl=self.scan))
 
 
 class Block(nn.Module):
@@ -166,7 +199,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(spec.width, spec.norm_eps)
         self.mixer = Mixer(spec, directions, scan)
         self.norm2 = LayerNorm(spec.width, spec.norm_eps)
-        self.mlp = SwiGLU(spec)
+        self.mlp = SwiGLU(spec, scan)
 
     def __call__(
         self, x: mx.array, order: mx.array, scale: mx.array | None, name: str, seen: Seen

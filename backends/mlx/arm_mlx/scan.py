@@ -219,24 +219,24 @@ def _cpu_conv(*inputs: mx.array) -> mx.array:
 def _cpu_scan(*inputs: mx.array, keep: bool) -> mx.array:
     if keep:
         return _first(_cpu_scan_function(*inputs))
-    out, _ = cpu_scan.scan_forward(*_arrays(*inputs), keep=False)
+    out, _ = cpu_scan.scan_forward(*evaluated(*inputs), keep=False)
     return mx.array(out)
 
 
 @mx.custom_function
 def _cpu_conv_function(*inputs: mx.array) -> mx.array:
-    return mx.array(cpu_scan.conv_forward(*_arrays(*inputs)))
+    return mx.array(cpu_scan.conv_forward(*evaluated(*inputs)))
 
 
 @_cpu_conv_function.vjp
 def _cpu_conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> Gradients:
-    gradients = cpu_scan.conv_backward(*_arrays(grad_u, *inputs))
+    gradients = cpu_scan.conv_backward(*evaluated(grad_u, *inputs))
     return *map(mx.array, gradients), None
 
 
 @mx.custom_function
 def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
-    out, residuals = cpu_scan.scan_forward(*_arrays(*inputs), keep=True)
+    out, residuals = cpu_scan.scan_forward(*evaluated(*inputs), keep=True)
     assert residuals is not None
     return mx.array(out), mx.array(residuals.mean), mx.array(residuals.states)
 
@@ -245,12 +245,12 @@ def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
 def _cpu_scan_vjp(
     inputs: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
 ) -> Gradients:
-    grad, mean, states, *arrays = _arrays(cotangents[0], *outputs[1:], *inputs)
+    grad, mean, states, *arrays = evaluated(cotangents[0], *outputs[1:], *inputs)
     gradients = cpu_scan.scan_backward(grad, cpu_scan.ScanResiduals(mean, states), *arrays)
     return *map(mx.array, gradients), None
 
 
-def _arrays(*arrays: mx.array) -> list[npt.NDArray[Any]]:
+def evaluated(*arrays: mx.array) -> list[npt.NDArray[Any]]:
     """Zero-copy views; this is where MLX computes what they hold."""
     try:
         mx.eval(*arrays)
