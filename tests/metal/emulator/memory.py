@@ -1,4 +1,4 @@
-"""Buffers between inaccessible pages, so that a kernel that leaves its array is caught."""
+"""Buffers between stretches of inaccessible memory, so that a kernel that leaves its array is caught."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import mmap
 import numpy as np
 
 PAGE = mmap.PAGESIZE
+GUARD = 64 * 2**20
+"""Bytes of inaccessible memory on both sides; costs addresses, not memory."""
 POISON = 0xFF
 """Fills every byte that nobody has written: NaN in each floating type, -1 in integers."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,19 +29,20 @@ class Buffer:
     def __init__(self, name: str, content: np.ndarray | None, size: int, *, at_end: bool) -> None:
         self.name, self.size = name, size
         self._whole = -(-size // PAGE) * PAGE
-        self._map = mmap.mmap(-1, self._whole + 2 * PAGE)
-        self.first_page = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._map = mmap.mmap(-1, self._whole + 2 * GUARD, flags=flags)
+        self.first_page = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + GUARD
         self.address = self.first_page + (self._whole - size if at_end else 0)
         ctypes.memset(self.first_page, POISON, self._whole)
         if content is not None:
             ctypes.memmove(self.address, content.ctypes.data, size)
             _protect(self.first_page, self._whole, mmap.PROT_READ)
-        for guard in (self.first_page - PAGE, self.first_page + self._whole):
-            _protect(guard, PAGE, 0)  # PROT_NONE
+        for guard in (self.first_page - GUARD, self.first_page + self._whole):
+            _protect(guard, GUARD, 0)  # PROT_NONE
 
     def contains(self, address: int) -> bool:
         """Whether an address is in the buffer, its pages or its guards."""
-        return self.first_page - PAGE <= address < self.first_page + self._whole + PAGE
+        return self.first_page - GUARD <= address < self.first_page + self._whole + GUARD
 
     def read(self, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(ctypes.string_at(self.address, self.size), dtype).copy()

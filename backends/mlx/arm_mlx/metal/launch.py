@@ -102,7 +102,7 @@ def scan_forward(scan: ScanInputs, tuning: Tuning, *, save: bool) -> tuple[mx.ar
 def scan_backward(
     grad_y: mx.array, states: mx.array | None, scan: ScanInputs, tuning: Tuning
 ) -> tuple[mx.array, ...]:
-    """Gradients of u, dt, A, B, C, D, dt_bias, each in its array's dtype. grad_y: (B, L, D) in u.dtype."""
+    """Gradients of u, dt, A, B, C, D, dt_bias, each in its array's dtype. grad_y: (B, L, D) float32."""
     directions, batch, length, channels = scan.u.shape
     call = _scan_call(scan, tuning)
     groups = call["grid"][0] // call["threadgroup"][0]
@@ -156,8 +156,9 @@ def gate_forward(y: mx.array, z: mx.array, *, save: bool) -> tuple[mx.array, mx.
 
 
 def gate_backward(grad: mx.array, z: mx.array, mean: mx.array, directions: int) -> tuple[mx.array, mx.array]:
-    """Gradients of z and of each direction's y: (B, L, D) in z.dtype."""
-    dz, grad_y = run("gate_backward", (grad, z, mean), [(z.shape, z.dtype)] * 2, **_gate_call(z, directions))
+    """Gradients of z, in its dtype, and of each direction's y, in float32: (B, L, D)."""
+    outputs = [(z.shape, z.dtype), (z.shape, mx.float32)]
+    dz, grad_y = run("gate_backward", (grad, z, mean), outputs, **_gate_call(z, directions))
     return dz, grad_y
 
 

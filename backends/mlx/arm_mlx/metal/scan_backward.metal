@@ -1,7 +1,7 @@
 // All gradients of the scan but those of z, from that of y and the saved states: backwards through the
 // chunks, each one recomputed from the state before it.
 //
-// grad_y (B, L, D) T is shared by the directions; states and the inputs as in the forward kernel.
+// grad_y (B, L, D) float is shared by the directions; states and the inputs as in the forward kernel.
 // Writes du, ddt (K, B, L, D) T and, in float and to be summed, dA (K, B, D, N), dD, ddt_bias (K, B, D) and
 // dBC (K, B, threadgroups of channels, L, 2 N): dB, then dC, by token.
 constexpr int TURNS = CHUNK / LANES, VALUES = 2 * OWN_STATES;
@@ -31,7 +31,7 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
     own_step[q] = own ? arm_softplus(raw) : 0.0f;
     own_slope[q] = arm_sigmoid(raw);
     // Zero where there is no token or no channel, so that nothing below needs to ask again.
-    own_grad[q] = own && live ? float(grad_y[(image * LENGTH + own_token[q]) * CHANNELS + d]) : 0.0f;
+    own_grad[q] = own && live ? grad_y[(image * LENGTH + own_token[q]) * CHANNELS + d] : 0.0f;
     ARM_UNROLL for (int j = 0; j < LANES; j++) {
       const float step = arm_from_lane<LANES>(own_step[q], lane, j);
       const float drive = step * arm_from_lane<LANES>(own_u[q], lane, j);

@@ -1,0 +1,37 @@
+"""The kernels on whatever can run them: an Apple GPU, or else the emulator."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for pytest's other import modes
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An `Emulator` that takes the place of Metal. Skips where it cannot run."""
+    if importlib.util.find_spec("mlx") is None:
+        pytest.skip("needs MLX")
+    from emulator import Emulator, missing
+
+    from arm_mlx.metal import launch, operators
+
+    if reason := missing():
+        pytest.skip(reason)
+    emulator = Emulator()
+    monkeypatch.setattr(launch, "execute", emulator.execute)
+    monkeypatch.setattr(operators, "architecture", lambda: "any")
+    return emulator
+
+
+@pytest.fixture
+def metal(request: pytest.FixtureRequest) -> Any:
+    """None where the kernels run on an Apple GPU, else an `Emulator` that takes its place."""
+    if importlib.util.find_spec("mlx") is None:
+        pytest.skip("needs MLX")
+    import mlx.core as mx
+
+    return None if mx.metal.is_available() else request.getfixturevalue("emulator")
