@@ -41,7 +41,7 @@ from arm_core.optimizer import OptimizerSettings
 from arm_core.parameters import initial_parameters
 from arm_core.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
 from arm_cuda import scan
-from arm_cuda.engine import TorchEngine
+from arm_cuda.engine import TorchEngine, keep_freed_memory
 
 CASES: dict[str, tuple[ModelSpec, int]] = {
     "pretrain": (pretrain_preset("base"), 4),
@@ -197,6 +197,7 @@ def memory(result: dict[str, Any]) -> str:
 
 def report_lengths(repeats: int) -> None:
     """Forward and backward of the scan for 4096 tokens, in images of each length."""
+    keep_freed_memory()  # as the engine does
     print("scan alone, 4096 tokens of 768 channels and 16 states, forward and backward")
     for length in LENGTHS:
         rng = np.random.default_rng(0)
