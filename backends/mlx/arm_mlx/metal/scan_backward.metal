@@ -17,21 +17,22 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
   float own_u[TURNS], own_step[TURNS], own_slope[TURNS], own_grad[TURNS];
   int own_token[TURNS];
   float h[OWN_STATES], before[CHUNK][OWN_STATES];
+  float chunk_A[OWN_STATES];  // summed by chunk first: over long sequences one sum would lose digits
+  ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) chunk_A[i] = 0.0f;
   const int kept = ((sequence * (CHUNKS - 1) + chunk - 1) * CHANNELS + d) * STATES + first;
   ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[i] = chunk > 0 ? states[kept + i] : 0.0f;
 
   // Forwards again, keeping the state before every token.
   ARM_UNROLL for (int q = 0; q < TURNS; q++) {
     const int t = start + q * LANES + part;
-    const bool own = t < LENGTH;
-    own_token[q] = order[path + (own ? t : LENGTH - 1)];
+    own_token[q] = order[path + metal::min(t, LENGTH - 1)];
     const int at = (tokens + own_token[q]) * CHANNELS + d;
     const float raw = float(dt[at]) + bias;
-    own_u[q] = own ? float(u[at]) : 0.0f;
-    own_step[q] = own ? arm_softplus(raw) : 0.0f;
+    own_u[q] = float(u[at]);
+    own_step[q] = arm_softplus(raw);
     own_slope[q] = arm_sigmoid(raw);
-    // Zero where there is no token or no channel, so that nothing below needs to ask again.
-    own_grad[q] = own && live ? grad_y[(image * LENGTH + own_token[q]) * CHANNELS + d] : 0.0f;
+    // Zero where there is no token or no channel: then so are g and all that is summed.
+    own_grad[q] = t < LENGTH && live ? grad_y[(image * LENGTH + own_token[q]) * CHANNELS + d] : 0.0f;
     ARM_UNROLL for (int j = 0; j < LANES; j++) {
       const float step = arm_from_lane<LANES>(own_step[q], lane, j);
       const float drive = step * arm_from_lane<LANES>(own_u[q], lane, j);
@@ -60,7 +61,7 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
         grad_BC[OWN_STATES + i] = grad * metal::fma(drive, b, decayed);
         drive_sum = metal::fma(grad_h, b, drive_sum);
         const float grad_exponent = grad_h * decayed;
-        grad_A[i] = metal::fma(grad_exponent, step, grad_A[i]);
+        chunk_A[i] = metal::fma(grad_exponent, step, chunk_A[i]);
         exponent_sum = metal::fma(grad_exponent, A2[i], exponent_sum);
         g[i] = grad_h * decay;
       }
@@ -87,6 +88,8 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
       grad_bias += grad_raw;
     }
   }
+
+  ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) grad_A[i] += chunk_A[i];
 
   // The SIMD groups' sums over channels, added in their order.
   threadgroup_barrier(mem_flags::mem_threadgroup);

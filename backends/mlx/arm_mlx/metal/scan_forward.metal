@@ -6,11 +6,11 @@ float h[OWN_STATES];
 ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[i] = 0.0f;
 for (int t0 = 0; t0 < LENGTH; t0 += LANES) {
   // Of the next LANES tokens this lane loads one: one softplus for each token and channel, not LANES.
+  // Past the end it repeats the last token, whose results nobody reads.
   const int t = t0 + part;
-  const bool own = t < LENGTH;
-  const int own_row = tokens + order[path + (own ? t : LENGTH - 1)];
-  const float own_u = own ? float(u[own_row * CHANNELS + d]) : 0.0f;
-  const float own_step = own ? arm_softplus(float(dt[own_row * CHANNELS + d]) + bias) : 0.0f;
+  const int own_row = tokens + order[path + metal::min(t, LENGTH - 1)];
+  const float own_u = float(u[own_row * CHANNELS + d]);
+  const float own_step = arm_softplus(float(dt[own_row * CHANNELS + d]) + bias);
   float y_part[LANES];
   ARM_UNROLL for (int j = 0; j < LANES; j++) {
     const float step = arm_from_lane<LANES>(own_step, lane, j);
@@ -24,7 +24,7 @@ for (int t0 = 0; t0 < LENGTH; t0 += LANES) {
     y_part[j] = sum;
   }
   ArmReduce<LANES, LANES, 1>::run(y_part, lane);
-  if (own && live) y[own_row * CHANNELS + d] = T(metal::fma(skip, own_u, y_part[0]));
+  if (t < LENGTH && live) y[own_row * CHANNELS + d] = T(metal::fma(skip, own_u, y_part[0]));
 #ifdef ARM_SAVE
   const int after = t0 + LANES;
   if (after % CHUNK == 0 && after < LENGTH && live) {
