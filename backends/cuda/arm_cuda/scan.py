@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arm_core import cpu_scan
+from arm_cuda import mamba_ssm
+from arm_cuda.triton import availability
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *, impl: str) -> Tensor:
@@ -187,11 +189,36 @@ def _like(gradients: tuple[npt.NDArray[Any], ...], tensors: tuple[Tensor, ...]) 
     return [torch.from_numpy(g).to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]
 
 
+# triton: kernels of this package; its modules import Triton, which not every machine has
+
+
+def _triton_conv(*tensors: Tensor) -> Tensor:
+    from arm_cuda.triton import operators
+
+    return operators.directional_conv(*tensors)
+
+
+def _triton_scan(*tensors: Tensor) -> Tensor:
+    from arm_cuda.triton import operators
+
+    return operators.selective_scan(*tensors)
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(
         directional_conv=_cpu_conv,
         selective_scan=_cpu_scan,
         unusable=lambda device: None if device == "cpu" else "its kernels read memory of the CPU",
+    ),
+    "triton": Implementation(
+        directional_conv=_triton_conv,
+        selective_scan=_triton_scan,
+        unusable=availability.unusable,
+    ),
+    "mamba-ssm": Implementation(
+        directional_conv=mamba_ssm.directional_conv,
+        selective_scan=mamba_ssm.selective_scan,
+        unusable=mamba_ssm.unusable,
     ),
     "reference": Implementation(
         directional_conv=_reference_conv,

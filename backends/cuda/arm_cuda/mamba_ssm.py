@@ -1,0 +1,140 @@
+"""The two operators on the kernels of mamba-ssm and causal-conv1d, where they are installed.
+
+All K directions are one call: they become K groups of channels, and tokens are put into scan order before
+it and back after it. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+from torch import Tensor
+
+INSTALL = (
+    "build it for this torch: MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm "
+    "(and pip install einops transformers)"
+)
+CONV_WIDTHS = (2, 3, 4)
+"""What causal-conv1d takes."""
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+    """As `arm_cuda.scan.directional_conv`: causal-conv1d where it is usable and takes the width, else torch.
+
+    Both compute the same; which one runs follows from what is installed and from W alone.
+    """
+    directions, channels, taps = weight.shape
+    batch, length, _ = x.shape
+    steps = x[:, order.long()].permute(0, 1, 3, 2).reshape(batch, -1, length)  # (B, K D, L) in scan order
+    weight, bias = weight.reshape(-1, taps).to(x.dtype), bias.reshape(-1).to(x.dtype)
+    if taps in CONV_WIDTHS and x.is_cuda and _conv_unusable() is None:
+        u = _causal_conv1d()(steps, weight, bias, activation="silu")
+    else:
+        padded = F.pad(steps, (taps - 1, 0))
+        u = F.silu(F.conv1d(padded, weight[:, None], bias, groups=directions * channels))
+    u = u.reshape(batch, directions, channels, length).permute(1, 0, 3, 2)
+    return _reorder(u, order.argsort(1))
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
+    order: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `arm_cuda.scan.selective_scan`, by one call of `selective_scan_fn` with the directions as groups.
+
+    mamba-ssm takes u, dt, B and C in one type, and A, D and dt_bias in float32.
+    """
+    directions, batch, length, channels = u.shape
+    kinds = {tensor.dtype for tensor in (u, dt, B, C)}
+    if kinds - {torch.float32, torch.bfloat16, torch.float16} or len(kinds) > 1:
+        raise ValueError(
+            "scan 'mamba-ssm': u, dt, B and C: expected one of float32, bfloat16, float16 for all, found "
+            f"{', '.join(sorted(str(kind) for kind in kinds))}"
+        )
+    if u.shape != dt.shape or order.shape != (directions, length):
+        raise ValueError(
+            f"scan 'mamba-ssm': expected u and dt (K, B, L, D) and order (K, L), found {tuple(u.shape)}, "
+            f"{tuple(dt.shape)} and {tuple(order.shape)}"
+        )
+
+    def steps(tensor: Tensor) -> Tensor:
+        """(K, B, L, X) in token order -> (B, K, X, L) in scan order."""
+        return _reorder(tensor, order).permute(1, 0, 3, 2)
+
+    y = _selective_scan_fn()(
+        steps(u).reshape(batch, -1, length),
+        steps(dt).reshape(batch, -1, length),
+        A.float().reshape(directions * channels, -1),
+        steps(B).contiguous(),
+        steps(C).contiguous(),
+        D.float().reshape(-1),
+        z=None,
+        delta_bias=dt_bias.float().reshape(-1),
+        delta_softplus=True,
+    )
+    y = _reorder(y.reshape(batch, directions, channels, length).permute(1, 0, 3, 2), order.argsort(1))
+    return (F.silu(z) * y.mean(0)).to(u.dtype)
+
+
+def unusable(device: str) -> str | None:
+    """None where mamba-ssm's scan runs on the device type, else why not, and what to install."""
+    if device != "cuda":
+        return "its kernels run on NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU here"
+    return _scan_unusable()
+
+
+@cache
+def _scan_unusable() -> str | None:
+    """By calling it: where `import mamba_ssm` works, its kernels may still be missing."""
+    if find_spec("mamba_ssm") is None:
+        return f"mamba-ssm is not installed; {INSTALL}"
+    try:
+        row = torch.ones((1, 2, 1), device="cuda", requires_grad=True)
+        rate, group = -torch.ones((2, 1), device="cuda"), torch.ones((1, 2, 1, 1), device="cuda")
+        y = _selective_scan_fn()(row, row, rate, group, group, delta_softplus=True)
+        (gradient,) = torch.autograd.grad(y.sum(), row)
+        return None if bool(gradient.isfinite().all()) else f"mamba-ssm gives wrong results here; {INSTALL}"
+    except Exception as error:  # an extension built for another torch fails in many ways
+        return f"mamba-ssm is installed but cannot run ({_first_line(error)}); {INSTALL}"
+
+
+@cache
+def _conv_unusable() -> str | None:
+    if find_spec("causal_conv1d") is None:
+        return "causal-conv1d is not installed"
+    try:
+        row = torch.ones((1, 8, 2), device="cuda")
+        _causal_conv1d()(row, torch.ones((8, 2), device="cuda"), None, activation="silu")
+        return None
+    except Exception as error:
+        return f"causal-conv1d is installed but cannot run ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _selective_scan_fn() -> Callable[..., Any]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    function: Callable[..., Any] = selective_scan_fn
+    return function
+
+
+def _causal_conv1d() -> Callable[..., Any]:
+    from causal_conv1d import causal_conv1d_fn
+
+    function: Callable[..., Any] = causal_conv1d_fn
+    return function
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of (K, B, L, ...) as each direction's order names them."""
+    return torch.take_along_dim(x, order.long()[:, None, :, None], dim=2)

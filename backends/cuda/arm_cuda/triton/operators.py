@@ -1,0 +1,214 @@
+"""The two operators on Triton kernels, as torch.library operators with gradients.
+
+Registered, and not plain functions, so that torch.compile and torch.export take them as they are. A second
+derivative is refused. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from arm_cuda.triton import launch
+from arm_cuda.triton.arithmetic import INTERPRETED
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STATES = (8, 16, 32, 64)
+"""State sizes that the scan kernels take."""
+LARGEST_OFFSET = 2**31 - 1
+"""Kernels count elements within an image in 32 bits."""
+
+
+def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+    """As `arm_cuda.scan.directional_conv`; x may be a slice of wider rows, all else is contiguous."""
+    sizes = _check_shapes(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
+    _check_kind(order, x=x, weight=weight, bias=bias)
+    _check_contiguous(weight=weight, bias=bias, order=order)
+    _check_rows(sizes["L"], x=x)
+    result: Tensor = conv(x, weight, bias, order)
+    return result
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
+    order: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `arm_cuda.scan.selective_scan`; B, C and z may be slices of wider rows, all else is contiguous."""
+    sizes = _check_shapes(
+        u=(u, "KBLD"), dt=(dt, "KBLD"), A=(A, "KDN"), B=(B, "KBLN"), C=(C, "KBLN"), D=(D, "KD"),
+        dt_bias=(dt_bias, "KD"), z=(z, "BLD"), order=(order, "KL"),
+    )  # fmt: skip
+    if sizes["N"] not in STATES:
+        raise ValueError(
+            f"scan 'triton': state size {sizes['N']}; its kernels take {', '.join(map(str, STATES))}, "
+            "scan 'reference' takes any"
+        )
+    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "z": z}
+    _check_kind(order, **tensors)
+    _check_contiguous(u=u, dt=dt, A=A, D=D, dt_bias=dt_bias, order=order)
+    _check_rows(sizes["L"], u=u, B=B, C=C, z=z)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+    result: Tensor = scan(u, dt, A, B, C, D, dt_bias, z, order, keep)[0]
+    return result
+
+
+# checks
+
+
+def _check_shapes(**tensors: tuple[Tensor, str]) -> dict[str, int]:
+    """Each tensor against its axes by letter; the first tensor that has a letter sets its size."""
+    sizes: dict[str, int] = {}
+    for name, (tensor, axes) in tensors.items():
+        expected = tuple(sizes.get(letter, size) for letter, size in zip(axes, tensor.shape, strict=False))
+        if len(axes) != tensor.ndim or tensor.shape != expected:
+            known = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in axes)
+            raise ValueError(f"scan 'triton': {name}: expected ({known}), found {tuple(tensor.shape)}")
+        sizes |= zip(axes, tensor.shape, strict=True)
+    if sizes["L"] == 0:
+        raise ValueError("scan 'triton': expected at least one token, found none")
+    return sizes
+
+
+def _check_kind(order: Tensor, **tensors: Tensor) -> None:
+    """Types, and one device for all; on a CPU only Triton's interpreter can run."""
+    if order.dtype != torch.int32:
+        raise ValueError(f"scan 'triton': order: expected int32, found {order.dtype}; call .int()")
+    device = order.device
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise ValueError(
+            f"scan 'triton': expected tensors on an NVIDIA GPU, found {device}; move the model there, "
+            "or take scan 'reference'"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"scan 'triton': {name}: expected float32, bfloat16 or float16, found {tensor.dtype}; "
+                "scan 'reference' takes float64"
+            )
+        if tensor.device != device:
+            raise ValueError(f"scan 'triton': {name} is on {tensor.device}, order on {device}; move one")
+
+
+def _check_contiguous(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"scan 'triton': {name}: expected a contiguous tensor, found strides {tensor.stride()} for "
+                f"shape {tuple(tensor.shape)}; call .contiguous()"
+            )
+
+
+def _check_rows(length: int, **tensors: Tensor) -> None:
+    """Rows of channels or states may lie anywhere, but each of them in one piece."""
+    for name, tensor in tensors.items():
+        *_, token, column = tensor.stride()
+        if column != 1 and tensor.shape[-1] != 1:
+            raise ValueError(
+                f"scan 'triton': {name}: expected the last axis in one piece (stride 1), found strides "
+                f"{tensor.stride()}; call .contiguous()"
+            )
+        if length * token > LARGEST_OFFSET:
+            raise ValueError(
+                f"scan 'triton': {name}: {length} tokens of {token} elements pass the {LARGEST_OFFSET} "
+                "that its kernels count; shorten the sequence"
+            )
+
+
+# registration
+
+
+@torch.library.custom_op("arm_cuda::directional_conv", mutates_args=())
+def conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+    return launch.conv_forward(x, weight, bias, order)
+
+
+@torch.library.custom_op("arm_cuda::directional_conv_backward", mutates_args=())
+def conv_backward(
+    grad_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch.conv_backward(grad_u, x, weight, bias, order)
+
+
+@torch.library.custom_op("arm_cuda::selective_scan", mutates_args=())
+def scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
+    order: Tensor, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch.scan_forward(u, dt, A, B, C, D, dt_bias, z, order, keep)
+
+
+@torch.library.custom_op("arm_cuda::selective_scan_backward", mutates_args=())
+def scan_backward(
+    grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch.scan_backward(grad_out, mean, states, u, dt, A, B, C, D, dt_bias, z, order)
+
+
+def _new(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape, type and device."""
+    return tensor.new_empty(tensor.shape)
+
+
+@conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+    return x.new_empty((weight.shape[0], *x.shape))
+
+
+@conv_backward.register_fake
+def _(
+    grad_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new(x), _new(weight), _new(bias)
+
+
+@scan.register_fake
+def _(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
+    order: Tensor, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    states = u.new_empty(launch.state_shape(u, A) if keep else (0,), dtype=torch.float32)
+    return u.new_empty(u.shape[1:]), u.new_empty(u.shape[1:] if keep else (0,)), states
+
+
+@scan_backward.register_fake
+def _(
+    grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _new(u), _new(dt), _new(A), _new(B), _new(C), _new(D), _new(dt_bias), _new(z)
+
+
+# gradients
+
+
+def _save_conv(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
+    return *conv_backward(grad_u, *ctx.saved_tensors), None
+
+
+def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, keep = inputs
+    assert keep, "a scan without the states of its forward has no gradient"
+    _, mean, states = output
+    ctx.mark_non_differentiable(mean, states)
+    ctx.save_for_backward(mean, states, *tensors)
+
+
+def _scan_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *scan_backward(grad_out, *ctx.saved_tensors), None, None
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+    raise RuntimeError("scan 'triton' has no second derivative; take scan 'reference' to differentiate twice")
+
+
+conv.register_autograd(_conv_gradients, setup_context=_save_conv)
+scan.register_autograd(_scan_gradients, setup_context=_save_scan)
+conv_backward.register_autograd(_refuse)
+scan_backward.register_autograd(_refuse)
