@@ -120,5 +120,6 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names} == {*FOLDERS, "arm_vision-0.1.0.dist-info"}
     for package, folder in FOLDERS.items():
         shipped = {name for name in names if name.startswith(f"{package}/")}
-        present = {str(file.relative_to(folder.parent)) for file in folder.rglob("*.py")}
+        sources = [file for file in folder.rglob("*") if file.suffix in (".py", ".metal")]
+        present = {str(file.relative_to(folder.parent)) for file in sources}
         assert present <= shipped
