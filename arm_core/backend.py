@@ -90,6 +90,17 @@ class StepResult:
         return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
 
+class OutOfMemory(RuntimeError):  # noqa: N818
+    """The device has no room for a batch; the state is that of before.
+
+    available: bytes of the device.  images: in the batch.
+    """
+
+    def __init__(self, *, device: str, available: int, images: int) -> None:
+        super().__init__(f"{device}: out of memory ({available / 2**30:.0f} GiB) with {images} images")
+        self.device, self.available, self.images = device, available, images
+
+
 class PendingStep(Protocol):
     """A training step under way; `result()` waits for the device."""
 
@@ -130,7 +141,10 @@ class Engine(Protocol):
         """
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
-        """Loss and the gradient of every trainable parameter, by name; nothing is updated."""
+        """Loss and the gradient of every trainable parameter, by name; nothing is updated.
+
+        With several ranks the gradients may be the mean over their batches.
+        """
 
     def train_step(
         self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None

@@ -33,6 +33,8 @@ def first_non_finite(engine: Engine, batches: Sequence[Batch], ranks: Ranks = AL
     Looks in the order of the computation and repeats it with the engine's present weights. Each rank
     looks at its own batches, and all learn of the first tensor that one of them found.
     """
+    rounds = max(ranks.gather(len(batches)))
+    batches = [*batches, *[batches[-1]] * (rounds - len(batches))]  # all ranks take part in each pass
     for look in (_bad_images, _bad_weight, _bad_activation, _bad_gradient):
         if name := agree(ranks, look(engine, batches)):
             return name
@@ -50,7 +52,7 @@ def _bad_weight(engine: Engine, batches: Sequence[Batch]) -> str | None:
 
 def _bad_activation(engine: Engine, batches: Sequence[Batch]) -> str | None:
     name = None
-    for batch in batches:  # all of them: other ranks may take part in each pass
+    for batch in batches:  # to the last one: so do the other ranks
         found = first_bad(engine.forward(batch.images, intermediates=True))
         name = name or found
     return name and f"{name} (forward pass)"

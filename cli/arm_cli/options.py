@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from arm_core.backend import Array, Backend, Engine, EngineOptions
+    from arm_core.ranks import Ranks
     from arm_core.spec import ModelSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +47,39 @@ class EngineChoice:
             threads=self.threads,
         )
 
+    @contextmanager
+    def join(self) -> Iterator[tuple[Backend, Ranks]]:
+        """The backend, and the job that its launcher made this process a part of.
+
+        Inside the block rank 0 alone is heard. An error of all ranks ends them with rank 0's words; one
+        of a single rank is reported by that rank.
+        """
+        from arm_core.diagnosis import NonFiniteError
+        from arm_core.ranks import Elsewhere, RankLost, title
+
+        backend = self.find()
+        ranks = backend.join(self.device)
+        try:
+            with ExitStack() as stack:
+                if ranks.rank > 0:
+                    nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+                    stack.enter_context(redirect_stdout(nowhere))
+                    stack.enter_context(redirect_stderr(nowhere))
+                yield backend, ranks
+        except (Elsewhere, NonFiniteError, RankLost) as error:
+            if ranks.rank > 0:
+                raise SystemExit(1) from error
+            raise click.ClickException(str(error)) from error  # exit code 1: no mistake in the command
+        except (ValueError, OSError) as error:
+            if ranks.rank == 0:
+                raise
+            raise ValueError(f"{title(ranks)}: {error}") from error
+        except SystemExit:
+            ranks.close()
+            raise
+        else:
+            ranks.close()
+
     def create(self, spec: ModelSpec, parameters: Mapping[str, Array]) -> Engine:
         """An engine for inference; what `auto` came to is printed."""
         backend = self.find()
@@ -52,10 +88,12 @@ class EngineChoice:
         return engine
 
 
-def announce(backend: Backend, engine: Engine) -> None:
+def announce(backend: Backend, engine: Engine, ranks: Ranks | None = None) -> None:
     """Say on stderr what runs."""
+    several = f", {ranks.world} processes" if ranks is not None and ranks.world > 1 else ""
     click.echo(
-        f"backend {backend.name} ({backend.version()}), device {engine.device}, scan {engine.scan}", err=True
+        f"backend {backend.name} ({backend.version()}), device {engine.device}, scan {engine.scan}{several}",
+        err=True,
     )
 
 

@@ -16,9 +16,10 @@ import click
 from arm_cli.options import EngineChoice, announce, engine_options, json_option
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array, Engine
+    from arm_core.backend import Array, Backend, Engine
     from arm_core.data.source import Source
     from arm_core.optimizer import OptimizerSettings
+    from arm_core.ranks import Ranks
     from arm_core.recipe import Recipe
     from arm_core.run import RunFolder
     from arm_core.spec import ModelSpec
@@ -38,6 +39,9 @@ class Request:
     resume: str | None
     assignments: tuple[str, ...]
     engine: EngineChoice
+    compiled: str
+    recompute: bool
+    shard: bool
     as_json: bool
 
 
@@ -52,6 +56,20 @@ def training_options(command: F) -> F:
             "--set", "assignments", multiple=True, metavar="A.B=C", help="Change a setting of the recipe."
         ),
     )
+    speed = (
+        click.option(
+            "--compile",
+            "compiled",
+            type=click.Choice(("none", "blocks", "model")),
+            default="none",
+            show_default=True,
+            help="What the engine's compiler is given.",
+        ),
+        click.option("--recompute", is_flag=True, help="Compute blocks twice, to hold less memory."),
+        click.option(
+            "--shard", is_flag=True, help="Spread the training state over the processes (torchrun)."
+        ),
+    )
 
     @functools.wraps(command)
     def wrapped(
@@ -63,6 +81,9 @@ def training_options(command: F) -> F:
         resume: str | None,
         assignments: tuple[str, ...],
         engine: EngineChoice,
+        compiled: str,
+        recompute: bool,
+        shard: bool,
         as_json: bool,
         **others: Any,
     ) -> Any:
@@ -74,14 +95,20 @@ def training_options(command: F) -> F:
             resume=resume,
             assignments=assignments,
             engine=engine,
+            compiled=compiled,
+            recompute=recompute,
+            shard=shard,
             as_json=as_json,
         )
         return command(*args, request=request, **others)
 
-    result = json_option(engine_options(wrapped))
+    result: F = wrapped  # type: ignore[assignment]
+    for option in reversed(speed):
+        result = option(result)
+    result = json_option(engine_options(result))
     for option in reversed(options):
         result = option(result)
-    return click.argument("recipe", required=False)(result)  # type: ignore[return-value]
+    return click.argument("recipe", required=False)(result)
 
 
 Start = Callable[["Recipe", "ModelSpec", tuple[str, ...]], Mapping[str, "Array"]]
@@ -100,50 +127,72 @@ def run_training(stage: str, request: Request, start: Start, *, origin: str | No
 
     origin: the model that `start` reads, for the run's record.
     """
-    if request.resume is not None:
-        _resume(stage, request)
-    else:
-        _start(stage, request, start, origin)
+    with request.engine.join() as (backend, ranks):
+        if request.resume is not None:
+            _resume(stage, request, request.resume, backend, ranks)
+        elif ranks.restarts and _begun(out := _folder(stage, request)):
+            # The launcher repeats the command that began the run.
+            _resume(stage, dataclasses.replace(request, recipe=None, out=None), out, backend, ranks)
+        else:
+            _start(stage, request, start, origin, backend, ranks)
 
 
-def _start(stage: str, request: Request, start: Start, origin: str | None) -> None:
+def _begun(folder: str) -> bool:
+    from arm_core.checkpoint import saved_steps
+
+    return bool(saved_steps(Path(folder)))
+
+
+def _folder(stage: str, request: Request) -> str:
+    return request.out or f"runs/{Path(_full_name(stage, request)).stem}"
+
+
+def _start(
+    stage: str, request: Request, start: Start, origin: str | None, backend: Backend, ranks: Ranks
+) -> None:
     from arm_core.plan import Plan
+    from arm_core.ranks import together
     from arm_core.run import start_run
     from arm_core.sources import open_sources
 
-    if request.recipe is None:
-        raise ValueError(f"name a recipe ({', '.join(_recipes(stage))}, or a .toml file), or --resume RUN")
-    recipe = _resolve(stage, request)
-    train, evaluation = open_sources(recipe)
-    spec = recipe.spec(len(train.classes) or None)
-    # All that can be wrong with the request is found before there is a folder.
-    plan = Plan(recipe, spec, train)
-    if evaluation is not None:
-        plan.eval_loader(evaluation)
-    engine, session = _engine(request.engine, recipe, spec, start(recipe, spec, train.classes))
-    if origin is not None:
-        session["from"] = origin
-    out = request.out or f"runs/{Path(_full_name(stage, request)).stem}"
-    with start_run(out, recipe, spec) as run:
-        _train(run, engine, session, train, evaluation, request.as_json)
+    with together(ranks):
+        if request.recipe is None:
+            raise ValueError(
+                f"name a recipe ({', '.join(_recipes(stage))}, or a .toml file), or --resume RUN"
+            )
+        recipe = _resolve(stage, request)
+        train, evaluation = open_sources(recipe)
+        spec = recipe.spec(len(train.classes) or None)
+        # All that can be wrong with the request is found before there is a folder.
+        plan = Plan(recipe, spec, train, ranks=ranks)
+        if evaluation is not None:
+            plan.eval_loader(evaluation)
+        engine, session = _engine(request, backend, ranks, recipe, spec, start(recipe, spec, train.classes))
+        if origin is not None:
+            session["from"] = origin
+    with start_run(_folder(stage, request), recipe, spec, ranks=ranks) as run:
+        _train(run, engine, session, train, evaluation, ranks, request.as_json)
 
 
-def _resume(stage: str, request: Request) -> None:
+def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: Ranks) -> None:
+    from arm_core.ranks import together
     from arm_core.recipe import load_recipe
     from arm_core.run import RECIPE, resume_run
     from arm_core.sources import open_sources
 
-    assert request.resume is not None
-    if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
-        raise ValueError(f"--resume goes on with a run as it is; drop {' and '.join(given)}")
-    stored = Path(request.resume) / RECIPE
-    if stored.exists() and (other := load_recipe(stored).stage) != stage:
-        raise ValueError(f"{request.resume}: go on with: arm {other} --resume {request.resume}")
-    with resume_run(request.resume, _overrides(request), warn=_warn) as run:
-        assert run.resumed is not None
-        train, evaluation = open_sources(run.recipe)
-        engine, session = _engine(request.engine, run.recipe, run.spec, run.resumed.state.parameters)
-        _train(run, engine, session, train, evaluation, request.as_json)
+    with together(ranks):
+        if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
+            raise ValueError(f"--resume goes on with a run as it is; drop {' and '.join(given)}")
+        stored = Path(folder) / RECIPE
+        if stored.exists() and (other := load_recipe(stored).stage) != stage:
+            raise ValueError(f"{folder}: go on with: arm {other} --resume {folder}")
+    with resume_run(folder, _overrides(request), warn=_warn, ranks=ranks) as run:
+        with together(ranks):
+            assert run.resumed is not None
+            train, evaluation = open_sources(run.recipe)
+            parameters = run.resumed.state.parameters
+            engine, session = _engine(request, backend, ranks, run.recipe, run.spec, parameters)
+        _train(run, engine, session, train, evaluation, ranks, request.as_json)
 
 
 def _resolve(stage: str, request: Request) -> Recipe:
@@ -184,18 +233,34 @@ def _full_name(stage: str, request: Request) -> str:
 
 
 def _engine(
-    choice: EngineChoice, recipe: Recipe, spec: ModelSpec, parameters: Mapping[str, Array]
+    request: Request,
+    backend: Backend,
+    ranks: Ranks,
+    recipe: Recipe,
+    spec: ModelSpec,
+    parameters: Mapping[str, Array],
 ) -> tuple[Engine, dict[str, str]]:
     """The engine that trains, and what is recorded about it."""
-    backend = choice.find()
-    options = dataclasses.replace(choice.options(), precision=recipe.training.precision)
+    from arm_core.backend import Compile
+
+    options = dataclasses.replace(
+        request.engine.options(),
+        precision=recipe.training.precision,
+        compile=Compile(request.compiled),
+        recompute=request.recompute,
+        shard=request.shard,
+    )
     optimizer: OptimizerSettings = recipe.optimizer
-    engine = backend.create_engine(spec, parameters, optimizer=optimizer, options=options)
-    announce(backend, engine)
+    engine = backend.create_engine(spec, parameters, optimizer=optimizer, options=options, ranks=ranks)
+    announce(backend, engine, ranks)
     session = {"backend": backend.name, "version": backend.version()}
-    if choice.threads is not None:
-        session["threads"] = str(choice.threads)
-    return engine, session
+    chosen = {
+        "threads": options.threads is not None,
+        "compile": options.compile is not Compile.NONE,
+        "recompute": options.recompute,
+        "shard": options.shard,
+    }
+    return engine, session | {name: str(getattr(options, name)) for name, said in chosen.items() if said}
 
 
 def _train(
@@ -204,19 +269,18 @@ def _train(
     session: dict[str, str],
     train: Source,
     evaluation: Source | None,
+    ranks: Ranks,
     as_json: bool,
 ) -> None:
     from arm_cli.show import print_json
-    from arm_core.diagnosis import NonFiniteError
+    from arm_core.ranks import together
     from arm_core.trainer import Trainer
 
     with ExitStack() as stack:
         observer = _observer(stack)
-        trainer = Trainer(run, engine, train, evaluation, observer=observer, session=session)
-        try:
-            outcome = trainer.train()
-        except NonFiniteError as error:
-            raise click.ClickException(str(error)) from error  # exit code 1: no mistake in the command
+        with together(ranks):
+            trainer = Trainer(run, engine, train, evaluation, observer=observer, session=session, ranks=ranks)
+        outcome = trainer.train()
     click.echo(outcome.message, err=True)
     if as_json:
         print_json(_as_data(run, outcome))

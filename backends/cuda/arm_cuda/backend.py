@@ -43,7 +43,9 @@ class CudaBackend:
         return scans(device)
 
     def join(self, device: str) -> Ranks:
-        return ALONE
+        from arm_cuda.distributed import join
+
+        return join(device)
 
     def create_engine(
         self,
@@ -57,5 +59,9 @@ class CudaBackend:
         from arm_cuda.engine import TorchEngine
 
         return TorchEngine(
-            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options or EngineOptions()
+            spec,
+            parameters,
+            optimizer=optimizer or OptimizerSettings(),
+            options=options or EngineOptions(),
+            ranks=ranks,
         )

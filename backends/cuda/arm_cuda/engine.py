@@ -1,11 +1,14 @@
-"""The torch engine: one model on one device, behind the `arm_core.backend.Engine` protocol."""
+"""The torch engine: one model behind the `arm_core.backend.Engine` protocol.
+
+It runs on a CPU or one NVIDIA GPU, or on one of each of several processes (`arm_cuda.distributed`).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,7 @@ from arm_core.backend import (
     Array,
     Batch,
     EngineOptions,
+    OutOfMemory,
     Precision,
     StepResult,
     TrainingState,
@@ -25,7 +29,10 @@ from arm_core.backend import (
 )
 from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ModelSpec
+from arm_cuda.distributed import local_device, naming_lost_ranks, place
+from arm_cuda.execution import check_execution, execute
 from arm_cuda.model import build_model, soft_cross_entropy
 from arm_cuda.scan import scans
 
@@ -49,11 +56,14 @@ def resolve_device(name: str) -> torch.device:
 class PendingStep:
     """Loss and gradient norm that may still be on their way from the device."""
 
-    loss: Tensor
-    grad_norm: Tensor
+    values: Tensor
+    """(2,)"""
+    ranks: Ranks
 
     def result(self) -> StepResult:
-        return StepResult(loss=self.loss.item(), grad_norm=self.grad_norm.item())
+        with naming_lost_ranks(self.ranks):
+            loss, grad_norm = self.values.tolist()
+        return StepResult(loss=loss, grad_norm=grad_norm)
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,19 @@ class Group:
 
     lr_scale: float
     weight_decay: float
+    owners: list[Tensor]
+    """The parameters that hold the gradients."""
     parameters: list[Tensor]
+    """This rank's parts of them; those without an element are left out."""
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
 
 
 class TorchEngine:
-    """Runs `spec` on a CPU or one NVIDIA GPU. float32 master weights, bfloat16 products on request."""
+    """Runs `spec` with float32 master weights, and bfloat16 products on request.
+
+    With several ranks every tensor below is this rank's part: all of it, or its shard.
+    """
 
     def __init__(
         self,
@@ -77,12 +93,15 @@ class TorchEngine:
         *,
         optimizer: OptimizerSettings,
         options: EngineOptions,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.spec = spec
-        self._device = resolve_device(options.device)
-        self._settings = optimizer
+        several = ranks.world > 1
+        self._device = local_device(options.device) if several else resolve_device(options.device)
+        self._settings, self._ranks = optimizer, ranks
         self._bfloat16 = options.precision is Precision.BFLOAT16
         self.scan = choose_scan(scans(self._device.type), options.scan)
+        check_execution(options, self.scan, self._device)
         if self._device.type == "cpu":
             threads = options.threads or torch.get_num_threads()
             cpu_scan.start_threads()  # resets torch's count, and the count decides the last bits of a sum
@@ -91,102 +110,161 @@ class TorchEngine:
         on_gpu = self._device.type == "cuda"
         self.device = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
         self._model = build_model(spec, self.scan, self._device)
+        self._placement = place(ranks, shard=options.shard)
+        self._forward = self._placement.wrap(self._model, execute(self._model, options), self._device)
+        # Sharding puts other tensors in the place of the parameters.
         self._all = dict(self._model.named_parameters())
         self._trainable = {name: p for name, p in self._all.items() if p.requires_grad}
-        self.load_state(TrainingState(parameters=dict(parameters)))
+        with torch.no_grad():
+            self._weights = {name: self._placement.local(p) for name, p in self._all.items()}
+        self.load_state(TrainingState(parameters=parameters))
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         seen: dict[str, Tensor] | None = {} if intermediates else None
-        with torch.inference_mode(), self._autocast():
-            outputs = self._model(self._put(images), seen=seen)
-        return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
+        with self._computing(images), torch.no_grad(), self._autocast():
+            outputs = self._model(self._put(images), None, seen)
+            return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
-        loss = self._accumulate([batch], 1)
-        gradients = {name: to_numpy(p.grad) for name, p in self._trainable.items() if p.grad is not None}
-        self._model.zero_grad()
-        return loss.item(), gradients
+        """As the protocol says; the gradients of several ranks are the mean over their batches."""
+        loss = self._accumulate([batch], self._ranks.world)
+        gradients = {
+            name: to_numpy(self._placement.whole(self._placement.local(p.grad), p))
+            for name, p in self._trainable.items()
+            if p.grad is not None
+        }
+        self._forget_gradients()
+        return loss.item() * self._ranks.world, gradients
 
     def train_step(
         self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
     ) -> PendingStep:
-        loss = self._accumulate(batches, of or len(batches))
-        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
-        norm = gradient_norm(gradients)
-        self._update(loss, norm, step, lr)
-        self._model.zero_grad()
-        return PendingStep(loss, norm)
+        with self._computing(batches[0].images):
+            share = self._accumulate(batches, of or len(batches))
+            squares = sum_of_squares([self._placement.local(g) for g in self._gradients()])
+            loss, squares = self._placement.totals(share, squares)
+            self._update(loss, norm := squares.sqrt(), step, lr)
+            self._forget_gradients()
+            return PendingStep(torch.stack([loss, norm]), self._ranks)
 
     @torch.no_grad()
     def exchange_average(self) -> None:
         for name, average in self._ema.items():
-            weight = self._trainable[name]
-            before = weight.clone()
-            weight.copy_(average)
+            before = self._weights[name].clone()
+            self._weights[name].copy_(average)
             average.copy_(before)
 
     def export_state(self) -> TrainingState:
         return TrainingState(
-            parameters={name: to_numpy(p) for name, p in self._all.items()},
-            exp_avg={name: to_numpy(m) for name, m in self._exp_avg.items()},
-            exp_avg_sq={name: to_numpy(v) for name, v in self._exp_avg_sq.items()},
-            ema={name: to_numpy(e) for name, e in self._ema.items()},
+            parameters=self._on_rank_0(self._weights),
+            exp_avg=self._on_rank_0(self._exp_avg),
+            exp_avg_sq=self._on_rank_0(self._exp_avg_sq),
+            ema=self._on_rank_0(self._ema),
         )
 
+    def _on_rank_0(self, parts: Mapping[str, Tensor]) -> dict[str, Array]:
+        """Whole tensors in host memory, one after the other; the other ranks only lend their parts."""
+        arrays: dict[str, Array] = {}
+        with naming_lost_ranks(self._ranks), torch.no_grad():
+            for name, part in parts.items():
+                whole = self._placement.whole(part, self._all[name])
+                if self._ranks.rank == 0:
+                    arrays[name] = to_numpy(whole)
+        return arrays
+
+    @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
         check_parameters(self.spec, state.parameters)
-        with torch.no_grad():
-            for name, p in self._all.items():
-                p.copy_(torch.from_numpy(np.asarray(state.parameters[name], np.float32)))
+        for name, weight in self._weights.items():
+            weight.copy_(self._part(name, state.parameters[name]))
         self._exp_avg = self._like_trainable(state.exp_avg, "exp_avg")
         self._exp_avg_sq = self._like_trainable(state.exp_avg_sq, "exp_avg_sq")
         self._ema: dict[str, Tensor] = {}
         if self._settings.ema_decay is not None:
-            start = {name: to_numpy(p) for name, p in self._trainable.items()}
-            self._ema = self._like_trainable(state.ema or start, "ema")
-        self._groups = [
-            Group(
-                group.lr_scale,
-                group.weight_decay,
-                [self._trainable[name] for name in group.names],
-                [self._exp_avg[name] for name in group.names],
-                [self._exp_avg_sq[name] for name in group.names],
+            self._ema = (
+                self._like_trainable(state.ema, "ema")
+                if state.ema
+                else {name: self._weights[name].clone() for name in self._trainable}
             )
-            for group in parameter_groups(self.spec, self._settings)
-        ]
+        self._groups = []
+        for group in parameter_groups(self.spec, self._settings):
+            names = [name for name in group.names if self._weights[name].numel()]
+            self._groups.append(
+                Group(
+                    group.lr_scale,
+                    group.weight_decay,
+                    [self._trainable[name] for name in names],
+                    [self._weights[name] for name in names],
+                    [self._exp_avg[name] for name in names],
+                    [self._exp_avg_sq[name] for name in names],
+                )
+            )
 
     def _like_trainable(self, arrays: Mapping[str, Array], what: str) -> dict[str, Tensor]:
         """Device copies of arrays, one per trainable parameter; zeros where there are none at all."""
         if not arrays:
-            return {name: torch.zeros_like(p, requires_grad=False) for name, p in self._trainable.items()}
+            return {name: torch.zeros_like(self._weights[name]) for name in self._trainable}
         if difference := sorted(set(arrays) ^ set(self._trainable)):
             raise ValueError(
                 f"{what}: expected the trainable parameters, differs in {', '.join(difference[:5])}"
             )
-        return {name: self._put(arrays[name], copy=True) for name in self._trainable}
+        return {name: self._part(name, arrays[name]).clone() for name in self._trainable}
 
-    def _put(self, array: Array, *, copy: bool = False) -> Tensor:
+    def _part(self, name: str, array: Array) -> Tensor:
+        """This rank's part of a whole parameter or moment, on the device; may share the array's memory."""
+        return self._placement.part(self._put(array), self._all[name])
+
+    def _put(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
-        return tensor.to(self._device, non_blocking=True, copy=copy)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # else the copy waits for the device
+        return tensor.to(self._device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
 
+    @contextmanager
+    def _computing(self, images: Array) -> Iterator[None]:
+        """Around work on a batch: an exhausted device and lost peers are reported as such."""
+        try:
+            with naming_lost_ranks(self._ranks):
+                yield
+        except torch.OutOfMemoryError as error:
+            self._forget_gradients()
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            raise OutOfMemory(device=self.device, available=total, images=len(images)) from error
+
     def _accumulate(self, batches: Sequence[Batch], of: int) -> Tensor:
-        """Gradients of their part of the mean loss over `of` micro-batches; returns that part."""
-        total = torch.zeros((), device=self._device)
-        for batch in batches:
-            scale = None if batch.branch_scale is None else self._put(batch.branch_scale)
-            with self._autocast():
-                outputs = self._model(self._put(batch.images), scale)
-            loss = outputs.get("loss")
-            if loss is None:
-                if batch.targets is None:
-                    raise ValueError("a classifier trains on batches with targets (B, classes), found None")
-                loss = soft_cross_entropy(outputs["logits"], self._put(batch.targets))
-            (loss / of).backward()
-            total += loss.detach() / of
-        return total
+        """Gradients of the mean loss over all ranks' `of` micro-batches; returns this rank's share of it."""
+        share = torch.zeros((), device=self._device)
+        passes = self._placement.passes(len(batches), of)
+        for i in range(passes):
+            last = i == passes - 1
+            # A rank with fewer micro-batches than others repeats one for nothing.
+            batch, weight = (batches[i], 1 / of) if i < len(batches) else (batches[-1], 0.0)
+            with self._placement.accumulating(last):
+                loss = self._loss(batch)
+                # Gradients are averaged over the ranks, not added.
+                (loss * (weight * self._ranks.world)).backward()
+            share += loss.detach() * weight
+        return share
+
+    def _loss(self, batch: Batch) -> Tensor:
+        scale = None if batch.branch_scale is None else self._put(batch.branch_scale)
+        with self._autocast():
+            outputs = self._forward(self._put(batch.images), scale)
+        if "loss" in outputs:
+            return outputs["loss"]
+        if batch.targets is None:
+            raise ValueError("a classifier trains on batches with targets (B, classes), found None")
+        return soft_cross_entropy(outputs["logits"], self._put(batch.targets))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self._groups for p in group.owners if p.grad is not None]
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trainable.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _update(self, loss: Tensor, norm: Tensor, step: int, lr: float) -> None:
@@ -200,15 +278,18 @@ class TorchEngine:
         if settings.clip is not None:
             scale = torch.clamp((norm + CLIP_EPS) / settings.clip, min=1.0)
         for group in self._groups:
+            if not group.parameters:
+                continue
+            gradients = [self._placement.local(p.grad) for p in group.owners if p.grad is not None]
             # The update counts the step itself, hence step - 1.
-            steps = [torch.tensor(step - 1.0, device=self._device) for _ in group.parameters]
+            steps = torch.full((len(gradients),), step - 1.0, device=self._device).unbind()
             adamw(
                 group.parameters,
-                [p.grad for p in group.parameters],  # type: ignore[misc]
+                gradients,
                 group.exp_avg,
                 group.exp_avg_sq,
                 [],
-                steps,
+                list(steps),
                 fused=True,
                 grad_scale=scale,
                 found_inf=found_inf,
@@ -222,18 +303,17 @@ class TorchEngine:
             )
         if settings.ema_decay is not None:
             ema = list(self._ema.values())
-            values: list[Tensor] = list(self._trainable.values())
-            change = torch._foreach_sub(values, ema)
+            change = torch._foreach_sub([self._weights[name] for name in self._ema], ema)
             torch._foreach_mul_(change, (1.0 - settings.ema_decay) * (1.0 - found_inf))
             torch._foreach_add_(ema, change)
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all gradients; on a CPU by dot products, which are threaded and lose fewer digits."""
+def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Over all elements; on a CPU by dot products, which are threaded and lose fewer digits."""
     if gradients[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(gradients)
+        return torch.stack(torch._foreach_norm(list(gradients))).square().sum()
     flat = [gradient.reshape(-1) for gradient in gradients]
-    return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
+    return torch.stack([torch.dot(g, g) for g in flat]).sum()
 
 
 def keep_freed_memory() -> None:

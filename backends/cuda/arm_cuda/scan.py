@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from arm_core import cpu_scan
@@ -179,6 +179,9 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
         )
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
+    if isinstance(tensor, nn.Parameter):
+        # Sharding frees the memory of small parameters, which torch forbids once NumPy has seen it.
+        tensor = tensor.clone()
     array: npt.NDArray[Any] = tensor.detach().numpy()
     if array.dtype not in (np.float32, np.int32):
         raise ValueError(f"scan 'cpu' computes in float32, found {tensor.dtype}; scan 'reference' takes any")

@@ -1,0 +1,216 @@
+"""Several processes, one model: how torch's process groups meet, and where a model's tensors live.
+
+`join` reads what `torchrun` says of the job. A `Placement` then tells the engine how its tensors relate
+to those of the other ranks: alone, repeated on every rank (DistributedDataParallel), or spread over them
+(FSDP2). NCCL carries tensors of GPUs, gloo those of CPUs and everything that `Ranks.gather` exchanges.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from arm_core.ranks import ALONE, Alone, RankLost, Ranks
+
+Forward = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TorchRanks:
+    """A job of several processes; see `arm_core.ranks.Ranks`."""
+
+    rank: int
+    world: int
+    restarts: int
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        with naming_lost_ranks(self):
+            dist.all_gather_object(values, value)
+        return values
+
+    def close(self) -> None:
+        self.gather(None)  # nobody leaves while another still waits for an answer
+        dist.destroy_process_group()
+
+
+def join(device: str) -> Ranks:
+    """The job that `torchrun` describes in the environment; ALONE without one."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if given.get("WORLD_SIZE", "1") == "1":
+        return Alone(restarts=restarts) if restarts else ALONE
+    if missing := [name for name in names if name not in given]:
+        raise ValueError(
+            f"WORLD_SIZE is {given['WORLD_SIZE']}, but {', '.join(missing)} not set; start with torchrun"
+        )
+    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+    chosen = local_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        raise ValueError(
+            f"{world} processes cannot meet at {given['MASTER_ADDR']}:{given['MASTER_PORT']}: {error}"
+        ) from error
+    return TorchRanks(rank, world, restarts)
+
+
+def local_device(name: str) -> torch.device:
+    """The device of one process out of several on this machine: each takes a GPU of its own, or the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ValueError(
+            f"device: under torchrun each process takes its own; expected cuda or cpu, found {name!r}"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"torchrun started process {local_rank + 1} here, but torch sees {count} GPU(s)")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Turn what the communication libraries say of a peer that is gone into a RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or not _about_a_peer(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RankLost(f"another process of this job has ended ({reason[:200]})") from error
+
+
+def _about_a_peer(error: RuntimeError) -> bool:
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+class Placement:
+    """One process: every tensor is whole, and here."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
+        """What to call for a pass that has gradients."""
+        return forward
+
+    def passes(self, own: int, of: int) -> int:
+        """Passes that this rank makes for its `own` of an update's `of` micro-batches."""
+        return own
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around a pass, forward and backward: gradients are added up over the ranks in the last one."""
+        return nullcontext()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a parameter or of its gradient, sharing memory."""
+        return tensor
+
+    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """This rank's part of a tensor shaped like a whole parameter."""
+        return whole
+
+    def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """The tensor of which every rank gives its part."""
+        return part
+
+    def totals(self, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of all ranks from this rank's share, and the sum of squares over all parts."""
+        return loss, squares
+
+
+class Repeated(Placement):
+    """Every rank holds the model; gradients are averaged during the backward pass."""
+
+    def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
+        model.forward = forward
+        # The tables of token orders are the same everywhere; without this each pass would send them.
+        tables = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
+        self._parallel = DistributedDataParallel(
+            model,
+            device_ids=None if device.type == "cpu" else [device],
+            gradient_as_bucket_view=True,
+            init_sync=False,  # all ranks load the same weights
+        )
+        return self._parallel
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._parallel.no_sync()
+
+    def totals(self, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        dist.all_reduce(loss)
+        return loss, squares
+
+
+class Spread(Placement):
+    """Every rank holds a part of each tensor; blocks are put together while they compute."""
+
+    def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
+        mesh = init_device_mesh(device.type, (self.ranks.world,))
+        blocks = [block for name in ("layers", "decoder") for block in getattr(model, name, ())]
+        for module in (*blocks, model):
+            # Also the root lets go after its forward pass: weights may change before the next one.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, shard_placement_fn=self._axis)
+        assert isinstance(model, FSDPModule)
+        self._model = model
+        return model
+
+    def _axis(self, parameter: nn.Parameter) -> Shard:
+        """The first axis that divides evenly: a leading direction axis has but 1 or 4 entries."""
+        sizes = [size for size in parameter.shape if size % self.ranks.world == 0]
+        return Shard(list(parameter.shape).index(sizes[0]) if sizes else 0)
+
+    def passes(self, own: int, of: int) -> int:
+        return -(-of // self.ranks.world)  # all ranks take part in putting the weights together
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self._model.set_requires_gradient_sync(last)
+        yield
+
+    def local(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor)
+        return tensor.to_local()
+
+    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # No rank is the source: each cuts its part out of its own copy.
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+
+    def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
+
+    def totals(self, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack([loss, squares])
+        dist.all_reduce(both)
+        return both[0], both[1]
+
+
+def place(ranks: Ranks, *, shard: bool) -> Placement:
+    """How the tensors of an engine relate to those of the other ranks."""
+    if ranks.world == 1:
+        if shard:
+            raise ValueError("--shard spreads a model over several processes; start them with torchrun")
+        return Placement(ranks)
+    return Spread(ranks) if shard else Repeated(ranks)

@@ -1,0 +1,69 @@
+"""How a model's forward pass is run: compiled by torch, or with blocks computed again in the backward pass.
+
+Neither changes a parameter's name or the values that come out. Passes without gradients are run as
+written: their batches come in other sizes, each of which would be compiled anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from arm_core.backend import Compile, EngineOptions
+
+COMPILABLE = ("triton", "reference")
+"""Scans that torch's compiler can look through, or that are custom operators with shapes of their own."""
+
+Forward = Callable[..., dict[str, Tensor]]
+
+
+def check_execution(options: EngineOptions, scan: str, device: torch.device) -> None:
+    """Raises ValueError for what cannot be compiled here."""
+    if options.compile is Compile.NONE:
+        return
+    if scan not in COMPILABLE:
+        raise ValueError(
+            f"scan {scan!r} cannot be compiled; --compile {options.compile} goes with --scan "
+            f"{' or '.join(COMPILABLE)}"
+        )
+    if options.compile is Compile.MODEL and (options.shard or options.recompute):
+        raise ValueError("--compile model goes neither with --shard nor --recompute; choose --compile blocks")
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"--compile on a CPU needs a C++ compiler, and {compiler} is not there; install g++")
+
+
+def execute(model: nn.Module, options: EngineOptions) -> Forward:
+    """The model's forward pass as the options say; its blocks are changed in place."""
+    if options.recompute or options.compile is Compile.BLOCKS:
+        for block in model.get_submodule("layers").children():
+            block.forward = _block_forward(block.forward, options)
+    if options.compile is not Compile.MODEL:
+        forward: Forward = model.forward
+        return forward
+    compiled: Forward = torch.compile(model.forward, fullgraph=True)
+    return compiled
+
+
+def _block_forward(plain: Callable[..., Tensor], options: EngineOptions) -> Callable[..., Tensor]:
+    compile_it = options.compile is Compile.BLOCKS
+    run: Callable[..., Tensor] = torch.compile(plain, fullgraph=True) if compile_it else plain
+
+    def forward(x: Tensor, order: Tensor, scale: Tensor | None, name: str, seen: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain(x, order, scale, name, seen)
+        # No name: the compiler would make one version per block of it.
+        if not options.recompute:
+            return run(x, order, scale, "", None)
+        # Nothing in a block draws random numbers; drop path comes as data.
+        again = checkpoint(run, x, order, scale, "", None, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(again, Tensor)
+        return again
+
+    return forward
