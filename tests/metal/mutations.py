@@ -131,15 +131,15 @@ MUTATIONS = [
         "tokens as they lie, not along the order",
         "conv_forward",
         "x[(from + token) * CHANNELS + d]",
-        "x[(from + t) * CHANNELS + d]",
+        "x[(from + first + i) * CHANNELS + d]",
     ),
-    Mutation(
-        "the last run goes on", "conv_forward", "t < metal::min(start + RUN, LENGTH)", "t < start + RUN"
-    ),
+    Mutation("the last run goes on", "conv_forward", "if (first + i < LENGTH)", ""),
     # conv_backward.metal
-    Mutation("a run does not see the one after", "conv_backward", "t < stop + TAPS - 1", "t < stop"),
-    Mutation("steps at a border count twice in the weight", "conv_backward", "if (t < stop)", ""),
-    Mutation("runs write each other's tokens", "conv_backward", "if (done >= start)", "if (done >= 0)"),
+    Mutation("a run does not see the one after", "conv_backward", "first < stop + TAPS - 1", "first < stop"),
+    Mutation(
+        "steps at a border count twice in the weight", "conv_backward", "t < stop ? grad : 0.0f", "grad"
+    ),
+    Mutation("runs write each other's tokens", "conv_backward", "done >= start &&", "done >= 0 &&"),
     Mutation("steps past the end", "conv_backward", "if (t < LENGTH)", ""),
     Mutation(
         "SiLU's slope is its sigmoid",

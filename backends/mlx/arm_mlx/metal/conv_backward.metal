@@ -1,8 +1,9 @@
-// Gradients of the convolution from that of u; threads as in the forward kernel. A run goes on for TAPS - 1
-// steps into the next one, whose outputs also depend on this run's x.
+// Gradients of the convolution from that of u; threads and ring as in the forward kernel. A run goes on for
+// TAPS - 1 steps into the next one, whose outputs also depend on this run's x.
 //
 // Writes dx (K, B, L, D) T, by token, to be summed over the directions, and parts (K, B, runs, W + 1, D)
 // float, the gradients of weight and bias, to be summed over images and runs.
+static_assert(RUN % TAPS == 0, "");
 constexpr int RUNS = (LENGTH + RUN - 1) / RUN;
 const int d = int(thread_position_in_grid.x), image = int(thread_position_in_grid.z);
 const int direction = int(thread_position_in_grid.y) / RUNS, run = int(thread_position_in_grid.y) % RUNS;
@@ -10,7 +11,7 @@ const int start = run * RUN, stop = metal::min(start + RUN, LENGTH);
 const int path = direction * LENGTH, kd = direction * CHANNELS + d;
 const int sequence = direction * int(threads_per_grid.z) + image;
 const int from = image * LENGTH, to = sequence * LENGTH;
-// pending[j]: gradient so far of x at step t - TAPS + 1 + j; window: x at the same steps
+// pending: the gradient of x so far, at the steps whose x is in the window
 float w[TAPS], window[TAPS], pending[TAPS], grad_w[TAPS];
 ARM_UNROLL for (int j = 0; j < TAPS; j++) {
   w[j] = weight[kd * TAPS + j];
@@ -23,25 +24,31 @@ ARM_UNROLL for (int j = 1; j < TAPS; j++) {
   const int t = start - TAPS + j;
   window[j] = t >= 0 ? float(x[(from + order[path + t]) * CHANNELS + d]) : 0.0f;
 }
-for (int t = start; t < stop + TAPS - 1; t++) {
-  ARM_UNROLL for (int j = 1; j < TAPS; j++) { window[j - 1] = window[j]; pending[j - 1] = pending[j]; }
-  pending[TAPS - 1] = 0.0f;
-  if (t < LENGTH) {
-    const int token = order[path + t];
-    window[TAPS - 1] = float(x[(from + token) * CHANNELS + d]);
-    float sum = shift;
-    ARM_UNROLL for (int j = 0; j < TAPS; j++) sum = metal::fma(w[j], window[j], sum);
-    const float sigmoid = arm_sigmoid(sum);
-    const float slope = sigmoid * metal::fma(sum, 1.0f - sigmoid, 1.0f);
-    const float grad = float(du[(to + token) * CHANNELS + d]) * slope;
-    ARM_UNROLL for (int j = 0; j < TAPS; j++) pending[j] = metal::fma(w[j], grad, pending[j]);
-    if (t < stop) {
-      ARM_UNROLL for (int j = 0; j < TAPS; j++) grad_w[j] = metal::fma(grad, window[j], grad_w[j]);
-      grad_bias += grad;
+for (int first = start; first < stop + TAPS - 1; first += TAPS) {
+  ARM_UNROLL for (int i = 0; i < TAPS; i++) {
+    const int t = first + i, done = t - TAPS + 1;
+    pending[i] = 0.0f;
+    if (t < LENGTH) {
+      const int token = order[path + t];
+      window[i] = float(x[(from + token) * CHANNELS + d]);
+      float sum = shift;
+      ARM_UNROLL for (int j = 0; j < TAPS; j++) sum = metal::fma(w[j], window[(i + 1 + j) % TAPS], sum);
+      const float sigmoid = arm_sigmoid(sum);
+      const float slope = sigmoid * metal::fma(sum, 1.0f - sigmoid, 1.0f);
+      const float grad = float(du[(to + token) * CHANNELS + d]) * slope;
+      ARM_UNROLL for (int j = 0; j < TAPS; j++) {
+        const int at = (i + 1 + j) % TAPS;
+        pending[at] = metal::fma(w[j], grad, pending[at]);
+      }
+      const float own = t < stop ? grad : 0.0f;  // the next run's steps are for its thread to sum
+      ARM_UNROLL for (int j = 0; j < TAPS; j++)
+        grad_w[j] = metal::fma(own, window[(i + 1 + j) % TAPS], grad_w[j]);
+      grad_bias += own;
+    }
+    if (done >= start && done < stop) {
+      dx[(to + order[path + done]) * CHANNELS + d] = T(pending[(i + 1) % TAPS]);
     }
   }
-  const int done = t - TAPS + 1;
-  if (done >= start) dx[(to + order[path + done]) * CHANNELS + d] = T(pending[0]);
 }
 const int row = (sequence * RUNS + run) * (TAPS + 1);
 ARM_UNROLL for (int j = 0; j < TAPS; j++) parts[(row + j) * CHANNELS + d] = grad_w[j];

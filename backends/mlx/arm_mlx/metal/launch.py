@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from arm_mlx.metal import sources
-from arm_mlx.metal.tuning import CONV_RUN, MAX_THREADS, SIMD, Tuning
+from arm_mlx.metal.tuning import CONV_TURNS, MAX_THREADS, SIMD, Tuning
 
 Shape = tuple[int, ...]
 
@@ -51,7 +51,7 @@ def conv_backward(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of x (in x.dtype), weight and bias."""
     (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
-    runs = -(-length // CONV_RUN)
+    runs = -(-length // (CONV_TURNS * taps))
     dx, parts = run(
         "conv_backward",
         (du, x, weight, bias, order),
@@ -69,14 +69,14 @@ def _sum_directions(parts: mx.array) -> mx.array:
 
 def _conv_call(x: mx.array, weight: mx.array) -> dict[str, Any]:
     (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
-    runs = -(-length // CONV_RUN)
+    runs = -(-length // (CONV_TURNS * taps))
     return {
         "template": {
             "T": x.dtype,
             "LENGTH": length,
             "CHANNELS": channels,
             "TAPS": taps,
-            "RUN": CONV_RUN,
+            "RUN": CONV_TURNS * taps,
         },
         "grid": (channels, directions * runs, batch),
         "threadgroup": (min(channels, MAX_THREADS), 1, 1),

@@ -11,8 +11,8 @@ MAX_THREADS = 256
 """Per threadgroup: what every Apple GPU allows a kernel of this many registers."""
 MAX_THREADGROUP_BYTES = 32768
 SIMD = 32
-CONV_RUN = 32
-"""Steps of the convolution that one thread computes; the backward repeats W - 1 of them."""
+CONV_TURNS = 8
+"""A thread of the convolution computes this many times W steps; the backward repeats W - 1 of them."""
 STATES = (1, 2, 4, 8, 16, 32, 64)
 """State sizes that the reductions take: powers of two."""
 
