@@ -11,14 +11,19 @@ from arm_core.reference import scan as reference
 torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
+from torch_scans import (  # noqa: E402
+    CONV,
+    REGIMES,
+    SCAN,
+    TOLERANCE,
+    assert_close,
+    in_float64,
+    inputs,
+    label,
+    run,
+)
 
 from arm_cuda import scan as scans  # noqa: E402
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Of each tensor's largest value; results of half-precision inputs are rounded to their 8 or 11 bits."""
-
-CONV = ("x", "weight", "bias")
-SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
 
 # K, B, L, D, N, W: lengths around the CPU's chunks of 16, widths around its 64 channels, sizes of one.
 CASES = [
@@ -31,65 +36,6 @@ CASES = [
     (2, 3, 33, 128, 17, 4),
     (4, 2, 197, 40, 16, 4),
 ]
-REGIMES = ["mild", "large steps", "vanishing steps"]
-
-
-def label(case: tuple[int, ...]) -> str:
-    return "-".join(f"{name}{size}" for name, size in zip("KBLDNW", case, strict=True))
-
-
-def inputs(
-    case: tuple[int, ...], regime: str = "mild", dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Inputs of both operators as leaves; the float32 values are the same whatever the dtype."""
-    directions, batch, length, channels, states, taps = case
-    r = torch.Generator().manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=r)
-
-    dt = normal(directions, batch, length, channels)
-    if regime == "large steps":
-        dt = torch.linspace(-50, 20, dt.numel())[torch.randperm(dt.numel(), generator=r)].view(dt.shape)
-    if regime == "vanishing steps":
-        dt = dt - 50
-    dt = (8 * dt).round() / 8  # and dt_bias likewise: their sum is exact, so that softplus is what is judged
-    values = {
-        "x": normal(batch, length, channels),
-        "weight": normal(directions, channels, taps),
-        "bias": normal(directions, channels),
-        "u": normal(directions, batch, length, channels),
-        "dt": dt,
-        "A": -torch.exp(normal(directions, channels, states)),
-        "B": normal(directions, batch, length, states),
-        "C": normal(directions, batch, length, states),
-        "D": normal(directions, channels),
-        "dt_bias": (8 * normal(directions, channels)).round() / 8,
-        "z": normal(batch, length, channels),
-    }
-    leaves = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
-    order = [torch.randperm(length, generator=r) for _ in range(directions)]
-    return {**leaves, "order": torch.stack(order).to(torch.int32)}
-
-
-def run(impl: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Results of both operators and every gradient, by name."""
-    results = {}
-    for operator, names in ((scans.directional_conv, CONV), (scans.selective_scan, SCAN)):
-        leaves = [values[name] for name in names]
-        out = operator(*leaves, values["order"], impl=impl)
-        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)
-        gradients = torch.autograd.grad(out, leaves, seed)
-        results[operator.__name__] = out.detach()
-        results |= {f"gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
-    return results
-
-
-def assert_close(found: Tensor, expected: Tensor, name: str, tolerance: float) -> None:
-    assert found.shape == expected.shape, name
-    assert torch.isfinite(found).all(), name
-    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
-    assert error < tolerance, f"{name}: {error:.1e} of the largest value"
 
 
 def usable(device: str = "cpu") -> list[str]:
@@ -113,8 +59,7 @@ def test_reference_loop_equals_the_numpy_reference(case: tuple[int, ...], regime
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_results_and_gradients_match_the_float64_loop(case: tuple[int, ...], regime: str, impl: str) -> None:
     values = inputs(case, regime)
-    exact = {n: v.detach().double().requires_grad_() if n != "order" else v for n, v in values.items()}
-    expected = run("reference", exact)
+    expected = run("reference", in_float64(values))
     for name, found in run(impl, values).items():
         assert found.dtype == torch.float32
         assert_close(found, expected[name], name, TOLERANCE[torch.float32])
@@ -124,8 +69,7 @@ def test_results_and_gradients_match_the_float64_loop(case: tuple[int, ...], reg
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_inputs_give_half_precision_results(dtype: torch.dtype, impl: str) -> None:
     values = inputs(CASES[2], dtype=dtype)
-    exact = {n: v.detach().double().requires_grad_() if n != "order" else v for n, v in values.items()}
-    expected = run("reference", exact)
+    expected = run("reference", in_float64(values))
     for name, found in run(impl, values).items():
         assert found.dtype == dtype
         assert_close(found, expected[name], name, TOLERANCE[dtype])

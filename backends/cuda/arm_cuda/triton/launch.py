@@ -171,7 +171,7 @@ def scan_backward(
     return (
         grad_u,
         grad_dt,
-        grad_A.sum(1).mT.to(A.dtype, memory_format=torch.contiguous_format),
+        grad_A.sum(1).mT.contiguous().to(A.dtype),
         grad_B.sum(0).to(B.dtype),
         grad_C.sum(0).to(C.dtype),
         grad_D.sum(1).to(D.dtype),

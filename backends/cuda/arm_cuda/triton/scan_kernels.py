@@ -17,8 +17,8 @@ import triton.language as tl
 
 from arm_cuda.triton.arithmetic import LN_2, LOG2_E, exp2, sigmoid, softplus
 
-NO_STEP = tl.constexpr(-1e30)
-"""dt of steps past the end: softplus makes it 0, and the state stays as it is."""
+NO_STEP = tl.constexpr(-3e4)
+"""dt of steps past the end, of any type: softplus makes it 0, and the state stays as it is."""
 
 
 @triton.jit
@@ -28,6 +28,12 @@ def within(channel, channels: tl.constexpr, BLOCK: tl.constexpr):
         return tl.full([BLOCK], True, tl.int1)
     else:  # noqa: RET505 (Triton compiles one branch only in this form)
         return channel < channels
+
+
+@triton.jit
+def both(inside, live):
+    """inside & live for a vector and a scalar, which Triton's interpreter would make an integer."""
+    return inside & (inside == live)
 
 
 # Without a known alignment of the two-dimensional accesses, each lane gets one channel and all its states:
@@ -119,7 +125,7 @@ def read_until(values, row_stride, column, tokens, inside, first, length, other,
     """The same, and `other` for steps past the end."""
     rows = ()
     for i in tl.static_range(GROUP):
-        mask = inside & (first + i < length)
+        mask = both(inside, first + i < length)
         row = tl.load(values + tokens[i] * row_stride + column, mask=mask, other=other)
         rows = rows + (row.to(tl.float32),)
     return rows
@@ -241,10 +247,10 @@ def scan_backward(
                 sum_D += dy * x
                 du = grad_drive * step + skip * dy
                 at = token * channels + channel
-                tl.store(grad_u + at, du.to(grad_u.dtype.element_ty), mask=inside & live)
-                tl.store(grad_dt + at, grad_raw.to(grad_dt.dtype.element_ty), mask=inside & live)
-                tl.store(grad_B + token * N + state, dB, mask=every & live)
-                tl.store(grad_C + token * N + state, dC, mask=every & live)
+                tl.store(grad_u + at, du.to(grad_u.dtype.element_ty), mask=both(inside, live))
+                tl.store(grad_dt + at, grad_raw.to(grad_dt.dtype.element_ty), mask=both(inside, live))
+                tl.store(grad_B + token * N + state, dB, mask=both(every, live))
+                tl.store(grad_C + token * N + state, dC, mask=both(every, live))
             tokens = near
             xs = next_xs
             bs = next_bs

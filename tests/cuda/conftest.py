@@ -1,0 +1,72 @@
+"""The Triton kernels on an NVIDIA GPU where there is one, else in Triton's interpreter, on the CPU.
+
+Triton decides between the two while it is imported. So here, before any test module is, the interpreter is
+asked for, and the request taken back at once: no other test and no child process sees it.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+def _missing() -> str | None:
+    """Why the kernels can run neither way."""
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    return None
+
+
+def _load_interpreted_kernels() -> None:
+    assert "triton" not in sys.modules, "Triton was imported before it could be asked for its interpreter"
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from arm_cuda.triton import operators
+
+        one = torch.ones(1, 1, 1)  # the first launch imports the rest of Triton
+        operators.directional_conv(one, one, one[0], torch.zeros(1, 1, dtype=torch.int32))
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+REASON = _missing()
+if REASON is None:
+    import torch
+
+    if not torch.cuda.is_available():
+        _load_interpreted_kernels()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the fixture `device` run the kernels."""
+    for item in items:
+        if REASON and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason=f"needs Triton and torch: {REASON}"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the kernels run: `cuda`, or `cpu` for the interpreter."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """New memory is NaN, so that an element that no kernel writes is noticed."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan().all()
+    assert torch.ones(1).new_empty((1,)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

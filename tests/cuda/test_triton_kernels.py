@@ -1,0 +1,217 @@
+"""The Triton kernels against the float64 loop: results and every gradient."""
+
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="needs Triton")
+
+from torch import Tensor  # noqa: E402
+from torch_scans import (  # noqa: E402
+    CONV,
+    REGIMES,
+    SCAN,
+    TOLERANCE,
+    assert_close,
+    in_float64,
+    inputs,
+    label,
+    run,
+)
+
+from arm_cuda import scan as scans  # noqa: E402
+from arm_cuda.triton import launch, operators  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp2:RuntimeWarning"  # NumPy in the interpreter; 1 / inf is what is meant
+)
+
+FLOAT32 = 2e-5 if torch.cuda.is_available() else 5e-6
+"""Of each tensor's largest value; a GPU's own exponential has 2 bits less than NumPy's, at every token."""
+
+# K, B, L, D, N, W: around the 16 tokens of a chunk, the 32 channels of a program, 1 to 4 warps, sizes of one.
+CASES = [
+    (1, 1, 1, 1, 16, 1),
+    (1, 2, 2, 5, 16, 4),
+    (2, 1, 7, 32, 8, 4),
+    (4, 1, 9, 33, 16, 4),
+    (1, 1, 17, 40, 16, 2),
+    (3, 1, 16, 3, 32, 3),
+    (1, 1, 33, 32, 64, 5),
+]
+MORE_CASES = [
+    (1, 2, 37, 96, 16, 4),
+    (4, 2, 33, 40, 16, 4),
+    (8, 1, 7, 32, 8, 4),
+    (2, 3, 31, 65, 32, 4),
+    (4, 1, 197, 64, 16, 4),
+]
+if os.environ.get("ARM_LONG_TESTS") or torch.cuda.is_available():
+    CASES += MORE_CASES
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_results_and_gradients_match_the_float64_loop(
+    case: tuple[int, ...], regime: str, device: str
+) -> None:
+    values = inputs(case, regime, device=device)
+    expected = run("reference", in_float64(values))
+    for name, found in run("triton", values).items():
+        assert found.dtype == torch.float32
+        assert found.is_contiguous(), name
+        assert_close(found, expected[name], name, FLOAT32)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_inputs_give_half_precision_results(dtype: torch.dtype, device: str) -> None:
+    values = inputs(CASES[2], dtype=dtype, device=device)
+    expected = run("reference", in_float64(values))
+    for name, found in run("triton", values).items():
+        assert found.dtype == dtype
+        assert_close(found, expected[name], name, TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_each_gradient_has_the_type_of_its_tensor(device: str) -> None:
+    """As under autocast: bfloat16 activations, float32 parameters."""
+    values = inputs(CASES[2], device=device)
+    for name in ("x", "u", "dt", "B", "C", "z"):
+        values[name] = values[name].detach().bfloat16().requires_grad_()
+    expected = run("reference", in_float64(values))
+    for name, found in run("triton", values).items():
+        activation = not name.startswith("gradient") or name.split()[-1] in ("x", "u", "dt", "B", "C", "z")
+        assert found.dtype == (torch.bfloat16 if activation else torch.float32), name
+        assert_close(found, expected[name], name, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_halves_of_one_projection_get_the_gradients_of_copies(device: str) -> None:
+    """x and z are slices of one tensor, B and C of another, as in the model; nothing is copied."""
+    values = inputs(CASES[2], device=device)
+    joined = torch.cat([values["x"], values["z"]], dim=-1).detach().requires_grad_()
+    low = torch.cat([values["dt"][..., :3], values["B"], values["C"]], dim=-1).detach().requires_grad_()
+    (x, z), (_, B, C) = joined.chunk(2, -1), low.split([3, 8, 8], -1)
+    u = scans.directional_conv(x, values["weight"], values["bias"], values["order"], impl="triton")
+    rest = [values[n] for n in ("D", "dt_bias")]
+    out = scans.selective_scan(u, values["dt"], values["A"], B, C, *rest, z, values["order"], impl="triton")
+    found = torch.autograd.grad(out.square().sum(), [joined, low])
+
+    u = scans.directional_conv(*(values[n] for n in (*CONV, "order")), impl="triton")
+    tensors = [values[n] for n in SCAN[1:]]
+    out = scans.selective_scan(u, *tensors, values["order"], impl="triton")
+    gx, gz, gB, gC = torch.autograd.grad(out.square().sum(), [values[n] for n in ("x", "z", "B", "C")])
+    assert torch.equal(found[0], torch.cat([gx, gz], -1))
+    assert torch.equal(found[1][..., 3:], torch.cat([gB, gC], -1))
+
+
+def test_a_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = inputs(CASES[2], device=device)
+    tensors = [values[name] for name in (*SCAN, "order")]
+    with_grad = scans.selective_scan(*tensors, impl="triton")
+    kept = []
+    forward = launch.scan_forward
+
+    def watched(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+        results = forward(*arguments)
+        kept.append([tensor.numel() for tensor in results[1:]])
+        return results
+
+    monkeypatch.setattr(launch, "scan_forward", watched)
+    with torch.no_grad():
+        assert torch.equal(scans.selective_scan(*tensors, impl="triton"), with_grad)
+    assert torch.equal(scans.selective_scan(*(t.detach() for t in tensors), impl="triton"), with_grad)
+    assert kept == [[0, 0], [0, 0]]
+
+
+def test_an_expanded_gradient_is_taken(device: str) -> None:
+    """`sum().backward()` sends a gradient whose strides are 0."""
+    values = inputs(CASES[2], device=device)
+    tensors = [values[n] for n in SCAN]
+    out = scans.selective_scan(*tensors, values["order"], impl="triton")
+    found = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    expected = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_an_empty_batch_gives_empty_results_and_no_gradients(device: str) -> None:
+    results = run("triton", inputs((2, 0, 5, 8, 16, 4), device=device))
+    assert results["selective_scan"].shape == (0, 5, 8)
+    for name in ("weight", "bias", "A", "D", "dt_bias"):
+        assert not results[f"gradient of {name}"].any()
+
+
+def test_twenty_runs_give_the_same_bits(device: str) -> None:
+    values = inputs(CASES[2] if device == "cpu" else (4, 8, 197, 192, 16, 4), device=device)
+    first = run("triton", values)
+    for _ in range(1 if device == "cpu" else 19):  # the interpreter runs one program after the other
+        again = run("triton", values)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+# what the operators refuse
+
+
+def call(values: dict[str, Tensor], operator: str = "selective_scan", **changed: Tensor) -> Tensor:
+    values = {**values, **changed}
+    names = CONV if operator == "directional_conv" else SCAN
+    return getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl="triton")
+
+
+def test_a_state_size_without_a_kernel_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="state size 12; its kernels take 8, 16, 32, 64, scan 'reference'"):
+        call(inputs((1, 1, 3, 4, 12, 2), device=device))
+
+
+def test_a_type_without_a_kernel_is_refused(device: str) -> None:
+    values = inputs(CASES[2], device=device)
+    with pytest.raises(ValueError, match="dt: expected float32, bfloat16 or float16, found torch.float64"):
+        call(values, dt=values["dt"].double())
+    with pytest.raises(ValueError, match=r"order: expected int32, found torch.int64; call .int\(\)"):
+        call(values, "directional_conv", order=values["order"].long())
+
+
+def test_a_wrong_shape_is_refused(device: str) -> None:
+    values = inputs(CASES[2], device=device)
+    with pytest.raises(ValueError, match=r"B: expected \(K=2, B=1, L=7, N=8\), found \(2, 1, 7, 7\)"):
+        call(values, B=values["B"][..., 1:])
+    with pytest.raises(ValueError, match=r"bias: expected \(K=2, D=32\), found \(2, 1, 32\)"):
+        call(values, "directional_conv", bias=values["bias"][:, None])
+    with pytest.raises(ValueError, match="expected at least one token"):
+        call(inputs((1, 1, 0, 4, 16, 2), device=device))
+
+
+def test_scattered_memory_is_refused(device: str) -> None:
+    values = inputs(CASES[2], device=device)
+    with pytest.raises(ValueError, match=r"u: expected a contiguous tensor, found strides .* call .contig"):
+        call(values, u=values["u"].mT.contiguous().mT)
+    with pytest.raises(ValueError, match=r"z: expected the last axis in one piece \(stride 1\), found"):
+        call(values, z=values["z"].mT.contiguous().mT)
+
+
+def test_rows_too_far_apart_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "LARGEST_OFFSET", 7 * 32 - 1)
+    with pytest.raises(ValueError, match="x: 7 tokens of 32 elements pass the 223 that its kernels count"):
+        call(inputs(CASES[2], device=device), "directional_conv")
+
+
+def test_tensors_elsewhere_are_refused(device: str) -> None:
+    values = inputs(CASES[2], device=device)
+    with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU, found meta; move the model"):
+        call({name: value.to("meta") for name, value in values.items()})
+    with pytest.raises(ValueError, match=f"A is on meta, order on {values['order'].device}; move one"):
+        call(values, A=values["A"].to("meta"))
+
+
+def test_a_second_derivative_is_refused(device: str) -> None:
+    values = inputs(CASES[2], device=device)
+    for operator, name in (("directional_conv", "x"), ("selective_scan", "u")):
+        out = call(values, operator)
+        (gradient,) = torch.autograd.grad(out.square().sum(), values[name], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative; take scan 'reference' to different"):
+            gradient.sum().backward()
