@@ -170,7 +170,7 @@ def test_a_state_size_without_a_kernel_is_refused(device: str) -> None:
 
 def test_a_type_without_a_kernel_is_refused(device: str) -> None:
     values = inputs(CASES[2], device=device)
-    with pytest.raises(ValueError, match="dt: expected float32, bfloat16 or float16, found torch.float64"):
+    with pytest.raises(ValueError, match=r"dt: expected float32, bfloat16 or float16, found torch.float64"):
         call(values, dt=values["dt"].double())
     with pytest.raises(ValueError, match=r"order: expected int32, found torch.int64; call .int\(\)"):
         call(values, "directional_conv", order=values["order"].long())
