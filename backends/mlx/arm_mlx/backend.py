@@ -50,7 +50,12 @@ class MlxBackend:
         return scans(device)
 
     def join(self, device: str) -> Ranks:
-        return ALONE
+        blas.load()
+        from arm_mlx.distributed import join
+        from arm_mlx.engine import resolve_device
+
+        resolve_device(device)
+        return join()
 
     def create_engine(
         self,
@@ -68,4 +73,6 @@ class MlxBackend:
         blas.load()
         from arm_mlx.engine import MlxEngine
 
-        return MlxEngine(spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options)
+        return MlxEngine(
+            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options, ranks=ranks
+        )

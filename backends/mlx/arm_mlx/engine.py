@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,13 +27,18 @@ from arm_core.backend import (
 from arm_core.optimizer import OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters
 from arm_core.quantized import Quantized
+from arm_core.ranks import ALONE, Ranks
 from arm_core.spec import ClassifierSpec, ModelSpec
 from arm_mlx import blas, cpu_update, update
+from arm_mlx.distributed import MlxRanks
 from arm_mlx.model import build_model, named, soft_cross_entropy
 from arm_mlx.scan import scans
 from arm_mlx.update import Arrays, Moments, rates
 
 log = logging.getLogger("arm_mlx")
+
+LOSS = "loss"
+"""What the loss is called among the gradients, on its way through all ranks."""
 
 
 def devices() -> list[str]:
@@ -75,9 +81,11 @@ class PendingStep:
 
     loss: mx.array
     grad_norm: mx.array
+    noticing_losses: Callable[[], AbstractContextManager[None]]
 
     def result(self) -> StepResult:
-        return StepResult(loss=to_float(self.loss), grad_norm=to_float(self.grad_norm))
+        with self.noticing_losses():
+            return StepResult(loss=to_float(self.loss), grad_norm=to_float(self.grad_norm))
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ class MlxEngine:
         *,
         optimizer: OptimizerSettings,
         options: EngineOptions,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.spec = spec
         self._device = resolve_device(options.device)
@@ -117,6 +126,8 @@ class MlxEngine:
         self.device = str(mx.device_info()["device_name"]) if on_gpu else "CPU"
         products = mx.bfloat16 if options.precision is Precision.BFLOAT16 else mx.float32
         self._model = build_model(spec, self.scan, products)
+        self._ranks = ranks if isinstance(ranks, MlxRanks) else None
+        self._noticing_losses = nullcontext if self._ranks is None else self._ranks.noticing_losses
         self._groups = parameter_groups(spec, optimizer)
         self._moments = Moments()
         self._share_of_loss = nn.value_and_grad(self._model, lambda batch, share: self._loss(batch) * share)
@@ -143,7 +154,7 @@ class MlxEngine:
         self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
     ) -> PendingStep:
         self._refuse_quantized()
-        with mx.stream(self._device):
+        with mx.stream(self._device), self._noticing_losses():
             share = mx.array(1.0 / (of or len(batches)))
             loss, gradients = mx.zeros(()), cast(Arrays, {})
             for batch in batches[:-1]:
@@ -153,7 +164,7 @@ class MlxEngine:
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
             del gradients  # what nobody holds any more, the update's results may overwrite
             mx.async_eval(loss, norm, self._state)
-        return PendingStep(loss, norm)
+        return PendingStep(loss, norm, self._noticing_losses)
 
     def exchange_average(self) -> None:
         weights, ema = self._trainable, self._moments.ema
@@ -217,8 +228,11 @@ class MlxEngine:
 
     def _compile(self) -> Steps:
         """The state enters and leaves the graphs by itself; what the caller hands over is what changes."""
-        add = mx.compile(self._add, inputs=self._state)
-        return Steps(add, mx.compile(self._finish, inputs=self._state, outputs=self._state))
+        model = [self._model.state]  # an output, too: tracing leaves its own arrays in the modules
+        return Steps(
+            mx.compile(self._add, inputs=model, outputs=model),
+            mx.compile(self._finish, inputs=self._state, outputs=self._state),
+        )
 
     def _loss(self, batch: Arrays) -> mx.array:
         outputs = self._model(batch["images"], batch.get("branch_scale"))
@@ -239,6 +253,9 @@ class MlxEngine:
     ) -> tuple[mx.array, mx.array]:
         """The last micro-batch of a step, and the update. Returns loss and gradient norm."""
         loss, gradients = self._add(batch, share, loss, gradients)
+        if self._ranks is not None:
+            gradients = self._ranks.sum({LOSS: loss, **gradients})
+            loss = gradients.pop(LOSS)
         new, norm = self._update(
             self._trainable,
             self._moments,
