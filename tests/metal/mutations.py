@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation("idle lanes count in dB and dC", "scan_backward", "t < LENGTH && live ?", "t < LENGTH ?"),
     Mutation("tokens past the end count", "scan_backward", "t < LENGTH && live ?", "live ?"),
     Mutation(
-        "later tokens' gradient does not decay", "scan_backward", "g[i] = grad_h * decay", "g[i] = grad_h"
+        "later tokens' gradient does not decay", "scan_backward", "g[i] = grad_h * decay;", "g[i] = grad_h;"
     ),
     Mutation("the first gradient is what was in the register", "scan_backward", "g[i] = 0.0f;", ""),
     Mutation(
@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "C's gradient from the state before",
         "scan_backward",
-        "grad * metal::fma(drive, b, decayed)",
-        "grad * decayed",
+        "grad * h[now + 1][i]",
+        "grad * h[now][i]",
     ),
     Mutation("exponents of 2 taken for those of e", "scan_backward", "0.693147180559945309f", "1.0f"),
     Mutation("dt's gradient without softplus", "scan_backward", "grad_step * own_slope[q]", "grad_step"),

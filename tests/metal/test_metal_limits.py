@@ -83,6 +83,7 @@ def test_a_gpu_with_an_entry_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         {"lanes": 2, "chunk": 8},
         {"lanes": 4, "chunk": 16, "simdgroups": 2},
         {"simdgroups": 1},
+        {"keep_decays": True},
     ],
     ids=str,
 )

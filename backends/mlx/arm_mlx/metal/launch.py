@@ -105,6 +105,7 @@ def scan_backward(
     """Gradients of u, dt, A, B, C, D, dt_bias, each in its array's dtype. grad_y: (B, L, D) float32."""
     directions, batch, length, channels = scan.u.shape
     call = _scan_call(scan, tuning)
+    call["template"]["KEEP_DECAYS"] = tuning.keep_decays
     groups = call["grid"][0] // call["threadgroup"][0]
     du, ddt, dA, dBC, dD, ddt_bias = run(
         "scan_backward",
@@ -146,13 +147,10 @@ def _scan_call(scan: ScanInputs, tuning: Tuning) -> dict[str, Any]:
 
 def gate_forward(y: mx.array, z: mx.array, *, save: bool) -> tuple[mx.array, mx.array | None]:
     """out: (B, L, D) in z.dtype, and with `save` the mean of y over the directions."""
-    out, *mean = run(
-        "gate_forward_saving" if save else "gate_forward",
-        (y, z),
-        [(z.shape, z.dtype)] * (1 + save),
-        **_gate_call(z, len(y)),
-    )
-    return out, mean[0] if mean else None
+    write_mean = save and len(y) > 1  # of one direction y is the mean
+    name = "gate_forward_saving" if write_mean else "gate_forward"
+    out, *mean = run(name, (y, z), [(z.shape, z.dtype)] * (1 + write_mean), **_gate_call(z, len(y)))
+    return out, (mean[0] if write_mean else y[0]) if save else None
 
 
 def gate_backward(grad: mx.array, z: mx.array, mean: mx.array, directions: int) -> tuple[mx.array, mx.array]:

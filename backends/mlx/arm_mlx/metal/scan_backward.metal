@@ -16,13 +16,14 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
   const int start = chunk * CHUNK;
   float own_u[TURNS], own_step[TURNS], own_slope[TURNS], own_grad[TURNS];
   int own_token[TURNS];
-  float h[OWN_STATES], before[CHUNK][OWN_STATES];
+  // h[j]: the state before the chunk's token j, and after token j - 1.
+  float h[CHUNK + 1][OWN_STATES], decays[KEEP_DECAYS ? CHUNK : 1][OWN_STATES];
   float chunk_A[OWN_STATES];  // summed by chunk first: over long sequences one sum would lose digits
   ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) chunk_A[i] = 0.0f;
   const int kept = ((sequence * (CHUNKS - 1) + chunk - 1) * CHANNELS + d) * STATES + first;
-  ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[i] = chunk > 0 ? states[kept + i] : 0.0f;
+  ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[0][i] = chunk > 0 ? states[kept + i] : 0.0f;
 
-  // Forwards again, keeping the state before every token.
+  // Forwards again, keeping the state of every token.
   ARM_UNROLL for (int q = 0; q < TURNS; q++) {
     const int t = start + q * LANES + part;
     own_token[q] = order[path + metal::min(t, LENGTH - 1)];
@@ -38,8 +39,10 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
       const float drive = step * arm_from_lane<LANES>(own_u[q], lane, j);
       const int row = (tokens + arm_from_lane<LANES>(own_token[q], lane, j)) * STATES + first;
       ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) {
-        before[q * LANES + j][i] = h[i];
-        h[i] = metal::fma(metal::exp2(step * A2[i]), h[i], drive * float(B[row + i]));
+        const int now = q * LANES + j;
+        const float decay = metal::exp2(step * A2[i]);
+        if (KEEP_DECAYS) decays[now][i] = decay;
+        h[now + 1][i] = metal::fma(decay, h[now][i], drive * float(B[row + i]));
       }
     }
   }
@@ -53,17 +56,16 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
       const int row = (tokens + arm_from_lane<LANES>(own_token[q], lane, j)) * STATES + first;
       float grad_BC[VALUES], drive_sum = 0.0f, exponent_sum = 0.0f;
       ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) {
-        const float b = float(B[row + i]);
-        const float decay = metal::exp2(step * A2[i]);
-        const float decayed = decay * before[q * LANES + j][i];
+        const int now = q * LANES + j;
+        const float decay = KEEP_DECAYS ? decays[now][i] : metal::exp2(step * A2[i]);
         const float grad_h = metal::fma(grad, float(C[row + i]), g[i]);
         grad_BC[i] = grad_h * drive;
-        grad_BC[OWN_STATES + i] = grad * metal::fma(drive, b, decayed);
-        drive_sum = metal::fma(grad_h, b, drive_sum);
-        const float grad_exponent = grad_h * decayed;
+        grad_BC[OWN_STATES + i] = grad * h[now + 1][i];
+        drive_sum = metal::fma(grad_h, float(B[row + i]), drive_sum);
+        g[i] = grad_h * decay;
+        const float grad_exponent = g[i] * h[now][i];
         chunk_A[i] = metal::fma(grad_exponent, step, chunk_A[i]);
         exponent_sum = metal::fma(grad_exponent, A2[i], exponent_sum);
-        g[i] = grad_h * decay;
       }
       to_drive[j] = drive_sum;
       to_exponent[j] = exponent_sum;

@@ -28,6 +28,8 @@ class Tuning:
     """SIMD groups of 32 lanes in a threadgroup, at most; narrow models take fewer."""
     chunk: int
     """Tokens between saved states, which the backward recomputes; a multiple of lanes."""
+    keep_decays: bool = False
+    """Whether the backward keeps a chunk's exponentials in registers, or computes them twice."""
     chosen_by: str = "arithmetic"
     """Machine, MLX version and date of the measurement, or what stands in for one."""
 
