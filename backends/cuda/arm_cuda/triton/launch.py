@@ -20,8 +20,8 @@ STATES_PER_WARP = 16
 """A scan program of N states has N / 16 warps, so that the registers hold any N."""
 CHUNK = 16
 """Tokens between the states that the scan's forward keeps for its backward."""
-GROUP = 2
-"""Tokens whose states the backward holds in registers at a time."""
+GROUP = {8: 2, 16: 2, 32: 1, 64: 1}
+"""Tokens whose states the backward holds in registers at a time, by N: as many as fit without spills."""
 CONV_BLOCK, CONV_WARPS = 64, 4
 CONV_ROWS, CONV_TOKEN_ROWS = 32, 16
 CONV_STEP_ROWS, CONV_TILES = 16, 4
@@ -158,7 +158,7 @@ def scan_backward(
     grad_C = torch.empty_like(grad_B)
     grad_D = partial(directions, batch, channels)
     grad_bias = torch.empty_like(grad_D)
-    scratch = partial(programs, CHUNK // GROUP, state, LANES)
+    scratch = partial(programs, CHUNK // GROUP[state], state, LANES)
     launch(
         scan_kernels.scan_backward,
         programs,
@@ -166,7 +166,7 @@ def scan_backward(
         grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
         length, *B.stride()[:3], *C.stride()[:3],
         directions=directions, channels=channels, N=state,
-        BLOCK=LANES, CHUNK=CHUNK, GROUP=GROUP, warps=scan_warps(A),
+        BLOCK=LANES, CHUNK=CHUNK, GROUP=GROUP[state], warps=scan_warps(A),
     )  # fmt: skip
     return (
         grad_u,

@@ -15,7 +15,7 @@ from arm_cuda.triton import launch
 from arm_cuda.triton.arithmetic import INTERPRETED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STATES = (8, 16, 32, 64)
+STATES = tuple(launch.GROUP)
 """State sizes that the scan kernels take."""
 LARGEST_OFFSET = 2**31 - 1
 """Kernels count elements within an image in 32 bits."""
