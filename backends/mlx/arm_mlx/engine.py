@@ -67,7 +67,9 @@ def set_threads(count: int) -> None:
 def whether_to_compile(wanted: Compile, scan: str) -> bool:
     """Refuses with a ValueError what MLX does not compile."""
     if wanted is Compile.BLOCKS:
-        raise ValueError("compile: MLX compiles the whole step or nothing; found blocks, use model or none")
+        raise ValueError(
+            "compile: MLX compiles the whole step or nothing; expected model or none, found blocks"
+        )
     if wanted is Compile.MODEL and scan == "cpu":
         raise ValueError(
             "compile: scan 'cpu' leaves MLX's graph, which ends a compilation; use --scan reference"
