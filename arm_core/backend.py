@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from arm_core.optimizer import OptimizerSettings
 from arm_core.ranks import ALONE, Ranks
+from arm_core.scan_timing import ScanTimer
 from arm_core.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
@@ -90,15 +91,30 @@ class StepResult:
         return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
 
-class OutOfMemory(RuntimeError):  # noqa: N818
+class OutOfMemory(ValueError):  # noqa: N818
     """The device has no room for a batch; the state is that of before.
 
-    available: bytes of the device.  images: in the batch.
+    available: bytes of the device.  shape: of the images.  fitting: images that the cost model has room
+    for in training, None for a pass without gradients, which takes little and is not modelled.
     """
 
-    def __init__(self, *, device: str, available: int, images: int) -> None:
-        super().__init__(f"{device}: out of memory ({available / 2**30:.0f} GiB) with {images} images")
-        self.device, self.available, self.images = device, available, images
+    def __init__(
+        self, device: str, available: int, shape: tuple[int, ...], *, fitting: int | None = None
+    ) -> None:
+        images, height, width = shape[:3]
+        self.fitting = fitting
+        words = (
+            f"{device}: out of memory ({available / 2**30:.3g} GiB) with {images} images of {height}x{width}"
+        )
+        if fitting is None:
+            words += " at a time; choose a smaller batch"
+        elif fitting < images:
+            words += f" at a time; by the cost model about {fitting} fit"
+        else:
+            words += (
+                f" at a time, though by the cost model {fitting} fit: does something else use the device?"
+            )
+        super().__init__(words)
 
 
 class PendingStep(Protocol):
@@ -185,6 +201,9 @@ class Backend(Protocol):
 
     def scans(self, device: str) -> Mapping[str, str | None]:
         """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
+
+    def scan_timer(self, device: str) -> ScanTimer:
+        """What measures the scans alone on a device. Raises ValueError where the device is not there."""
 
     def join(self, device: str) -> Ranks:
         """The job that a launcher made this process a part of, else `ALONE`; once per process.

@@ -25,6 +25,13 @@ OPTIMIZER_BYTES = 16
 """Float32 weight, gradient and two AdamW moments of a trainable value."""
 
 
+EMA_BYTES = 4
+"""Its moving average."""
+
+SPARE = 0.9
+"""Part of a device's memory that a step can fill: libraries, fragments and passing values take the rest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
     """One row of the table: a kind of layer, all its copies together."""
@@ -83,6 +90,48 @@ def cost_table(spec: ModelSpec) -> list[PartCost]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes that a training step takes on one device."""
+
+    state: int
+    """Weights, gradients, moments and average."""
+    per_image: int
+    """What is kept of one image for the gradients."""
+    passing: int
+    """Per image as well, but only while a block is computed again."""
+
+    def total(self, images: int) -> int:
+        """With a micro-batch of `images`."""
+        return self.state + images * (self.per_image + self.passing)
+
+    def fitting(self, available: int) -> int:
+        """Images in the largest micro-batch for a device of `available` bytes; 0 where not one fits."""
+        return max(0, int((SPARE * available - self.state) // (self.per_image + self.passing)))
+
+
+def step_memory(
+    spec: ModelSpec, *, value_bytes: int = 4, average: bool = False, recompute: bool = False, shards: int = 1
+) -> StepMemory:
+    """What a training step holds.
+
+    value_bytes: of a kept value, 2 with bfloat16 products.  average: whether one is kept of the weights.
+    recompute: blocks keep their input (float32) alone.  shards: devices that the state is spread over.
+    """
+    parts = cost_table(spec)
+    fixed = 4 * sum(part.fixed for part in parts)
+    each = OPTIMIZER_BYTES + (EMA_BYTES if average else 0)
+    kept = {part.name: value_bytes * part.activations for part in parts}
+    per_image, passing = sum(kept.values()), 0
+    if recompute:
+        encoder = spec.encoder
+        blocks = sum(size for name, size in kept.items() if name.startswith(("block ", "mixer ")))
+        inputs = 4 * encoder.depth * spec.tokens * encoder.width
+        per_image, passing = per_image - blocks + inputs, blocks // encoder.depth
+    state = (each * sum(part.parameters for part in parts) + fixed) // shards
+    return StepMemory(state=state, per_image=per_image, passing=passing)
 
 
 def _part_of(parameter: str) -> str:

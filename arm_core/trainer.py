@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from arm_core.backend import Batch, Engine, PendingStep
+from arm_core.backend import Batch, Engine, OutOfMemory, PendingStep
 from arm_core.checkpoint import FOLDER, Checkpoint, Progress, prune, save_checkpoint, saved_steps, step_name
 from arm_core.data.loader import EvalLoader
 from arm_core.data.source import Source
@@ -114,27 +114,26 @@ class Trainer:
         """Run until the end, or until SIGINT or SIGTERM: then the step is finished and the state saved.
 
         Raises NonFiniteError where a loss or gradient is no number, WorkersLost where data workers were
-        killed, RankLost where another process of the job ended, ValueError for broken data and OSError
-        where the disk fails; a sound checkpoint to go on from is there in each case.
+        killed, RankLost where another process of the job ended, ValueError for broken data and for a batch
+        that the device has no room for, and OSError where the disk fails; a sound checkpoint to go on from
+        is there in each case.
         """
-        lost: WorkersLost | None = None
+        lost: WorkersLost | OutOfMemory | None = None
         with StopOnSignal(self.observer.warned) as noted:
             stop = StopTogether(self._ranks, lambda: noted.signal)
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
                 try:
                     self._take_steps(loader, stop)
-                except WorkersLost as error:
+                except (WorkersLost, OutOfMemory) as error:
                     if self._ranks.world > 1:  # the others are in the middle of a step
-                        raise WorkersLost(f"{error}; go on with: {self.run.resume_command}") from error
+                        raise self._interrupted(error) from error
                     lost = error
                     stop.asked()
             complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
             checkpoint = self._save()
         if lost and not stop.signal:  # a signal to the whole process group ends the workers, too
-            raise WorkersLost(
-                f"{lost}; saved step {self.step}, go on with: {self.run.resume_command}"
-            ) from lost
+            raise self._interrupted(lost, saved=f"saved step {self.step}, ") from lost
         return self._outcome(checkpoint, None if complete else stop.signal)
 
     def _take_steps(self, loader: Iterator[Batch], stop: StopTogether) -> None:
@@ -311,6 +310,16 @@ class Trainer:
     def _non_finite(self, step: int, what: str, tensor: str | None) -> NonFiniteError:
         last = self.run.path / FOLDER / step_name(saved_steps(self.run.path)[-1])
         return NonFiniteError(step, what, tensor, last, self.run.resume_command)
+
+    def _interrupted(self, error: WorkersLost | OutOfMemory, *, saved: str = "") -> Exception:
+        """The error with what a user can do about it."""
+        if isinstance(error, WorkersLost):
+            return WorkersLost(f"{error}; {saved}go on with: {self.run.resume_command}")
+        batch, fitting = self._training.batch_size, error.fitting or 0
+        smaller = [n for n in range(self._training.accumulation + 1, batch + 1) if batch % n == 0]
+        enough = next((n for n in smaller if batch // n <= fitting), smaller[-1] if smaller else None)
+        again = f", or start a new run with --set training.accumulation={enough}" if enough else ""
+        return ValueError(f"{error}; {saved}go on with: {self.run.resume_command} --recompute{again}")
 
     def _outcome(self, checkpoint: Path, signal: str | None) -> Outcome:
         if signal:

@@ -80,6 +80,7 @@ class _Demo:
         self.test = Digits("test", size=self.pretraining.recipe.spec(None).image_size)
 
     def run(self, began: float) -> None:
+        from arm_core.ranks import ALONE
         from arm_core.report.demonstration import Demonstration, write_up
         from arm_core.spec import PretrainSpec
 
@@ -89,7 +90,7 @@ class _Demo:
             rows = self._run_all(jobs)
         with _stage("Predicting the next clusters of test images"):
             model = self._engine(self.pretraining.folder)
-            announce(self.backend, model)
+            announce(self.backend, model, ALONE)
             every = range(0, len(self.test), len(self.test) // PICTURES)[:PICTURES]
             images = _images(self.test, self.pretraining.recipe, every)[0]
             prediction = model.forward(images)["prediction"]

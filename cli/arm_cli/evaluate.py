@@ -13,6 +13,7 @@ from arm_cli.options import EngineChoice, ema_option, engine_options, json_optio
 if TYPE_CHECKING:
     from arm_cli.models import Opened
     from arm_core.data.source import Source
+    from arm_core.evaluation import Evaluation
 
 DIGITS = "digits"
 
@@ -20,7 +21,7 @@ DIGITS = "digits"
 @click.command(short_help="Measure a model on a folder of images.")
 @click.argument("model")
 @click.option("--data", metavar="FOLDER", help="Images to evaluate on, or `digits` for its test split.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="At a time.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that read images.")
 @ema_option
 @engine_options
@@ -38,22 +39,40 @@ def evaluate(
 
     FOLDER holds one sub-folder of images per class (any images for a pretraining model). Without
     --data, the images are those that MODEL's run evaluates on, and after a run on the built-in digits
-    the test split, which training never sees.
+    the test split, which training never sees. Several processes (torchrun) share the images out.
     """
     from arm_cli.models import open_model
     from arm_cli.progress import Counter
-    from arm_cli.show import print_json
     from arm_core.data.loader import EvalLoader
     from arm_core.evaluation import evaluate as measure
+    from arm_core.ranks import together
 
-    opened = open_model(model, ema=ema)
-    source = open_data(data or _data_of_run(opened), opened)
-    runner = engine.create(opened.spec, opened.parameters)
-    loader = EvalLoader(
-        source, opened.transform, size=opened.spec.image_size, batch_size=batch_size, workers=workers
-    )
-    with Counter("evaluate", len(source), "images") as counter:
-        found = measure(runner, loader, seen=counter.advance)
+    with engine.join() as (_, ranks):
+        with together(ranks):
+            opened = open_model(model, ema=ema)
+            source = open_data(data or _data_of_run(opened), opened)
+            runner = engine.create(opened.spec, opened.parameters, ranks)
+            loader = EvalLoader(
+                source,
+                opened.transform,
+                size=opened.spec.image_size,
+                batch_size=batch_size,
+                rank=ranks.rank,
+                world=ranks.world,
+                workers=workers,
+            )
+        with Counter("evaluate", len(source), "images") as counter:
+
+            def seen(images: int) -> None:
+                counter.advance(images * ranks.world)  # about: the last batch may be smaller
+
+            found = measure(runner, loader, seen=seen, ranks=ranks, rounds=loader.rounds)
+        _report(opened, found, as_json)
+
+
+def _report(opened: Opened, found: Evaluation, as_json: bool) -> None:
+    from arm_cli.show import print_json
+
     if as_json:
         result = {name: value for name, value in asdict(found).items() if value is not None}
         print_json({"model": str(opened.folder), **result})

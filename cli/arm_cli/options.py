@@ -80,17 +80,20 @@ class EngineChoice:
         else:
             ranks.close()
 
-    def create(self, spec: ModelSpec, parameters: Mapping[str, Array]) -> Engine:
-        """An engine for inference; what `auto` came to is printed."""
+    def create(self, spec: ModelSpec, parameters: Mapping[str, Array], ranks: Ranks | None = None) -> Engine:
+        """An engine for inference, in one of the processes of a job; what `auto` came to is printed."""
+        from arm_core.ranks import ALONE
+
         backend = self.find()
-        engine = backend.create_engine(spec, parameters, options=self.options())
-        announce(backend, engine)
+        ranks = ranks or ALONE
+        engine = backend.create_engine(spec, parameters, options=self.options(), ranks=ranks)
+        announce(backend, engine, ranks)
         return engine
 
 
-def announce(backend: Backend, engine: Engine, ranks: Ranks | None = None) -> None:
+def announce(backend: Backend, engine: Engine, ranks: Ranks) -> None:
     """Say on stderr what runs."""
-    several = f", {ranks.world} processes" if ranks is not None and ranks.world > 1 else ""
+    several = f", {ranks.world} processes" if ranks.world > 1 else ""
     click.echo(
         f"backend {backend.name} ({backend.version()}), device {engine.device}, scan {engine.scan}{several}",
         err=True,

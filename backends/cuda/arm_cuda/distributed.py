@@ -25,6 +25,10 @@ from arm_core.ranks import ALONE, Alone, RankLost, Ranks
 
 Forward = Callable[..., dict[str, Tensor]]
 
+_KEPT: list[Any] = []
+"""The process group, until the interpreter ends: let go last by DistributedDataParallel, it would join its
+threads while holding the lock that they wait for."""
+
 
 @dataclass(frozen=True)
 class TorchRanks:
@@ -41,7 +45,9 @@ class TorchRanks:
         return values
 
     def close(self) -> None:
-        self.gather(None)  # nobody leaves while another still waits for an answer
+        # Nobody leaves while another still waits for an answer, nor while gloo's threads still hold tensors
+        # that Python knows: those must not be let go while the interpreter ends. A barrier has none.
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -66,6 +72,7 @@ def join(device: str) -> Ranks:
         raise ValueError(
             f"{world} processes cannot meet at {given['MASTER_ADDR']}:{given['MASTER_PORT']}: {error}"
         ) from error
+    _KEPT.append(dist.group.WORLD)
     return TorchRanks(rank, world, restarts)
 
 

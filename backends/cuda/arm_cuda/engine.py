@@ -6,6 +6,7 @@ It runs on a CPU or one NVIDIA GPU, or on one of each of several processes (`arm
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,7 @@ from arm_core.backend import (
     TrainingState,
     choose_scan,
 )
+from arm_core.cost import step_memory
 from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters
 from arm_core.ranks import ALONE, Ranks
@@ -50,6 +52,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPU(s)")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,14 @@ class TorchEngine:
             keep_freed_memory()
         on_gpu = self._device.type == "cuda"
         self.device = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
+        self._available = device_memory(self._device)
+        self._memory = step_memory(
+            spec,
+            value_bytes=2 if self._bfloat16 else 4,
+            average=optimizer.ema_decay is not None,
+            recompute=options.recompute,
+            shards=ranks.world if options.shard else 1,
+        )
         self._model = build_model(spec, self.scan, self._device)
         self._placement = place(ranks, shard=options.shard)
         self._forward = self._placement.wrap(self._model, execute(self._model, options), self._device)
@@ -121,7 +138,7 @@ class TorchEngine:
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         seen: dict[str, Tensor] | None = {} if intermediates else None
-        with self._computing(images), torch.no_grad(), self._autocast():
+        with self._computing(images, training=False), torch.no_grad(), self._autocast():
             outputs = self._model(self._put(images), None, seen)
             return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
 
@@ -139,7 +156,7 @@ class TorchEngine:
     def train_step(
         self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
     ) -> PendingStep:
-        with self._computing(batches[0].images):
+        with self._computing(batches[0].images, training=True):
             share = self._accumulate(batches, of or len(batches))
             squares = sum_of_squares([self._placement.local(g) for g in self._gradients()])
             loss, squares = self._placement.totals(share, squares)
@@ -224,15 +241,15 @@ class TorchEngine:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
 
     @contextmanager
-    def _computing(self, images: Array) -> Iterator[None]:
+    def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
         """Around work on a batch: an exhausted device and lost peers are reported as such."""
         try:
             with naming_lost_ranks(self._ranks):
                 yield
         except torch.OutOfMemoryError as error:
             self._forget_gradients()
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            raise OutOfMemory(device=self.device, available=total, images=len(images)) from error
+            fitting = self._memory.fitting(self._available) if training else None
+            raise OutOfMemory(self.device, self._available, images.shape, fitting=fitting) from error
 
     def _accumulate(self, batches: Sequence[Batch], of: int) -> Tensor:
         """Gradients of the mean loss over all ranks' `of` micro-batches; returns this rank's share of it."""
