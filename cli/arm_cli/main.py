@@ -19,6 +19,7 @@ COMMANDS = (
     "embed",
     "convert",
     "info",
+    "bench",
     "doctor",
 )
 """In the order of the help; `arm_cli.NAME` holds the command NAME and is imported when it is needed."""

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from arm_core.backend import Array, Engine, EngineOptions
 from arm_core.optimizer import OptimizerSettings
 from arm_core.ranks import ALONE, Ranks
+from arm_core.scan_timing import ScanTimer
 from arm_core.spec import ModelSpec
 
 
@@ -41,6 +42,11 @@ class CudaBackend:
         from arm_cuda.scan import scans
 
         return scans(device)
+
+    def scan_timer(self, device: str) -> ScanTimer:
+        from arm_cuda.scan_timer import TorchScanTimer
+
+        return TorchScanTimer(device)
 
     def join(self, device: str) -> Ranks:
         from arm_cuda.distributed import join

@@ -11,6 +11,7 @@ from pathlib import Path
 from arm_core.backend import Array, Engine, EngineOptions
 from arm_core.optimizer import OptimizerSettings
 from arm_core.ranks import ALONE, Ranks
+from arm_core.scan_timing import ScanTimer
 from arm_core.spec import ModelSpec
 from arm_mlx import blas
 
@@ -48,6 +49,12 @@ class MlxBackend:
         from arm_mlx.scan import scans
 
         return scans(device)
+
+    def scan_timer(self, device: str) -> ScanTimer:
+        blas.load()
+        from arm_mlx.scan_timer import MlxScanTimer
+
+        return MlxScanTimer(device)
 
     def join(self, device: str) -> Ranks:
         blas.load()

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_THREADS = 256
 """Per threadgroup: what every Apple GPU allows a kernel of this many registers."""
 MAX_THREADGROUP_BYTES = 32768
+MAX_OWN_VALUES = 96
+"""States and decays that the backward may keep in a lane, of some 128 registers, to be worth a try."""
 SIMD = 32
 CONV_TURNS = 8
 """A thread of the convolution computes this many times W steps; the backward repeats W - 1 of them."""
@@ -84,3 +88,18 @@ def tuning_for(states: int, architecture: str) -> Tuning:
         if states in TABLE.get(name, {}):
             return TABLE[name][states]
     return Tuning(states=states, lanes=4, simdgroups=8, chunk=8)  # refuses, and says what there is
+
+
+def candidates(states: int) -> Iterator[Tuning]:
+    """Every choice of constants for that many states that is within the limits."""
+    choices = itertools.product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16), (False, True))
+    for lanes, simdgroups, chunk, keep_decays in choices:
+        # More than so many values of a lane's own cannot be in registers: not worth a compilation.
+        own = states // lanes * (chunk + 1) * (1 + keep_decays)
+        if states % lanes == 0 and own <= MAX_OWN_VALUES:
+            try:
+                yield Tuning(
+                    states=states, lanes=lanes, simdgroups=simdgroups, chunk=chunk, keep_decays=keep_decays
+                )
+            except ValueError:
+                continue  # beyond a limit
