@@ -20,7 +20,6 @@ import numpy.typing as npt
 from arm_core.optimizer import OptimizerSettings
 from arm_core.ranks import ALONE, Ranks
 from arm_core.scan_timing import ScanTimer
-from arm_core.scan_timing import ScanTimer
 from arm_core.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
@@ -202,9 +201,6 @@ class Backend(Protocol):
 
     def scans(self, device: str) -> Mapping[str, str | None]:
         """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
-
-    def scan_timer(self, device: str) -> ScanTimer:
-        """What measures the scans alone on a device. Raises ValueError where the device is not there."""
 
     def scan_timer(self, device: str) -> ScanTimer:
         """What measures the scans alone on a device. Raises ValueError where the device is not there."""
