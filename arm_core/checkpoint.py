@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from arm_core.backend import Array, TrainingState
 from arm_core.model_files import CONFIG, read_config, sync_folder, write_text, write_weights
 from arm_core.parameters import check_parameters
 from arm_core.spec import ModelSpec, to_json
-from arm_core.tensor_file import BadFileError, as_tensors, parse_json, read_tensors, write_tensors
+from arm_core.tensor_file import BadFileError, Tensor, as_tensors, parse_json, read_tensors, write_tensors
 
 FOLDER = "checkpoints"
 LAST = "LAST"
@@ -68,8 +68,25 @@ class Checkpoint:
     spec: ModelSpec
     progress: Progress
     state: TrainingState = field(repr=False)
+    """One that was loaded reads an array each time it is asked for."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Strings kept in the header of `model.safetensors`: `classes` and `eval_transform`, as JSON."""
+
+
+class StoredArrays(Mapping[str, Array]):
+    """float32 arrays of a file, each read when it is asked for: nobody holds a whole training state."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Array:
+        return np.asarray(self._tensors[name].read(), np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def step_name(step: int) -> str:
@@ -140,14 +157,13 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     """
     files = verify(folder) if check else [path.name for path in folder.iterdir()]
     spec = read_config(folder)
-    parameters = _read_arrays(folder / MODEL)
-    check_parameters(spec, parameters, source=str(folder / MODEL))
-    optimizer = _read_arrays(folder / OPTIMIZER)
+    model, optimizer = read_tensors(folder / MODEL), read_tensors(folder / OPTIMIZER).tensors
+    check_parameters(spec, model.tensors, source=str(folder / MODEL))  # type: ignore[arg-type]  # shapes alone
     state = TrainingState(
-        parameters=parameters,
-        exp_avg=_below(optimizer, "exp_avg"),
-        exp_avg_sq=_below(optimizer, "exp_avg_sq"),
-        ema=_read_arrays(folder / EMA) if EMA in files else {},
+        parameters=StoredArrays(model.tensors),
+        exp_avg=StoredArrays(_below(optimizer, "exp_avg")),
+        exp_avg_sq=StoredArrays(_below(optimizer, "exp_avg_sq")),
+        ema=StoredArrays(read_tensors(folder / EMA).tensors if EMA in files else {}),
     )
     values = parse_json(folder / STATE, (folder / STATE).read_bytes())
     try:
@@ -157,8 +173,7 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
         raise BadFileError(
             f"{folder / STATE}: written by another version of this package ({error})"
         ) from None
-    metadata = read_tensors(folder / MODEL).metadata
-    return Checkpoint(spec=spec, progress=progress, state=state, metadata=metadata)
+    return Checkpoint(spec=spec, progress=progress, state=state, metadata=model.metadata)
 
 
 def newest_checkpoint(run: Path, warn: Warn) -> Checkpoint | None:
@@ -253,9 +268,9 @@ def _read_arrays(path: Path) -> dict[str, Array]:
     }
 
 
-def _below(arrays: Mapping[str, Array], kind: str) -> dict[str, Array]:
+def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     prefix = f"{kind}/"
-    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(path: Path) -> dict[str, Any]:

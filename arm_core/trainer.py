@@ -155,7 +155,7 @@ class Trainer:
         resumed = self.run.resumed is not None
         if self.run.resumed is not None:
             self.engine.load_state(self.run.resumed.state)
-            self.run.resumed = None  # frees a copy of the whole state
+            self.run.resumed = None
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self.step,
