@@ -124,14 +124,22 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    result: Tensor = _CpuConv.apply(x, weight, bias, order)
+    result: Tensor = _CpuConv.apply(*_unshared(x, weight, bias, order))
     return result
 
 
 def _cpu_scan(*tensors: Tensor) -> Tensor:
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    result: Tensor = _CpuScan.apply(keep, *tensors)
+    result: Tensor = _CpuScan.apply(keep, *_unshared(*tensors))
     return result
+
+
+def _unshared(*tensors: Tensor) -> list[Tensor]:
+    """Copies of the parameters among them, which are small.
+
+    Sharding frees the memory of parameters between passes; torch forbids that once NumPy has seen it.
+    """
+    return [t.clone() if isinstance(t, nn.Parameter) else t for t in tensors]
 
 
 class _CpuConv(torch.autograd.Function):
@@ -179,9 +187,6 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
         )
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    if isinstance(tensor, nn.Parameter):
-        # Sharding frees the memory of small parameters, which torch forbids once NumPy has seen it.
-        tensor = tensor.clone()
     array: npt.NDArray[Any] = tensor.detach().numpy()
     if array.dtype not in (np.float32, np.int32):
         raise ValueError(f"scan 'cpu' computes in float32, found {tensor.dtype}; scan 'reference' takes any")
