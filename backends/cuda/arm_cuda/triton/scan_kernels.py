@@ -7,7 +7,8 @@ images and channel blocks are one launch, channel blocks next to each other, so 
 The forward saves the state before every `CHUNK`-th token. The backward takes the chunks from the last to
 the first: it runs a chunk forward again, keeping the state before every `GROUP`-th token in a scratch area,
 then goes through the groups from the last to the first with the states of a group in registers. Sums over
-channels (gradients of B and C) leave each channel block as partials: nothing is added atomically.
+channels (gradients of B and C) leave each channel block as partials: nothing is added atomically. Steps past
+the end of the last chunk repeat the last token; with a gradient of 0 they leave nothing behind.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ import triton
 import triton.language as tl
 
 from arm_cuda.triton.arithmetic import LN_2, LOG2_E, exp2, sigmoid, softplus
-
-NO_STEP = tl.constexpr(-3e4)
-"""dt of steps past the end, of any type: softplus makes it 0, and the state stays as it is."""
 
 
 @triton.jit
@@ -121,12 +119,12 @@ def read(values, row_stride, column, tokens, inside, GROUP: tl.constexpr):
 
 
 @triton.jit
-def read_until(values, row_stride, column, tokens, inside, first, length, other, GROUP: tl.constexpr):
-    """The same, and `other` for steps past the end."""
+def read_until(values, row_stride, column, tokens, inside, first, length, GROUP: tl.constexpr):
+    """The same, and zeros for steps past the end."""
     rows = ()
     for i in tl.static_range(GROUP):
         mask = both(inside, first + i < length)
-        row = tl.load(values + tokens[i] * row_stride + column, mask=mask, other=other)
+        row = tl.load(values + tokens[i] * row_stride + column, mask=mask, other=0.0)
         rows = rows + (row.to(tl.float32),)
     return rows
 
@@ -190,13 +188,13 @@ def scan_backward(
         tokens = tokens_of(order, start, length, GROUP)
         xs = read(u, channels, channel, tokens, inside, GROUP)
         bs = read(B, B_token, state, tokens, every, GROUP)
-        raws = read_until(dt, channels, channel, tokens, inside, start, length, NO_STEP, GROUP)
+        raws = read(dt, channels, channel, tokens, inside, GROUP)
         for group in range(groups - 1):
             following = start + group * GROUP + GROUP
             tokens = tokens_of(order, following, length, GROUP)
             next_xs = read(u, channels, channel, tokens, inside, GROUP)
             next_bs = read(B, B_token, state, tokens, every, GROUP)
-            next_raws = read_until(dt, channels, channel, tokens, inside, following, length, NO_STEP, GROUP)
+            next_raws = read(dt, channels, channel, tokens, inside, GROUP)
             tl.store(scratch + group * (N * BLOCK), h)
             for i in tl.static_range(GROUP):
                 step = softplus(raws[i] + bias)
@@ -209,7 +207,7 @@ def scan_backward(
 
         last = start + CHUNK - GROUP
         cs = read(C, C_token, state, tokens, every, GROUP)
-        dys = read_until(grad_y, channels, channel, tokens, inside, last, length, 0.0, GROUP)
+        dys = read_until(grad_y, channels, channel, tokens, inside, last, length, GROUP)
         for back_group in range(groups):
             first = last - back_group * GROUP
             earlier = tl.maximum(first - GROUP, 0)
@@ -217,8 +215,8 @@ def scan_backward(
             next_xs = read(u, channels, channel, near, inside, GROUP)
             next_bs = read(B, B_token, state, near, every, GROUP)
             next_cs = read(C, C_token, state, near, every, GROUP)
-            next_raws = read_until(dt, channels, channel, near, inside, earlier, length, NO_STEP, GROUP)
-            next_dys = read_until(grad_y, channels, channel, near, inside, earlier, length, 0.0, GROUP)
+            next_raws = read(dt, channels, channel, near, inside, GROUP)
+            next_dys = read_until(grad_y, channels, channel, near, inside, earlier, length, GROUP)
             h = tl.load(scratch + (groups - 1 - back_group) * (N * BLOCK))
             steps = ()
             decays = ()
