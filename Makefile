@@ -11,16 +11,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench-metal clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make bench-metal  on a Mac: the Metal scan against plain MLX, and training steps, as JSON"
 	@echo "make clean  remove .venv and the caches"
 	@echo
-	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo or pytest)"
+	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo, pytest or the benchmark)"
 
 demo: $(VENV)/demo.installed
 	$(BIN)/arm demo $(ARGS)
@@ -32,6 +33,9 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-metal: $(VENV)/test.installed
+	$(BIN)/python benchmarks/metal.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

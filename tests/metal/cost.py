@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import problems
 from emulator import Launch, trace
-from emulator.strict import compiler
+from emulator.strict import NEEDED, compiler
 from emulator.translate import HERE, strict_program
 
 from arm_core.cost import cost_table
@@ -317,7 +317,7 @@ def total_products(spec: Any) -> float:
 
 def main() -> None:
     if compiler() is None:
-        sys.exit("counting instructions needs clang++")
+        sys.exit(f"counting instructions {NEEDED}")
     for stage, (_, shape) in SHAPES.items():
         for dtype in (mx.float32, mx.bfloat16):
             print_kernels(f"{stage}, K={shape.directions} L={shape.length}", replace(shape, dtype=dtype))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cost import Shape, optimised, traced_calls
 from emulator import Launch
-from emulator.strict import compiler
+from emulator.strict import NEEDED, compiler
 
 from arm_mlx.metal.tuning import TABLE
 
@@ -105,7 +105,7 @@ def _for_amd(code: str, limit: int) -> str:
 
 def main() -> None:
     if compiler() is None:
-        sys.exit("counting registers needs clang++")
+        sys.exit(f"counting registers {NEEDED}")
     base = TABLE["any"][16]
     choices = [base, replace(base, keep_decays=True), replace(base, chunk=4), replace(base, chunk=16)]
     choices += [

@@ -5,12 +5,12 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="needs MLX")
 
 from cost import CYCLES, Shape, kind, work  # noqa: E402
-from emulator.strict import compiler  # noqa: E402
+from emulator.strict import NEEDED, compiler  # noqa: E402
 from registers import LIMIT, fit  # noqa: E402
 
 from arm_mlx.metal import sources  # noqa: E402
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="counting instructions needs clang++")
+pytestmark = pytest.mark.skipif(compiler() is None, reason=f"counting {NEEDED}")
 
 PRETRAINING, FINETUNING = Shape(1, 128), Shape(4, 197)
 MOST = {"scan_forward": 275, "scan_forward_saving": 285, "scan_backward": 765, "conv_forward": 36,

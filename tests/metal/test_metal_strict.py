@@ -10,12 +10,12 @@ mx = pytest.importorskip("mlx.core", reason="needs MLX")
 import problems  # noqa: E402
 from accuracy import TOLERANCE, run  # noqa: E402
 from emulator import Launch  # noqa: E402
-from emulator.strict import compiler, complaints  # noqa: E402
+from emulator.strict import NEEDED, compiler, complaints  # noqa: E402
 from problems import Case  # noqa: E402
 
 from arm_mlx.metal import sources  # noqa: E402
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the strict pass needs clang++")
+pytestmark = pytest.mark.skipif(compiler() is None, reason=f"the strict pass {NEEDED}")
 
 
 def generated(emulator: Any, dtype: Any, states: int = 16) -> dict[str, Launch]:

@@ -6,6 +6,8 @@ double literal, which Metal has not. clang can and does.
 
 from __future__ import annotations
 
+import platform
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -21,12 +23,23 @@ WARNINGS = (
 )  # fmt: skip
 
 
+OLDEST = 17
+"""The first clang whose __bf16 computes."""
+NEEDED = f"needs Linux and clang++ {OLDEST} or newer"
+
+
 @cache
 def compiler() -> str | None:
-    """A clang++ of the system that is recent enough to know __bf16 on this machine."""
-    return next(
-        filter(None, map(shutil.which, ("clang++", *(f"clang++-{v}" for v in range(30, 16, -1))))), None
-    )
+    """The system's clang++, or None where there is none that is recent enough."""
+    if platform.system() != "Linux":
+        return None  # Apple's clang numbers its versions otherwise and has one target
+    names = ("clang++", *(f"clang++-{version}" for version in range(30, OLDEST - 1, -1)))
+    for found in filter(None, map(shutil.which, names)):
+        words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+        version = re.search(r"clang version (\d+)", words)
+        if version and int(version[1]) >= OLDEST:
+            return found
+    return None
 
 
 def complaints(launch: Launch, standard: str = "c++14") -> str:

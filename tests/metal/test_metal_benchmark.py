@@ -1,0 +1,43 @@
+"""benchmarks/metal.py: its peer computes the same, and it says where it cannot run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="needs MLX")
+
+import problems  # noqa: E402
+from problems import SCAN, Case  # noqa: E402
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def log_depth(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import log_depth
+
+    return log_depth
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_the_log_depth_scan_is_the_scan(length: int, log_depth: Any) -> None:
+    values = problems.inputs(Case(directions=2, batch=2, length=length, channels=5, states=4))
+    grad = np.random.default_rng(0).standard_normal(values["z"].shape).astype(np.float32)
+    expected, grads = problems.scan(values, grad)
+    arrays, order = [mx.array(values[name]) for name in SCAN], mx.array(values["order"])
+    (out,), found = mx.vjp(lambda *a: log_depth.log_depth_scan(*a, order), arrays, [mx.array(grad)])
+    for a, b in zip((out, *found), (expected, *grads.values()), strict=True):
+        assert np.abs(np.asarray(a) - b).max() <= 2e-6 * np.abs(b).max()
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="here it would run")
+def test_without_metal_the_benchmark_says_what_it_needs() -> None:
+    command = [sys.executable, str(BENCHMARKS / "metal.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "benchmarks/metal.py needs an Apple GPU: MLX sees no Metal on this machine"
