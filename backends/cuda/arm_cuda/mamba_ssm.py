@@ -30,9 +30,9 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> 
     """
     directions, channels, taps = weight.shape
     batch, length, _ = x.shape
-    steps = x[:, order.long()].permute(0, 1, 3, 2).reshape(batch, -1, length)  # (B, K D, L) in scan order
+    steps = x[:, order.long()].mT.contiguous().view(batch, -1, length)  # (B, K D, L) in scan order
     weight, bias = weight.reshape(-1, taps).to(x.dtype), bias.reshape(-1).to(x.dtype)
-    if taps in CONV_WIDTHS and x.is_cuda and _conv_unusable() is None:
+    if taps in CONV_WIDTHS and on_gpu(x) and _conv_unusable() is None:
         u = _causal_conv1d()(steps, weight, bias, activation="silu")
     else:
         padded = F.pad(steps, (taps - 1, 0))
@@ -63,15 +63,15 @@ def selective_scan(
         )
 
     def steps(tensor: Tensor) -> Tensor:
-        """(K, B, L, X) in token order -> (B, K, X, L) in scan order."""
-        return _reorder(tensor, order).permute(1, 0, 3, 2)
+        """(K, B, L, X) in token order -> (B, K, X, L) in scan order, contiguous."""
+        return _reorder(tensor, order).permute(1, 0, 3, 2).contiguous()
 
     y = _selective_scan_fn()(
-        steps(u).reshape(batch, -1, length),
-        steps(dt).reshape(batch, -1, length),
+        steps(u).view(batch, -1, length),
+        steps(dt).view(batch, -1, length),
         A.float().reshape(directions * channels, -1),
-        steps(B).contiguous(),
-        steps(C).contiguous(),
+        steps(B),
+        steps(C),
         D.float().reshape(-1),
         z=None,
         delta_bias=dt_bias.float().reshape(-1),
@@ -88,6 +88,10 @@ def unusable(device: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU here"
     return _scan_unusable()
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 @cache
