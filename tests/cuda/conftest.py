@@ -44,6 +44,11 @@ if REASON is None:
         _load_interpreted_kernels()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Of the float64 loop on a GPU, while unwritten memory is NaN.
+    config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with the fixture `device` run the kernels."""
     for item in items:
