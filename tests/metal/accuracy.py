@@ -94,13 +94,13 @@ def main() -> None:
         print(
             f"{case} {dtype}: {max(worst[case.length, case.channels, dtype].values()):.1e}", file=sys.stderr
         )
-    for dtype in (mx.float32, mx.bfloat16):
-        print(f"\n{dtype}, directions {', '.join(f'K={4 if w < 200 else 1} at {w}' for w in WIDTHS)}\n")
+    for dtype, unit in ((mx.float32, 1e-7), (mx.bfloat16, 1e-3)):
+        print(f"\n{str(dtype).split('.')[-1]}, errors in {unit:.0e}\n")
         print("| length | width | " + " | ".join(COLUMNS) + " |")
         print("|---" * (2 + len(COLUMNS)) + "|")
         for (length, width, of), row in worst.items():
             if of == dtype:
-                cells = (f"{row[name]:.1e}" for name in COLUMNS)
+                cells = (f"{row[name] / unit:.1f}" for name in COLUMNS)
                 print(f"| {length} | {width} | " + " | ".join(cells) + " |")
 
 

@@ -43,7 +43,8 @@ CYCLES = {
     "barrier": 1,
     "free": 0,  # extensions, address arithmetic of a load, signs and absolute values of an operand
 }
-"""Cycles of a lane in each operation: rates that microbenchmarks of Apple's GPUs report, rounded up."""
+"""Cycles of a lane in each operation: assumed, for Apple publishes none; 1 is what microbenchmarks find for
+floating-point arithmetic, the others are careful guesses relative to it."""
 
 ARITHMETIC = set(
     re.findall(

@@ -13,8 +13,15 @@ from arm_mlx.metal import sources  # noqa: E402
 pytestmark = pytest.mark.skipif(compiler() is None, reason=f"counting {NEEDED}")
 
 PRETRAINING, FINETUNING = Shape(1, 128), Shape(4, 197)
-MOST = {"scan_forward": 275, "scan_forward_saving": 285, "scan_backward": 765, "conv_forward": 36,
-        "conv_backward": 62, "gate_forward": 25, "gate_backward": 31}  # fmt: skip
+MOST = {
+    "scan_forward": 285,
+    "scan_forward_saving": 295,
+    "scan_backward": 785,
+    "conv_forward": 37,
+    "conv_backward": 63,
+    "gate_forward": 25,
+    "gate_backward": 31,
+}
 """Lane-cycles for each token, channel and direction at 16 states: a little over what there is."""
 
 

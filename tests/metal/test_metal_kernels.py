@@ -52,7 +52,7 @@ def test_seven_directions_are_no_more_special_than_four(metal: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="takes minutes; set ARM_METAL_SWEEP=1")
-@pytest.mark.parametrize(("case", "dtype"), sweep() if FULL else [], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), list(sweep()) if FULL else [], ids=str)
 def test_the_full_sweep(case: Case, dtype: Any, metal: Any) -> None:
     check(case, dtype)
 

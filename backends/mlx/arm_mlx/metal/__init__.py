@@ -5,8 +5,8 @@
     launch.py      one function per kernel: shapes, limits, grid
     operators.py   the kernels joined into differentiable functions
 
-The convolution is a kernel of its own: its result is the input of x_proj and so is written in any case,
-and within the scan it would be computed again by each of a channel's lanes. Gate and mean over directions
+The convolution is a kernel of its own: its result is the input of x_proj and so is written in any case.
+Within the scan it would be computed a second time, without saving a byte. Gate and mean over directions
 are one more kernel, so that each is applied once, forwards and backwards, whatever the number of
 directions. `docs/performance.md` has the counts behind this.
 """
