@@ -17,13 +17,12 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("needs MLX")
     from emulator import Emulator, missing
 
-    from arm_mlx.metal import launch, operators
+    from arm_mlx.metal import launch
 
     if reason := missing():
         pytest.skip(reason)
     emulator = Emulator()
     monkeypatch.setattr(launch, "execute", emulator.execute)
-    monkeypatch.setattr(operators, "architecture", lambda: "any")
     return emulator
 
 

@@ -39,8 +39,8 @@ def _apart(inputs: Sequence[mx.array]) -> tuple[launch.ScanInputs, mx.array]:
 
 
 def architecture() -> str:
-    """MLX's name of the GPU's family, such as applegpu_g13g."""
-    return str(mx.device_info()["architecture"])
+    """MLX's name of the GPU's family, such as applegpu_g13g; empty where there is none."""
+    return str(mx.device_info(mx.gpu).get("architecture", ""))
 
 
 @mx.custom_function
