@@ -12,7 +12,7 @@ import arm_mlx
 
 pytest.importorskip("mlx.core", reason="needs MLX")
 
-from arm_mlx import scan as scans  # noqa: E402
+from arm_mlx import scan as scans
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -79,7 +79,7 @@ TABLE: dict[str, dict[int, Tuning]] = {
         64: Tuning(states=64, lanes=4, simdgroups=4, chunk=4, chosen_by=UNMEASURED),
     },
 }
-"""By `mx.device_info(mx.gpu)["architecture"]`, such as applegpu_g13g; `any` is for GPUs that have no entry."""
+"""By `mx.device_info(mx.gpu)["architecture"]`, such as applegpu_g13g; `any` for GPUs without an entry."""
 
 
 def tuning_for(states: int, architecture: str) -> Tuning:
