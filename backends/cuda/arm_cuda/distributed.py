@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,12 +68,20 @@ def join(device: str) -> Ranks:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    except dist.DistError as error:
+        store, _, _ = next(rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == given["WORLD_SIZE"]:
+            # torchrun keeps the store over its restarts, and with it the addresses of processes that are
+            # gone. On several machines the restarts are not counted alike: docs/scaling.md says what helps.
+            store = dist.PrefixStore(f"start {restarts}", store)  # type: ignore[attr-defined]
+        talk = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(talk, store=store, rank=rank, world_size=world)
+        _KEPT.append(dist.group.WORLD)
+        restarts = max(TorchRanks(rank, world, restarts).gather(restarts))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{world} processes cannot meet at {given['MASTER_ADDR']}:{given['MASTER_PORT']}: {error}"
+            f"{world} processes cannot meet at {given['MASTER_ADDR']}:{given['MASTER_PORT']}: {reason[:300]}"
         ) from error
-    _KEPT.append(dist.group.WORLD)
     return TorchRanks(rank, world, restarts)
 
 

@@ -194,7 +194,9 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def _like(gradients: tuple[npt.NDArray[Any], ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    return [torch.from_numpy(g).to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]
+    pairs = zip(gradients, tensors, strict=False)
+    # Flattened first: axes of length 1 get the strides of torch, which DDP compares.
+    return [torch.from_numpy(g.reshape(-1)).view(t.shape).to(t.dtype) for g, t in pairs]
 
 
 # triton: kernels of this package; its modules import Triton, which not every machine has
