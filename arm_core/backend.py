@@ -36,6 +36,8 @@ class Precision(StrEnum):
 class Compile(StrEnum):
     """What a backend's compiler is given."""
 
+    AUTO = "auto"
+    """What pays on the device: MLX compiles its whole step on an Apple GPU, and nothing else is."""
     NONE = "none"
     BLOCKS = "blocks"
     """Each block by itself: one compilation serves all of them."""
@@ -57,7 +59,7 @@ class EngineOptions:
     precision: Precision = Precision.FLOAT32
     threads: int | None = None
     """CPU threads; None leaves the libraries' own choice."""
-    compile: Compile = Compile.NONE
+    compile: Compile = Compile.AUTO
     recompute: bool = False
     """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
     shard: bool = False
@@ -146,6 +148,8 @@ class Engine(Protocol):
     """In words, for people and for the run's record."""
     scan: str
     """The scan implementation in use; never `auto`."""
+    compile: Compile
+    """What is compiled; never `AUTO`."""
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         """Inference on (B, H, W, 3) normalised images, as float32 arrays.

@@ -1,6 +1,7 @@
 """MLX's training step: compiled or not, in place or not, in float32 and bfloat16, and what it costs."""
 
 import dataclasses
+import gc
 import shutil
 from typing import Any
 
@@ -88,6 +89,13 @@ def what_steps_change(engine: Any) -> dict[str, Any]:
     return {**engine._trainable, **{f"{i} {name}": a for i, m in enumerate(moments) for name, a in m.items()}}
 
 
+def active_memory() -> int:
+    """Bytes that arrays hold, without those of engines that earlier tests left to the garbage collector."""
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
 MICRO_BATCHES = (1, 1, 2, 1, 3)
 """Of the steps in the comparisons."""
 
@@ -153,8 +161,7 @@ def test_a_compiled_step_computes_nothing_before_it_is_asked_to(monkeypatch: pyt
     engine.train_step([batch(spec, 0)], step=1, lr=1e-3).result()
     started: list[Any] = []
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: started.append(arrays))
-    mx.synchronize()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     pending = engine.train_step([batch(spec, 1)], step=2, lr=1e-3)
     assert len(started) == 1
@@ -173,14 +180,44 @@ def test_a_compiled_step_needs_no_second_copy_of_the_state(kept: bool) -> None:
     weights = sum(value.nbytes for value in initial_parameters(spec, 3).values())
     engine.train_step([batch(spec, 0)], step=1, lr=1e-3).result()
     mx.eval(engine._state)
-    mx.synchronize()
-    elsewhere = mx.get_active_memory() - 4 * weights
+    elsewhere = active_memory() - 4 * weights
     held = [engine._trainable, *map(dict, engine._state[1:])] if kept else []
     mx.reset_peak_memory()
     engine.train_step([batch(spec, 1)], step=2, lr=1e-3).result()
     mx.eval(engine._state)
     peak = (mx.get_peak_memory() - elsewhere) / weights
     assert (peak >= 8 - 0.1) if held else (peak < 7), peak
+
+
+@needs_compiler
+def test_recomputing_blocks_takes_less_memory_and_changes_nothing() -> None:
+    spec = dataclasses.replace(CLASSIFIER, encoder=dataclasses.replace(ENCODER, depth=8), image_size=(24, 24))
+    peaks, states = [], []
+    for recompute in (False, True):
+        engine = make(spec, compile=Compile.MODEL, recompute=recompute)
+        engine.train_step([batch(spec, 0, images=8)], step=1, lr=1e-3).result()
+        before = active_memory()
+        mx.reset_peak_memory()
+        engine.train_step([batch(spec, 1, images=8)], step=2, lr=1e-3).result()
+        peaks.append(mx.get_peak_memory() - before)
+        states.append(arrays_of(engine.export_state()))
+        del engine
+    assert peaks[1] < 0.6 * peaks[0]
+    assert_close(states[1], states[0], STEP)
+    with pytest.raises(ValueError, match="recompute: uncompiled, MLX saves no memory by it; add --compile"):
+        make(spec, recompute=True)
+
+
+def test_auto_compiles_nothing_on_a_cpu() -> None:
+    assert {make(CLASSIFIER, scan=scan).compile for scan in ("cpu", "reference")} == {Compile.NONE}
+
+
+@pytest.mark.metal
+def test_auto_compiles_the_whole_step_on_an_apple_gpu() -> None:
+    engine = make(CLASSIFIER, device="gpu", scan="auto")
+    assert (engine.scan, engine.compile) == ("metal", Compile.MODEL)
+    compared = make(CLASSIFIER, device="cpu", scan="cpu")
+    np.testing.assert_allclose(train(engine), train(compared), rtol=10 * STEP)
 
 
 def test_what_mlx_does_not_compile_is_refused() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from arm_core.backend import Array, Batch, StepResult, TrainingState
+from arm_core.backend import Array, Batch, Compile, StepResult, TrainingState
 from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
 from arm_core.parameters import check_parameters, parameter_table
 from arm_core.spec import ClassifierSpec, ModelSpec
@@ -40,6 +40,7 @@ class ToyEngine:
     """Steps whose gradient of the embedding is made NaN."""
     device: str = "NumPy"
     scan: str = "none"
+    compile: Compile = Compile.NONE
 
     def __post_init__(self) -> None:
         self.asked: list[int] = []

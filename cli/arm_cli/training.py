@@ -60,8 +60,8 @@ def training_options(command: F) -> F:
         click.option(
             "--compile",
             "compiled",
-            type=click.Choice(("none", "blocks", "model")),
-            default="none",
+            type=click.Choice(("auto", "none", "blocks", "model")),
+            default="auto",
             show_default=True,
             help="What the engine's compiler is given.",
         ),
@@ -256,11 +256,12 @@ def _engine(
     session = {"backend": backend.name, "version": backend.version()}
     chosen = {
         "threads": options.threads is not None,
-        "compile": options.compile is not Compile.NONE,
+        "compile": engine.compile is not Compile.NONE,
         "recompute": options.recompute,
         "shard": options.shard,
     }
-    return engine, session | {name: str(getattr(options, name)) for name, said in chosen.items() if said}
+    words = {**dataclasses.asdict(options), "compile": engine.compile}
+    return engine, session | {name: str(words[name]) for name, said in chosen.items() if said}
 
 
 def _train(

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from arm_core import cpu_scan
 from arm_core.backend import (
     Array,
     Batch,
+    Compile,
     EngineOptions,
     OutOfMemory,
     Precision,
@@ -110,6 +111,8 @@ class TorchEngine:
         self._settings, self._ranks = optimizer, ranks
         self._bfloat16 = options.precision is Precision.BFLOAT16
         self.scan = choose_scan(scans(self._device.type), options.scan)
+        self.compile: Compile = Compile.NONE if options.compile is Compile.AUTO else options.compile
+        options = replace(options, compile=self.compile)
         check_execution(options, self.scan, self._device)
         if self._device.type == "cpu":
             threads = options.threads or torch.get_num_threads()

@@ -74,9 +74,8 @@ class MlxBackend:
         ranks: Ranks = ALONE,
     ) -> Engine:
         options = options or EngineOptions()
-        wanted = {"recompute": options.recompute, "shard": options.shard}
-        if refused := [name for name, asked in wanted.items() if asked]:
-            raise ValueError(f"backend 'mlx' does not offer {', '.join(refused)}; --backend cuda does")
+        if options.shard:
+            raise ValueError("backend 'mlx' does not offer shard; --backend cuda does")
         blas.load()
         from arm_mlx.engine import MlxEngine
 

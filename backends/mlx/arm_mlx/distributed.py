@@ -1,6 +1,6 @@
 """Several processes that train one model: `mx.distributed` as the core's ranks.
 
-    mlx.launch -n 2 --backend ring $(which arm) pretrain tiny --backend mlx
+    mlx.launch -n 2 --backend ring -- $(which arm) pretrain tiny --backend mlx
 
 Each process holds the whole model and computes its own micro-batches; their gradients are added up in a few
 large pieces, and every process then makes the same update.

@@ -64,8 +64,14 @@ def set_threads(count: int) -> None:
         log.warning("threads=%d reaches the scan alone: %s has no such setting", count, blas.load().library)
 
 
-def whether_to_compile(wanted: Compile, scan: str) -> bool:
-    """Refuses with a ValueError what MLX does not compile."""
+def choose_compile(wanted: Compile, device: mx.Device, scan: str) -> Compile:
+    """What `auto` comes to; a ValueError refuses what MLX does not compile.
+
+    On a CPU, MLX compiles with the system's C++ compiler, half a minute for a first step, and gains little.
+    A graph of the loop in scan 'reference' has tens of thousands of operations: it takes long to compile.
+    """
+    if wanted is Compile.AUTO:
+        return Compile.MODEL if device.type == mx.gpu and scan == "metal" else Compile.NONE
     if wanted is Compile.BLOCKS:
         raise ValueError(
             "compile: MLX compiles the whole step or nothing; expected model or none, found blocks"
@@ -74,7 +80,7 @@ def whether_to_compile(wanted: Compile, scan: str) -> bool:
         raise ValueError(
             "compile: scan 'cpu' leaves MLX's graph, which ends a compilation; use --scan reference"
         )
-    return wanted is Compile.MODEL
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,15 @@ class MlxEngine:
         self._settings = optimizer
         on_gpu = self._device.type == mx.gpu
         self.scan = choose_scan(scans("gpu" if on_gpu else "cpu"), options.scan)
-        compiled = whether_to_compile(options.compile, self.scan)
+        self.compile = choose_compile(options.compile, self._device, self.scan)
+        compiled = self.compile is Compile.MODEL
+        if options.recompute and not compiled:
+            raise ValueError("recompute: uncompiled, MLX saves no memory by it; add --compile model")
         if options.threads is not None:
             set_threads(options.threads)
         self.device = str(mx.device_info()["device_name"]) if on_gpu else "CPU"
         products = mx.bfloat16 if options.precision is Precision.BFLOAT16 else mx.float32
-        self._model = build_model(spec, self.scan, products)
+        self._model = build_model(spec, self.scan, products, recompute=options.recompute)
         self._ranks = ranks if isinstance(ranks, MlxRanks) else None
         self._noticing_losses = nullcontext if self._ranks is None else self._ranks.noticing_losses
         self._groups = parameter_groups(spec, optimizer)

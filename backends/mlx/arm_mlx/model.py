@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -216,6 +217,7 @@ class Trunk(nn.Module):
     def __init__(self, spec: ModelSpec, scan: str) -> None:
         super().__init__()
         encoder = spec.encoder
+        self.recompute = False
         self.patch_embed = Linear(encoder.patch_values, encoder.width)
         self.layers = [Block(encoder, spec.directions, scan) for _ in range(encoder.depth)]
         self._order = mx.array(direction_orders(spec))  # the underscore keeps tables out of the parameters
@@ -225,7 +227,10 @@ class Trunk(nn.Module):
         outputs = [note(seen, "tokens", x)]
         for i, layer in enumerate(self.layers):
             scale = None if branch_scale is None else branch_scale[i]
-            outputs.append(layer(outputs[-1], self._order, scale, f"layers.{i}", seen))
+            run = partial(layer, order=self._order, scale=scale, name=f"layers.{i}", seen=seen)
+            if self.recompute and self.training:
+                run = nn.utils.checkpoint(layer, run)
+            outputs.append(run(outputs[-1]))
         return outputs[1:]
 
 
@@ -357,10 +362,13 @@ def soft_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return -(targets * log_softmax).sum(-1).mean()
 
 
-def build_model(spec: ModelSpec, scan: str, products: mx.Dtype) -> PretrainModel | Classifier:
+def build_model(
+    spec: ModelSpec, scan: str, products: mx.Dtype, *, recompute: bool = False
+) -> PretrainModel | Classifier:
     """The model without values; its names and shapes are checked against the parameter table.
 
-    products: type of the matrix products, float32 or bfloat16.
+    products: type of the matrix products, float32 or bfloat16.  recompute: keep only the input of each
+    block for the backward pass, and compute the rest again.
     """
     model = PretrainModel(spec, scan) if isinstance(spec, PretrainSpec) else Classifier(spec, scan)
     table = parameter_table(spec)
@@ -368,6 +376,7 @@ def build_model(spec: ModelSpec, scan: str, products: mx.Dtype) -> PretrainModel
     assert shapes == {name: row.shape for name, row in table.items()}, "model and parameter table differ"
     fixed = [name for name, row in table.items() if not row.trainable]
     model.freeze(recurse=False, keys=fixed, strict=True)
+    model.recompute = recompute
     for module in model.modules():
         if isinstance(module, Product):
             module.dtype = products
