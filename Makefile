@@ -11,13 +11,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help demo test lint bench-metal clean
+.PHONY: help demo test test-cuda lint bench-cuda bench-metal clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make test-cuda   with an NVIDIA GPU: the Triton kernels' tests on it; installs nothing"
+	@echo "make bench-cuda  with an NVIDIA GPU: the scan and training steps against mamba-ssm, as JSON and Markdown"
 	@echo "make bench-metal  on a Mac: the Metal scan against plain MLX, and training steps, as JSON"
 	@echo "make clean  remove .venv and the caches"
 	@echo
@@ -33,6 +35,21 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A machine with a GPU has a torch of its own: PYTHON is taken as it is where it has one, else that of .venv.
+CUDA_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
+  $$p -c 'import numpy, numba, pytest, torch, triton' >/dev/null 2>&1 && echo $$p && break; done)
+WITH_CUDA_PYTHON = p="$(CUDA_PYTHON)"; [ -n "$$p" ] || { \
+  echo "make $@ needs torch, triton, numpy, numba and pytest: name an interpreter that has them, PYTHON=..."; exit 2; }; \
+  PYTHONPATH=.:backends/cuda
+
+test-cuda:
+	@$(WITH_CUDA_PYTHON) ARM_LONG_TESTS=1 $$p -m pytest -W default tests/cuda tests/test_cuda_scan.py $(ARGS)
+
+# Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) where nvcc is there.
+bench-cuda:
+	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_scan.py $(ARGS)
+	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_step.py $(ARGS)
 
 bench-metal: $(VENV)/test.installed
 	$(BIN)/python benchmarks/metal.py $(ARGS)
