@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from arm_core.backend import Batch, Compile, EngineOptions
+from arm_core.checkpoint import load_checkpoint
 from arm_core.optimizer import OptimizerSettings
 from arm_core.parameters import initial_parameters
 from arm_core.ranks import ALONE, RankLost
@@ -160,6 +161,65 @@ def test_several_processes_train_as_one_with_the_larger_batch(
         for found in ranks:
             np.testing.assert_array_equal(found[name], ranks[0][name])  # bit for bit, or they drift apart
         assert np.abs(ranks[0][name] - value).max() <= TOLERANCE * np.abs(value).max(), name
+
+
+RECIPE = """
+stage = "pretrain"
+[model]
+width = 16
+depth = 6
+patch = 4
+image_size = [24, 24]
+cluster = [2, 2]
+decoder_width = 16
+decoder_depth = 1
+decoder_heads = 2
+[data]
+source = "synthetic"
+workers = 0
+[schedule]
+base_lr = 0.1
+[training]
+length = "3 steps"
+batch_size = 4
+accumulation = 2
+log_every = 1
+"""
+
+
+@needs_ring
+def test_arm_pretrain_under_mlx_launch_makes_the_run_of_one_process(tmp_path: Path) -> None:
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    if not launcher.exists():
+        pytest.skip(f"needs {launcher}, which comes with MLX")
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    start_arm = "from arm_cli.main import main; main()"
+    arm = [sys.executable, "-c", start_arm, "pretrain", "tiny.toml", "--backend", "mlx"]
+    arm += ["--device", "cpu", "--scan", "cpu", "--out"]
+    port = str(min(free_ports(2)))
+    # The two dashes: mlx.launch would take --backend mlx for its own.
+    together = [str(launcher), "-n", "2", "--backend", "ring", "-p", port, "--", *arm]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    said = []
+    for command, out in ((together, "two"), (arm, "one")):
+        done = subprocess.run(
+            [*command, out], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout + done.stderr)
+    assert "scan cpu, 2 processes" in said[0]
+    assert said[0].count("finished after 3 steps") == 1, "rank 0 alone speaks"
+    runs = [tmp_path / "two", tmp_path / "one"]
+    rows = [list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())) for run in runs]
+    assert len(rows[0]) == 4, "three steps and an evaluation: rank 0 alone writes"
+    for found, expected in zip(*rows, strict=True):
+        for name in found.keys() & {"loss", "grad_norm", "eval_loss"}:
+            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE)
+    two, one = (as_arrays(load_checkpoint(run / "checkpoints" / "step-00000003").state) for run in runs)
+    for name, value in one.items():
+        if not name.endswith("key_value.bias"):  # the keys' half has rounding errors for gradients
+            assert np.abs(two[name] - value).max() <= 10 * TOLERANCE * np.abs(value).max(), name
 
 
 @needs_ring
