@@ -130,8 +130,8 @@ MUTATIONS = [
     Mutation(
         "tokens as they lie, not along the order",
         "conv_forward",
-        "x[(from + token) * CHANNELS + d]",
-        "x[(from + first + i) * CHANNELS + d]",
+        "own_x[token * stride]",
+        "own_x[(first + i) * stride]",
     ),
     Mutation("the last run goes on", "conv_forward", "if (first + i < LENGTH)", ""),
     # conv_backward.metal
@@ -148,6 +148,8 @@ MUTATIONS = [
         "sigmoid",
     ),
     # gate_forward.metal, gate_backward.metal
+    Mutation("z as if it lay in rows", "gate_forward", "int(z_strides[1])", "int(sizes.x)"),
+    Mutation("x as if it lay in rows", "conv_backward", "int(x_strides[1])", "CHANNELS"),
     Mutation("a sum instead of the mean", "gate_forward", "sum * (1.0f / float(DIRECTIONS))", "sum"),
     Mutation("one direction for all", "gate_forward", "y[uint(k) * size + i]", "y[i]"),
     Mutation("the mean is not kept", "gate_forward", "mean[i] = T(average);", ""),

@@ -17,10 +17,10 @@ MOST = {
     "scan_forward": 285,
     "scan_forward_saving": 295,
     "scan_backward": 785,
-    "conv_forward": 37,
-    "conv_backward": 63,
-    "gate_forward": 25,
-    "gate_backward": 31,
+    "conv_forward": 35,
+    "conv_backward": 60,
+    "gate_forward": 40,
+    "gate_backward": 47,
 }
 """Lane-cycles for each token, channel and direction at 16 states: a little over what there is."""
 

@@ -16,6 +16,7 @@ operation of one SIMD group, and speed.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import prod
@@ -84,9 +85,12 @@ class Emulator:
         # Arrays end at a guard page in two schedules and begin at one in the third: both ways out are shut.
         at_end = self.schedule is not Schedule.DESCENDING
         buffers = []
-        for i, array in enumerate(call["inputs"]):
-            content = np.ascontiguousarray(_stored(array))
-            buffers.append(Buffer(f"input {i}", content, content.nbytes, at_end=at_end))
+        for i, (array, asked) in enumerate(zip(call["inputs"], launch.asked, strict=True)):
+            values = np.ascontiguousarray(_stored(array)) if launch.rows else _stored(array)
+            strides = [stride // values.itemsize for stride in values.strides]
+            facts = (np.array(values.shape, np.int32), np.array(strides, np.int64), np.int32([values.ndim]))
+            for content in (_in_memory(values), *itertools.compress(facts, asked)):
+                buffers.append(Buffer(f"input {i}", content, content.nbytes, at_end=at_end))
         outputs = list(zip(call["output_shapes"], call["output_dtypes"], strict=True))
         for i, (shape, dtype) in enumerate(outputs):
             size = prod(shape) * np.dtype(STORED[dtype]).itemsize
@@ -127,6 +131,17 @@ class Emulator:
             raise KernelError(
                 f"{launch.name}: {most} bytes of threadgroup memory, {MAX_THREADGROUP_BYTES} are there"
             )
+
+
+def _in_memory(values: np.ndarray) -> np.ndarray:
+    """The memory from a view's first element to its last, poison where the view has none."""
+    if values.flags.c_contiguous:
+        return values
+    assert min(values.strides) >= 0, "a view that runs backwards"
+    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.strides, strict=True))
+    memory = np.full(last + values.itemsize, POISON, np.uint8).view(values.dtype)
+    np.lib.stride_tricks.as_strided(memory, values.shape, values.strides)[...] = values
+    return memory
 
 
 def _stored(array: mx.array) -> np.ndarray:

@@ -21,6 +21,10 @@ class Launch:
     source: str
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
+    asked: tuple[tuple[bool, bool, bool], ...]
+    """Whether the kernel reads shape, strides and rank of each input."""
+    rows: bool
+    """Whether MLX makes its inputs row-contiguous first."""
 
 
 def launches(function: Callable[..., Any], *arrays: mx.array) -> list[Launch]:
@@ -34,8 +38,8 @@ def launches(function: Callable[..., Any], *arrays: mx.array) -> list[Launch]:
     found = []
     for record in records:
         if record.get("name") == "CustomKernel":
-            name, source, *sizes = record["arguments"][:8]
-            found.append(Launch(name, source, tuple(sizes[:3]), tuple(sizes[3:])))
+            name, source, *sizes, asked, rows = record["arguments"][:10]
+            found.append(Launch(name, source, tuple(sizes[:3]), tuple(sizes[3:]), tuple(asked), rows))
     return found
 
 

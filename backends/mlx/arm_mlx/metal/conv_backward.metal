@@ -10,7 +10,8 @@ const int direction = int(thread_position_in_grid.y) / RUNS, run = int(thread_po
 const int start = run * RUN, stop = metal::min(start + RUN, LENGTH);
 const int path = direction * LENGTH, kd = direction * CHANNELS + d;
 const int sequence = direction * int(threads_per_grid.z) + image;
-const int from = image * LENGTH, to = sequence * LENGTH;
+const device T* own_x = x + image * x_strides[0] + d * x_strides[2];
+const int stride = int(x_strides[1]), to = sequence * LENGTH;
 // pending: the gradient of x so far, at the steps whose x is in the window
 float w[TAPS], window[TAPS], pending[TAPS], grad_w[TAPS];
 ARM_UNROLL for (int j = 0; j < TAPS; j++) {
@@ -22,7 +23,7 @@ const float shift = bias[kd];
 float grad_bias = 0.0f;
 ARM_UNROLL for (int j = 1; j < TAPS; j++) {
   const int t = start - TAPS + j;
-  window[j] = t >= 0 ? float(x[(from + order[path + t]) * CHANNELS + d]) : 0.0f;
+  window[j] = t >= 0 ? float(own_x[order[path + t] * stride]) : 0.0f;
 }
 for (int first = start; first < stop + TAPS - 1; first += TAPS) {
   ARM_UNROLL for (int i = 0; i < TAPS; i++) {
@@ -30,7 +31,7 @@ for (int first = start; first < stop + TAPS - 1; first += TAPS) {
     pending[i] = 0.0f;
     if (t < LENGTH) {
       const int token = order[path + t];
-      window[i] = float(x[(from + token) * CHANNELS + d]);
+      window[i] = float(own_x[token * stride]);
       float sum = shift;
       ARM_UNROLL for (int j = 0; j < TAPS; j++) sum = metal::fma(w[j], window[(i + 1 + j) % TAPS], sum);
       const float sigmoid = arm_sigmoid(sum);

@@ -1,8 +1,11 @@
-// Gradients of the gate: of z, and of y, the same for every direction. One thread per element.
+// Gradients of the gate: of z, and of y, the same for every direction. Threads as in the forward kernel.
 //
-// grad, z, mean (B, L, D) T.  Writes dz (B, L, D) T and grad_y (B, L, D) float: every gradient of the scan
-// comes from it, and rounding it would show in all of them.
-const uint i = thread_position_in_grid.x;
-const float gate = float(z[i]), sigmoid = arm_sigmoid(gate), g = float(grad[i]);
+// grad, mean (B, L, D) T.  z (B, L, D) T, with strides.  Writes dz (B, L, D) T and grad_y (B, L, D) float:
+// every gradient of the scan comes from it, and rounding it would show in all of them.
+const uint3 at = thread_position_in_grid, sizes = threads_per_grid;
+const uint i = (at.z * sizes.y + at.y) * sizes.x + at.x;
+const device T* image_z = z + at.z * z_strides[0];
+const float gate = float(image_z[int(at.y) * int(z_strides[1]) + int(at.x) * int(z_strides[2])]);
+const float sigmoid = arm_sigmoid(gate), g = float(grad[i]);
 dz[i] = T(g * float(mean[i]) * sigmoid * metal::fma(gate, 1.0f - sigmoid, 1.0f));
 grad_y[i] = g * gate * sigmoid * (1.0f / float(DIRECTIONS));

@@ -161,10 +161,12 @@ def gate_backward(grad: mx.array, z: mx.array, mean: mx.array, directions: int) 
 
 
 def _gate_call(z: mx.array, directions: int) -> dict[str, Any]:
+    batch, length, channels = z.shape
+    across = min(channels, MAX_THREADS)
     return {
         "template": {"T": z.dtype, "DIRECTIONS": directions},
-        "grid": (z.size, 1, 1),
-        "threadgroup": (min(z.size, MAX_THREADS), 1, 1),
+        "grid": (channels, length, batch),
+        "threadgroup": (across, min(length, MAX_THREADS // across), 1),
     }
 
 
@@ -178,7 +180,8 @@ def run(
     threadgroup: tuple[int, int, int],
 ) -> tuple[mx.array, ...]:
     """Launch a kernel of `sources.KERNELS`. Raises ValueError on arrays that 32 bits cannot index."""
-    names = sources.KERNELS[name].inputs + sources.KERNELS[name].outputs
+    kernel = sources.KERNELS[name]
+    names = kernel.inputs + kernel.outputs
     for array, shape in zip(names, [*(a.shape for a in inputs), *(s for s, _ in outputs)], strict=True):
         elements = 1
         for axis in shape:
@@ -190,7 +193,10 @@ def run(
             )
     return execute(
         sources.load(name),
-        inputs=[_in_device_memory(array) for array in inputs],
+        inputs=[
+            _in_device_memory(array if known == kernel.strided else mx.contiguous(array))
+            for known, array in zip(kernel.inputs, inputs, strict=True)
+        ],
         template=list(template.items()),
         grid=grid,
         threadgroup=threadgroup,
@@ -208,4 +214,4 @@ def _in_device_memory(array: mx.array) -> mx.array:
     """The array, lengthened where MLX would pass it as `constant`: one signature for every size."""
     if array.size >= CONSTANT_BELOW:
         return array
-    return mx.pad(array.reshape(-1), (0, CONSTANT_BELOW - array.size))
+    return mx.pad(array, [(0, CONSTANT_BELOW), *[(0, 0)] * (array.ndim - 1)])

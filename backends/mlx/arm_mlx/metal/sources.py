@@ -7,7 +7,7 @@ therefore taken out: they may mention what the code does not use.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -25,30 +25,40 @@ class Kernel:
     files: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    strided: str = ""
+    """The input that is read through its strides: a half of a product's result needs no copy."""
     save: bool = False
     """Whether it writes what a backward needs (ARM_SAVE in the text)."""
 
 
-def _forward_and_saving(
-    name: str, files: tuple[str, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], saved: str
-) -> dict[str, Kernel]:
-    return {
-        name: Kernel(files=files, inputs=inputs, outputs=outputs),
-        f"{name}_saving": Kernel(files=files, inputs=inputs, outputs=(*outputs, saved), save=True),
-    }
+def _forward_and_saving(name: str, kernel: Kernel, saved: str) -> dict[str, Kernel]:
+    saving = replace(kernel, outputs=(*kernel.outputs, saved), save=True)
+    return {name: kernel, f"{name}_saving": saving}
 
 
 KERNELS = {
-    "conv_forward": Kernel(files=("conv_forward",), inputs=CONV_INPUTS, outputs=("u",)),
-    "conv_backward": Kernel(files=("conv_backward",), inputs=("du", *CONV_INPUTS), outputs=("dx", "parts")),
-    **_forward_and_saving("scan_forward", ("scan_setup", "scan_forward"), SCAN_INPUTS, ("y",), "states"),
+    "conv_forward": Kernel(files=("conv_forward",), inputs=CONV_INPUTS, outputs=("u",), strided="x"),
+    "conv_backward": Kernel(
+        files=("conv_backward",), inputs=("du", *CONV_INPUTS), outputs=("dx", "parts"), strided="x"
+    ),
+    **_forward_and_saving(
+        "scan_forward",
+        Kernel(files=("scan_setup", "scan_forward"), inputs=SCAN_INPUTS, outputs=("y",)),
+        "states",
+    ),
     "scan_backward": Kernel(
         files=("scan_setup", "scan_backward"),
         inputs=("grad_y", "states", *SCAN_INPUTS),
         outputs=("du", "ddt", "dA", "dBC", "dD", "ddt_bias"),
     ),
-    **_forward_and_saving("gate_forward", ("gate_forward",), ("y", "z"), ("out",), "mean"),
-    "gate_backward": Kernel(files=("gate_backward",), inputs=("grad", "z", "mean"), outputs=("dz", "grad_y")),
+    **_forward_and_saving(
+        "gate_forward",
+        Kernel(files=("gate_forward",), inputs=("y", "z"), outputs=("out",), strided="z"),
+        "mean",
+    ),
+    "gate_backward": Kernel(
+        files=("gate_backward",), inputs=("grad", "z", "mean"), outputs=("dz", "grad_y"), strided="z"
+    ),
 }
 
 
@@ -68,5 +78,6 @@ def load(name: str) -> Any:
         output_names=kernel.outputs,
         header=("#define ARM_SAVE\n" if kernel.save else "") + text("helpers"),
         source="".join(text(file) for file in kernel.files),
+        ensure_row_contiguous=not kernel.strided,  # else `launch.run` does, for all but one
         compile_options={"math_mode": "safe"},  # infinities in exp, and the order of log1p
     )
