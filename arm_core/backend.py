@@ -7,6 +7,7 @@ makes two backends comparable step by step, and a run portable between them.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,9 +235,9 @@ def installed_backends() -> dict[str, Backend]:
 
 
 def preferred_order() -> tuple[str, ...]:
-    """Names in the order that `auto` tries: MLX on Apple Silicon, torch elsewhere."""
+    """Names in the order that `auto` tries: MLX on Apple Silicon and under `mlx.launch`, torch elsewhere."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    return ("mlx", "cuda") if apple else ("cuda", "mlx")
+    return ("mlx", "cuda") if apple or "MLX_RANK" in os.environ else ("cuda", "mlx")
 
 
 def choose_backend(name: str = "auto") -> Backend:

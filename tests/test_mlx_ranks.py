@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arm_core.backend import Batch, Compile, EngineOptions
+from arm_core.backend import Batch, Compile, EngineOptions, choose_backend
 from arm_core.checkpoint import load_checkpoint
 from arm_core.optimizer import OptimizerSettings
 from arm_core.parameters import initial_parameters
@@ -234,6 +234,11 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
     for name in distributed.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     assert backend.join("cpu") is ALONE
+
+
+def test_auto_takes_mlx_under_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert choose_backend("auto").name == "mlx"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """AdamW on a CPU in one pass over memory, in place.
 
-MLX writes the update of `arm_mlx.update` as fifteen passes over all parameters, which takes as long as the
-rest of a base model's step. These Numba kernels read and write each number once, in the memory that the
+MLX runs the update of `arm_mlx.update` as fifteen passes over all parameters, which takes two fifths of a
+base model's step. These Numba kernels read and write each number once, in the memory that the
 arrays already have. Sums are taken chunk by chunk: a result does not depend on the number of threads.
 """
 
