@@ -2,9 +2,11 @@
 
     python tests/cuda/machine_code.py [--all] [--json]
 
-A process of its own: compiling needs kernels that Triton's interpreter has not taken over. `--all` adds
-every state size on every architecture, float32, and the forward without states. Counts are of machine
-instructions (SASS), per token of a warp's 32 channels.
+The operators are called as on a GPU, with a driver that names one and a launch that stops after compiling:
+what is counted is what would run, and arguments that Triton does not take are found. In a process of its
+own: compiling needs kernels that Triton's interpreter has not taken over. `--all` adds every state size on
+every architecture, float32, and the forward without states. Counts are of machine instructions (SASS), per
+token of 32 channels.
 """
 
 from __future__ import annotations
@@ -23,20 +25,17 @@ from typing import Any
 # A checkout that is not installed will do.
 sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in ("", "backends/cuda")]
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
-from arm_cuda.triton import conv_kernels, gate_kernels, launch, scan_kernels  # noqa: E402
+from arm_cuda.triton import launch  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100)
-DIRECTIONS, CHANNELS, TAPS = 4, 768, 4
-FLOAT32 = {
-    "A", "D", "dt_bias", "saved", "scratch", "grad_A", "grad_B", "grad_C", "grad_D", "grad_bias", "weight",
-    "bias", "partials",
-}  # fmt: skip
-INT32 = {"order", "inverse"}
+DIRECTIONS, CHANNELS, TAPS, RANK = 4, 768, 4, 48
+"""Of a base classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,61 +45,91 @@ class Row:
     kernel: str
     architecture: int
     states: int
+    """0 for kernels that do not depend on them."""
     activations: str
     registers: int
     stack: int
     """Bytes of local memory: spilled registers, or arrays that are not in registers."""
     instructions: float
-    """Per token and 32 channels of one direction."""
 
     def __str__(self) -> str:
         return (
-            f"{self.kernel:22s} sm_{self.architecture:<4d} N={self.states:<3d} {self.activations:5s} "
+            f"{self.kernel:24s} sm_{self.architecture:<4d} N={self.states:<3d} {self.activations:9s}"
             f"{self.registers:4d} registers {self.stack:4d} bytes spilled "
             f"{self.instructions:7.1f} instructions"
         )
 
 
-def compile_for(
-    kernel: Any, architecture: int, activations: str, sizes: dict[str, int], warps: int
-) -> tuple[int, int, list[tuple[int, str]]]:
+class AbsentGPU:
+    """What Triton's runtime asks of a driver before it launches."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def rows(architecture: int, states: int, dtype: torch.dtype, *, keep: bool = True) -> Iterator[Row]:
+    """All kernels of a mixer's forward and, with `keep`, backward."""
+    driver.set_active(AbsentGPU(architecture))
+    found: list[Row] = []
+
+    def compile_only(kernel: Any, programs: int, *arguments: object, warps: int, **sizes: int) -> None:
+        compiled = kernel.warmup(
+            *arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=True, **sizes
+        )
+        name = kernel.__name__ + ("" if sizes.get("SAVE", True) else ", no states")
+        registers, stack, code = read(compiled.asm["cubin"])
+        found.append(
+            Row(
+                kernel=name.replace("_", " "),
+                architecture=architecture,
+                states=sizes.get("N", 0),
+                activations=str(dtype).removeprefix("torch."),
+                registers=registers,
+                stack=stack,
+                instructions=per_token(kernel.__name__, code, warps, sizes),
+            )
+        )
+
+    launch.launch = compile_only
+    order = torch.zeros(DIRECTIONS, 197, dtype=torch.int32)
+    u = torch.ones(DIRECTIONS, 2, 197, CHANNELS, dtype=dtype)
+    x, z = torch.ones(2, 197, 2 * CHANNELS, dtype=dtype).chunk(2, -1)
+    _, B, C = torch.ones(DIRECTIONS, 2, 197, RANK + 2 * states, dtype=dtype).split([RANK, states, states], -1)
+    vector = torch.ones(DIRECTIONS, CHANNELS)
+    scan = (u, u, vector[..., None].expand(-1, -1, states), B, C, vector, vector, z, order)
+    conv = (x, torch.ones(DIRECTIONS, CHANNELS, TAPS), vector, order)
+    out, mean, kept = launch.scan_forward(*scan, keep)
+    if keep:
+        launch.scan_backward(out, mean, kept, *scan)
+        launch.conv_forward(*conv)
+        launch.conv_backward(u, *conv)
+    yield from found
+
+
+def read(cubin: bytes) -> tuple[int, int, list[tuple[int, str]]]:
     """Registers, bytes of stack, and the machine code as (address, instruction)."""
-    signature, attributes = {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-        elif name in FLOAT32:
-            signature[name] = "*fp32"
-        elif name in INT32:
-            signature[name] = "*i32"
-        elif name == "length" or name.endswith(("_direction", "_image", "_token")):
-            signature[name] = "i32"
-        else:
-            signature[name] = f"*{activations}"
-        skipped = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        if not parameter.is_constexpr and not skipped:
-            attributes[(i,)] = [["tt.divisibility", 16]]  # as pointers of torch and strides are at run time
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
-    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("-res-usage", path)
-        listing = _cuobjdump("-sass", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
+        path.write_bytes(cubin)
+        usage, listing = (
+            subprocess.run(
+                [BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert used, usage
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
-    return int(found[1]), int(found[2]) + int(found[3]), [(int(at, 16), text) for at, text in code]
-
-
-def _cuobjdump(option: str, path: Path) -> str:
-    return subprocess.run(
-        [BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True
-    ).stdout
+    return int(used[1]), int(used[2]) + int(used[3]), [(int(at, 16), text) for at, text in code]
 
 
 def loops(code: list[tuple[int, str]]) -> list[int]:
@@ -113,80 +142,32 @@ def loops(code: list[tuple[int, str]]) -> list[int]:
     return [sum(start <= at <= end for at, _ in code) for start, end in sorted(spans)]
 
 
-def straight(code: list[tuple[int, str]]) -> int:
-    """Instructions without the padding at the end."""
-    return sum("NOP" not in text for _, text in code)
+def per_token(kernel: str, code: list[tuple[int, str]], warps: int, sizes: dict[str, int]) -> float:
+    """Instructions per token and 32 channels of one direction."""
+    found = loops(code)
+    if kernel == "scan_forward":
+        outer, token = found
+        return token + (outer - token) / sizes["CHUNK"]
+    if kernel == "scan_backward":
+        outer, again, back = found
+        groups = sizes["CHUNK"] // sizes["GROUP"]
+        return (again * (groups - 1) + back * groups + (outer - again - back)) / sizes["CHUNK"]
+    # The others take tiles; a loop goes over directions or tiles, and without one all is straight.
+    everything = sum("NOP" not in text for _, text in code)
+    elements = sizes.get("ROWS", 1) * sizes["BLOCK"] / (32 * warps)
+    all_directions = not found and kernel in ("conv_backward_tokens", "gate_forward", "gate_backward")
+    return (found[0] if found else everything) / elements / (DIRECTIONS if all_directions else 1)
 
 
-def scan_rows(architecture: int, states: int, activations: str, *, inference: bool = False) -> Iterator[Row]:
-    warps = max(1, states // launch.STATES_PER_WARP)
-    sizes = {"directions": DIRECTIONS, "channels": CHANNELS, "N": states, "BLOCK": launch.LANES}
-    common = {"architecture": architecture, "states": states, "activations": activations}
-
-    chunk = launch.CHUNK
-    forwards = {"scan forward": True} | ({"scan forward, no states": False} if inference else {})
-    for kernel, save in forwards.items():
-        forward = sizes | {"CHUNK": chunk, "SAVE": save}
-        registers, stack, code = compile_for(
-            scan_kernels.scan_forward, architecture, activations, forward, warps
-        )
-        outer, token = loops(code)
-        per_token = token + (outer - token) / chunk
-        yield Row(kernel=kernel, registers=registers, stack=stack, instructions=per_token, **common)
-
-    group = launch.GROUP[states]
-    groups = chunk // group
-    backward = sizes | {"CHUNK": chunk, "GROUP": group}
-    registers, stack, code = compile_for(
-        scan_kernels.scan_backward, architecture, activations, backward, warps
-    )
-    outer, again, back = loops(code)
-    per_token = (again * (groups - 1) + back * groups + (outer - again - back)) / chunk
-    yield Row(kernel="scan backward", registers=registers, stack=stack, instructions=per_token, **common)
-
-
-def other_rows(architecture: int, activations: str) -> Iterator[Row]:
-    """Convolution and gate; instructions again per 32 elements of one direction."""
-    conv = {"directions": DIRECTIONS, "channels": CHANNELS, "W": TAPS, "BLOCK": launch.CONV_BLOCK}
-    gate = {"directions": DIRECTIONS, "channels": CHANNELS, "BLOCK": launch.GATE_BLOCK}
-    lanes = 32 * launch.CONV_WARPS
-    common = {"architecture": architecture, "states": 0, "activations": activations}
-    table = [
-        (
-            "convolution", conv_kernels.conv_forward, conv | {"ROWS": launch.CONV_ROWS},
-            launch.CONV_WARPS, launch.CONV_ROWS * launch.CONV_BLOCK / lanes,
-        ),
-        (
-            "convolution, steps", conv_kernels.conv_backward_steps,
-            conv | {"ROWS": launch.CONV_STEP_ROWS, "TILES": launch.CONV_TILES},
-            launch.CONV_WARPS, launch.CONV_STEP_ROWS * launch.CONV_BLOCK / lanes,
-        ),
-        (
-            "convolution, tokens", conv_kernels.conv_backward_tokens,
-            conv | {"ROWS": launch.CONV_TOKEN_ROWS},
-            launch.CONV_WARPS, DIRECTIONS * launch.CONV_TOKEN_ROWS * launch.CONV_BLOCK / lanes,
-        ),
-        (
-            "gate", gate_kernels.gate_forward, gate | {"SAVE": True}, 1,
-            DIRECTIONS * launch.GATE_BLOCK / 32,
-        ),
-        ("gate, backward", gate_kernels.gate_backward, gate, 1, DIRECTIONS * launch.GATE_BLOCK / 32),
-    ]  # fmt: skip
-    for name, kernel, sizes, warps, elements in table:
-        registers, stack, code = compile_for(kernel, architecture, activations, sizes, warps)
-        counts = loops(code)
-        per_token = (counts[0] if counts else straight(code)) / elements
-        yield Row(kernel=name, registers=registers, stack=stack, instructions=per_token, **common)
-
-
-def rows(*, everything: bool) -> Iterator[Row]:
+def table(*, everything: bool) -> Iterator[Row]:
     for architecture in ARCHITECTURES:
         for states in launch.GROUP if everything or architecture == 90 else (16,):
-            yield from scan_rows(architecture, states, "bf16", inference=everything)
-        if everything or architecture == 90:
-            yield from other_rows(architecture, "bf16")
+            for row in rows(architecture, states, torch.bfloat16):
+                if row.states or states == 16:  # the others come once
+                    yield row
         if everything:
-            yield from scan_rows(architecture, 16, "fp32")
+            yield from rows(architecture, 16, torch.float32)
+            yield from rows(architecture, 16, torch.bfloat16, keep=False)
 
 
 def main() -> None:
@@ -196,7 +177,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--json", action="store_true", help="for the tests")
     options = parser.parse_args()
-    found = list(rows(everything=options.all))
+    found = list(table(everything=options.all))
     if options.json:
         print(json.dumps([asdict(row) for row in found]))
         return

@@ -26,11 +26,11 @@ LIMITS = {
     ("scan backward", 16): (255, 560),
     ("scan backward", 32): (255, 700),
     ("scan backward", 64): (255, 700),
-    ("convolution", 0): (80, 36),
-    ("convolution, steps", 0): (168, 38),
-    ("convolution, tokens", 0): (64, 25),
-    ("gate", 0): (48, 9),
-    ("gate, backward", 0): (48, 8),
+    ("conv forward", 0): (80, 36),
+    ("conv backward steps", 0): (168, 38),
+    ("conv backward tokens", 0): (64, 25),
+    ("gate forward", 0): (56, 9),
+    ("gate backward", 0): (56, 8),
 }
 NEWER_BACKWARD = {16: 580, 32: 760, 64: 760}
 """Triton 3.9 adds up the lanes of the backward by additions of their own, which its predecessors fused."""
