@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arm_core.backend import Batch, EngineOptions
+from arm_core.backend import Batch, Compile, EngineOptions
 from arm_core.optimizer import OptimizerSettings
 from arm_core.parameters import initial_parameters
 from arm_core.spec import ModelSpec, PretrainSpec
@@ -171,6 +171,30 @@ def test_the_graph_of_a_training_step_holds_the_kernels_forwards_and_backwards(
     counts.clear()
     assert kernels_in_graph(step, *arrays) == len(STEP[stage]) * depth
     assert counts == dict.fromkeys(STEP[stage], depth)
+
+
+@pytest.mark.usefixtures("on_gpu_stream")
+def test_the_engines_step_up_to_its_update_is_one_graph_with_the_kernels(
+    pretrain_spec: PretrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an Apple GPU compiles: loss, gradients, norm, new weights and moments."""
+    usable = replace(scans.IMPLEMENTATIONS["metal"], unusable=lambda device: None)
+    monkeypatch.setitem(scans.IMPLEMENTATIONS, "metal", usable)
+    engine = backend.create_engine(
+        pretrain_spec,
+        initial_parameters(pretrain_spec, 3),
+        optimizer=OptimizerSettings(clip=3.0, ema_decay=0.9),
+        options=EngineOptions(device="cpu", scan="metal", compile=Compile.MODEL),
+    )
+    finish = engine._finish  # what the engine hands to mx.compile
+
+    def step(images: Any, now: Any) -> list[Any]:
+        results = finish({"images": images}, mx.array(1.0), mx.zeros(()), {}, now)
+        _, *moments = engine._state
+        return [*results, *engine._trainable.values(), *(a for part in moments for a in part.values())]
+
+    arrays = data(pretrain_spec)[0], mx.array([1e-3, 0.1, 0.05])
+    assert kernels_in_graph(step, *arrays) == len(STEP["pretrain"]) * pretrain_spec.encoder.depth
 
 
 @pytest.mark.usefixtures("on_gpu_stream")
