@@ -75,3 +75,12 @@ def unwritten_is_nan() -> Iterator[None]:
     assert torch.ones(1).new_empty((1,)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are not about the kernels: the interpreter goes through every step of a chunk."""
+    from arm_cuda.triton import launch
+
+    if device == "cpu":
+        monkeypatch.setattr(launch, "CHUNK", 4)

@@ -76,12 +76,16 @@ class AbsentGPU:
         return 0
 
 
-def rows(architecture: int, states: int, dtype: torch.dtype, *, keep: bool = True) -> Iterator[Row]:
-    """All kernels of a mixer's forward and, with `keep`, backward."""
+def rows(
+    architecture: int, states: int, dtype: torch.dtype, *, keep: bool = True, scan_only: bool = False
+) -> Iterator[Row]:
+    """All kernels of a mixer's forward and, with `keep`, backward; or those that depend on the states."""
     driver.set_active(AbsentGPU(architecture))
     found: list[Row] = []
 
     def compile_only(kernel: Any, programs: int, *arguments: object, warps: int, **sizes: int) -> None:
+        if scan_only and "N" not in sizes:
+            return
         compiled = kernel.warmup(
             *arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=True, **sizes
         )
@@ -110,6 +114,7 @@ def rows(architecture: int, states: int, dtype: torch.dtype, *, keep: bool = Tru
     out, mean, kept = launch.scan_forward(*scan, keep)
     if keep:
         launch.scan_backward(out, mean, kept, *scan)
+    if keep and not scan_only:
         launch.conv_forward(*conv)
         launch.conv_backward(u, *conv)
     yield from found
@@ -162,12 +167,10 @@ def per_token(kernel: str, code: list[tuple[int, str]], warps: int, sizes: dict[
 def table(*, everything: bool) -> Iterator[Row]:
     for architecture in ARCHITECTURES:
         for states in launch.GROUP if everything or architecture == 90 else (16,):
-            for row in rows(architecture, states, torch.bfloat16):
-                if row.states or states == 16:  # the others come once
-                    yield row
+            yield from rows(architecture, states, torch.bfloat16, scan_only=states != 16)
         if everything:
             yield from rows(architecture, 16, torch.float32)
-            yield from rows(architecture, 16, torch.bfloat16, keep=False)
+            yield from rows(architecture, 16, torch.bfloat16, keep=False, scan_only=True)
 
 
 def main() -> None:

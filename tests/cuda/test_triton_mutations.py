@@ -21,7 +21,7 @@ pytestmark = [
         torch.cuda.is_available(), reason="plants mistakes in Triton's interpreter, where they harm no GPU"
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy on the NaN that some mistakes make
-    pytest.mark.usefixtures("unwritten_is_nan"),
+    pytest.mark.usefixtures("unwritten_is_nan", "short_chunks"),
 ]
 
 TOLERANCE = 5e-5
@@ -29,8 +29,10 @@ TINY = (1, 1, 3, 4, 8, 2)
 """One program of each kernel."""
 SMALL = (2, 1, 3, 33, 8, 3)
 """Two directions, two channel blocks, one chunk."""
-LONG = (1, 1, 18, 4, 8, 2)
-"""Two chunks, the second of two tokens."""
+LONG = (1, 1, 6, 4, 8, 2)
+"""Two chunks of four, the second of two tokens."""
+TILES = (1, 1, 18, 4, 8, 2)
+"""Two tiles of the convolution."""
 IMAGES = (2, 2, 2, 4, 8, 2)
 
 
@@ -174,14 +176,14 @@ MUTATIONS = [
         module=CONV,
         old="(sums[j] + grad * values[j],)",
         new="(grad * values[j],)",
-        case=LONG,
+        case=TILES,
     ),
     Mutation(
         breaks="the bias of each direction",
         module=CONV,
         old="sum_bias += grad\n",
         new="sum_bias = grad\n",
-        case=LONG,
+        case=TILES,
     ),
     Mutation(
         breaks="the mean over directions",
@@ -223,7 +225,9 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(e if e == e else float("inf") for e in errors)
 
 
-@pytest.mark.parametrize("case", [TINY, SMALL, LONG, IMAGES], ids=["tiny", "small", "long", "images"])
+@pytest.mark.parametrize(
+    "case", [TINY, SMALL, LONG, TILES, IMAGES], ids=["tiny", "small", "long", "tiles", "images"]
+)
 def test_without_a_mistake_nothing_is_noticed(case: tuple[int, ...], device: str) -> None:
     values = inputs(case, device=device)
     assert error(run("triton", values), run("reference", in_float64(values))) < TOLERANCE

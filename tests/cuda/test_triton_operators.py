@@ -17,6 +17,7 @@ from arm_cuda.model import build_model  # noqa: E402
 from arm_cuda.triton import operators  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("short_chunks"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
 
