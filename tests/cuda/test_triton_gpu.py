@@ -24,7 +24,7 @@ from torch_scans import (  # noqa: E402
     run,
 )
 
-from arm_core.backend import Batch, EngineOptions, choose_scan  # noqa: E402
+from arm_core.backend import Batch, Compile, EngineOptions, choose_scan  # noqa: E402
 from arm_core.optimizer import OptimizerSettings  # noqa: E402
 from arm_core.parameters import initial_parameters  # noqa: E402
 from arm_core.spec import ClassifierSpec, EncoderSpec, PretrainSpec  # noqa: E402
@@ -91,7 +91,7 @@ def test_memory_stays_under_ten_volumes_of_the_activations() -> None:
         assert volumes < 10, f"{operator.__name__}: {volumes:.1f}"
 
 
-def losses(device: str, scan: str, steps: int) -> list[float]:
+def losses(device: str, scan: str, steps: int, compiled: Compile = Compile.NONE) -> list[float]:
     """Losses of a training run, pretraining and then a classifier, on the same images."""
     encoder = EncoderSpec(width=64, depth=6, patch=4)
     pretrain = PretrainSpec(
@@ -105,7 +105,7 @@ def losses(device: str, scan: str, steps: int) -> list[float]:
             spec,
             initial_parameters(spec, seed=0),
             optimizer=OptimizerSettings(clip=3.0),
-            options=EngineOptions(device=device, scan=scan),
+            options=EngineOptions(device=device, scan=scan, compile=compiled),
         )
         for step in range(1, steps + 1):
             images = rng.standard_normal((8, 24, 24, 3)).astype(np.float32)
@@ -121,6 +121,13 @@ def losses(device: str, scan: str, steps: int) -> list[float]:
 def test_fifty_training_steps_follow_the_losses_of_the_cpu() -> None:
     expected, found = losses("cpu", "cpu", 50), losses("cuda", "triton", 50)
     assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, rtol=CURVE)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_compiled_blocks_follow_the_same_losses() -> None:
+    expected, found = losses("cuda", "triton", 3), losses("cuda", "triton", 3, Compile.BLOCKS)
     np.testing.assert_allclose(found, expected, rtol=CURVE)
 
 

@@ -193,7 +193,7 @@ MUTATIONS = [
         new="total *= 1.0",
     ),
     Mutation(breaks="the gate's own slope", module=GATE, old="slope = opening *", new="slope = gate *"),
-    Mutation(breaks="z's rows", module=GATE, old="row % length * z_token", new="row % length", every=True),
+    Mutation(breaks="z's rows", module=GATE, old="token * z_token", new="token", every=True),
     Mutation(breaks="digits of small steps", module=MATHS, old="p * q + 2.0\n", new="p * q + 2.001\n"),
 ]
 

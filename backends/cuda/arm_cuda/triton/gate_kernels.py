@@ -23,6 +23,7 @@ def gate_forward(
     blocks: tl.constexpr = (channels + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     rows = (tl.num_programs(0) // blocks).to(tl.int64)
+    image, token = program // blocks // length, program // blocks % length
     row = (program // blocks).to(tl.int64)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
@@ -30,8 +31,8 @@ def gate_forward(
     for k in tl.static_range(directions):
         total += tl.load(y + (k * rows + row) * channels + channel, mask=inside, other=0.0).to(tl.float32)
     total *= 1.0 / directions
-    gate = tl.load(z + row // length * z_image + row % length * z_token + channel, mask=inside, other=0.0)
-    gate = gate.to(tl.float32)
+    z += image.to(tl.int64) * z_image + token * z_token
+    gate = tl.load(z + channel, mask=inside, other=0.0).to(tl.float32)
     result = total * gate * sigmoid(gate)
     tl.store(out + row * channels + channel, result.to(out.dtype.element_ty), mask=inside)
     if SAVE:
@@ -49,14 +50,15 @@ def gate_backward(
     """
     blocks: tl.constexpr = (channels + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
+    image, token = program // blocks // length, program // blocks % length
     row = (program // blocks).to(tl.int64)
     channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
     at = row * channels + channel
     grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(z + row // length * z_image + row % length * z_token + channel, mask=inside, other=0.0)
-    gate = gate.to(tl.float32)
+    z += image.to(tl.int64) * z_image + token * z_token
+    gate = tl.load(z + channel, mask=inside, other=0.0).to(tl.float32)
     opening = sigmoid(gate)
     grad_mean = grad * gate * opening
     tl.store(grad_y + at, (grad_mean * (1.0 / directions)).to(grad_y.dtype.element_ty), mask=inside)
