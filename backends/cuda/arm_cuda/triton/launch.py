@@ -121,12 +121,13 @@ def scan_forward(
         BLOCK=LANES, CHUNK=CHUNK, SAVE=keep, warps=scan_warps(A),
     )  # fmt: skip
     out = u.new_empty((batch, length, channels))
-    mean = torch.empty_like(out) if keep else u.new_empty((0,))
+    several = keep and directions > 1  # of one direction, y is the mean
+    mean = torch.empty_like(out) if several else y[0] if keep else u.new_empty((0,))
     launch(
         gate_kernels.gate_forward,
         batch * length * blocks(channels, GATE_BLOCK),
         y, z, out, mean, length, z.stride(0), z.stride(1),
-        directions=directions, channels=channels, BLOCK=GATE_BLOCK, SAVE=keep, warps=1,
+        directions=directions, channels=channels, BLOCK=GATE_BLOCK, SAVE=several, warps=1,
     )  # fmt: skip
     return out, mean, states
 
