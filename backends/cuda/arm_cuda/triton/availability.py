@@ -24,7 +24,7 @@ def unusable(device: str) -> str | None:
         found = version("triton")
     except PackageNotFoundError:
         return "Triton is not installed; pip install 'triton>=3.6'"
-    return _too_old(found) or _no_gpu() or _broken(torch.cuda.current_device())
+    return _too_old(found) or _no_gpu() or _broken(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _too_old(found: str) -> str | None:
@@ -48,16 +48,16 @@ def _no_gpu() -> str | None:
 
 
 @cache
-def _broken(device: int) -> str | None:
+def _broken(device: torch.device) -> str | None:
     """Compile and run a small scan with its gradients; once per device."""
     try:
         from arm_cuda.triton import operators
 
-        ones = torch.ones((1, 1, 1, 8), device=torch.device("cuda", device), requires_grad=True)
-        order = torch.zeros((1, 1), dtype=torch.int32, device=ones.device)
+        ones = torch.ones((1, 1, 1, 8), device=device, requires_grad=True)
+        order = torch.zeros((1, 1), dtype=torch.int32, device=device)
         u = operators.directional_conv(ones[0], ones[0, 0, :, :, None], ones[0, 0], order)
         rows, vector = torch.ones_like(ones), ones[0, 0]
-        rate = -torch.ones((1, 8, 8), device=ones.device)
+        rate = -torch.ones((1, 8, 8), device=device)
         out = operators.selective_scan(u, rows, rate, rows, rows, vector, vector, ones[0], order)
         (gradient,) = torch.autograd.grad(out.sum(), ones)
         return None if bool(gradient.isfinite().all()) else "its kernels give wrong results on this GPU"

@@ -4,8 +4,7 @@ Registered, and not plain functions, so that torch.compile and torch.export take
 derivative is refused. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.library reads the types below.
 from typing import Any, NoReturn
 
 import torch
