@@ -33,7 +33,7 @@ LIMITS = {
     ("gate backward", 0): (56, 8),
 }
 NEWER_BACKWARD = {16: 580, 32: 760, 64: 760}
-"""Triton 3.8 and newer add up the lanes of the backward by additions of their own, which its predecessors fused."""
+"""From Triton 3.8 on, sums over lanes are additions of their own; its predecessors fused them."""
 
 
 @pytest.fixture(scope="module")
