@@ -165,7 +165,8 @@ def _trunk(spec: ModelSpec) -> Work:
             scanned * 4 * width * state,
             scanned * (2 * width + width * state // CHECKPOINT) + per_block * 2 * width,
         ),
-        "block MLPs": (per_block * 3 * width * mlp, per_block * (width + 4 * mlp)),
+        # The two products and what the gate makes of them; its silu is computed again.
+        "block MLPs": (per_block * 3 * width * mlp, per_block * (width + 3 * mlp)),
     }
 
 
