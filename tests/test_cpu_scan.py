@@ -5,10 +5,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numba as nb
 import numpy as np
 import pytest
 
 from arm_core import cpu_scan
+from arm_core.cpu_scan.functions import exp2
+from arm_core.cpu_scan.simd import LANES, load, store
 from arm_core.reference import scan as reference
 
 TOLERANCE = 2e-6
@@ -29,7 +32,8 @@ class Case(NamedTuple):
         return "-".join(f"{name}{size}" for name, size in self._asdict().items())
 
 
-# Lengths around chunks of 16 tokens, widths around vectors of 64 channels, states around 16, sizes of one.
+# Lengths around chunks of 16 and 32 tokens, widths around vectors of 64 and groups of 256 channels, states
+# around 16, sizes of one.
 CASES = [
     Case(1, 1, 1, 1, 1, 1),
     Case(1, 2, 2, 5, 16, 4),
@@ -39,6 +43,7 @@ CASES = [
     Case(2, 2, 37, 33, 1, 3),
     Case(2, 3, 33, 128, 16, 4),
     Case(4, 1, 64, 64, 17, 4),
+    Case(2, 2, 34, 300, 1, 4),
     Case(4, 2, 197, 40, 16, 4),
 ]
 SMALL = [Case(1, 1, 5, 3, 2, 4), Case(2, 2, 4, 2, 1, 1), Case(4, 1, 3, 2, 2, 2)]
@@ -163,20 +168,33 @@ def slope(
     return np.sum(grad * (sides[0] - sides[1])) / 2e-4
 
 
+def assert_slopes(
+    function: Callable[..., np.ndarray], arrays: Arrays, gradients: Any, grad: np.ndarray
+) -> None:
+    for name, found in gradients._asdict().items():
+        assert np.isfinite(found).all(), name
+        way = np.random.default_rng(9).uniform(-1, 1, found.shape)
+        expected = slope(function, arrays, name, grad, way)
+        size = np.abs(found * way).sum()
+        assert abs(np.sum(found.astype(np.float64) * way) - expected) < 2 * TOLERANCE * max(size, 1e-12), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolution_gradients_match_the_slope_of_the_reference(case: Case) -> None:
+    conv, _ = inputs(case)
+    grad = gradient_of_output((case.K, case.B, case.L, case.D))
+    assert_slopes(reference.directional_conv, conv, cpu_scan.conv_backward(grad, **conv), grad)
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scan_gradients_match_the_slope_of_the_reference(case: Case, regime: str) -> None:
     _, scan = inputs(case, regime)
     grad = gradient_of_output((case.B, case.L, case.D))
-    for name, found in scan_gradients(grad, scan)._asdict().items():
-        assert np.isfinite(found).all(), name
-        way = np.random.default_rng(9).uniform(-1, 1, found.shape)
-        expected = slope(reference.selective_scan, scan, name, grad, way)
-        size = np.abs(found * way).sum()
-        assert abs(np.sum(found.astype(np.float64) * way) - expected) < 2 * TOLERANCE * max(size, 1e-12), name
+    assert_slopes(reference.selective_scan, scan, scan_gradients(grad, scan), grad)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[8]], ids=str)
 def test_results_are_the_same_bits_on_every_run_and_thread_count(case: Case) -> None:
     conv, scan = inputs(case)
     grad_u = gradient_of_output((case.K, case.B, case.L, case.D))
@@ -322,6 +340,25 @@ def test_gradient_of_another_shape_is_refused() -> None:
         cpu_scan.conv_backward(np.zeros((1, 1, 7, 32), np.float32), **conv)
     with pytest.raises(ValueError, match="L: expected sizes of 1 or more"):
         cpu_scan.conv_forward(np.zeros((1, 0, 32), np.float32), conv["weight"], conv["bias"], conv["order"])
+
+
+def test_decays_end_where_their_products_would_become_subnormal() -> None:
+    """Arithmetic with subnormal numbers takes a hundred times longer, which large steps ran into."""
+
+    @nb.njit
+    def powers(x, out):
+        for i in range(0, x.size, LANES):
+            store(out, (i,), exp2(load(x, (i,))))
+
+    x = -np.linspace(0, 80, 64 * 512, dtype=np.float32)
+    found = np.empty_like(x)
+    powers(x, found)
+    assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 2e-7
+    beyond = np.repeat(np.float32([-80, -81, -127, -140, -1e3, -1e30, -np.inf, np.nan]), 8)
+    found = np.empty_like(beyond)
+    powers(beyond, found)
+    assert (found[:-8] == np.float32(2.0**-80)).all()
+    assert np.isnan(found[-8:]).all()
 
 
 def test_a_batch_of_no_images_gives_no_images() -> None:

@@ -12,7 +12,6 @@ taken from A and the order. Sizes as in `arm_core.reference.scan`; J = D / LANES
 from __future__ import annotations
 
 import numba as nb
-import numpy as np
 
 from arm_core.cpu_scan.functions import (
     F4,
@@ -26,7 +25,7 @@ from arm_core.cpu_scan.functions import (
     softplus_and_slope,
     vectors,
 )
-from arm_core.cpu_scan.simd import LANES, SUMS, fill, fma, load, prefetch, store, store_folded, store_row_sums
+from arm_core.cpu_scan.simd import LANES, SUMS, fill, fma, load, prefetch, store, store_dot, store_row_sums
 
 CHUNK = 16
 """Tokens between two kept states; the backward rebuilds the states in between, in the second-level cache.
@@ -121,7 +120,8 @@ def _scan_backward_task(
     token = vectors(CHUNK * 3).reshape((CHUNK, 3, LANES))  # step, step * u, derivative of step
     past = vectors((CHUNK + 1) * count * 2).reshape((CHUNK + 1, count, 2, LANES))  # h before, decay
     rows = part_B.shape[4]  # count, rounded up
-    sums = np.zeros((2, rows, SUMS), F4)  # partial sums over channels of the gradients of B and C
+    sums = vectors(2 * rows * SUMS // LANES).reshape((2, rows, SUMS))  # over channels, gradients of B and C
+    sums[:] = F4(0.0)
     grad_y = vectors(length)
     for p in range(length):
         g, grad = load(z, (b, p, c)), load(grad_out, (b, p, c))
@@ -167,8 +167,8 @@ def _scan_backward_task(
                 grad_drive, grad_step = fill(F4(0.0)), fill(F4(0.0))
                 for n in range(count):
                     g = fma(gy, C[k, b, p, n], load(state, (n, 1, 0)))
-                    store_folded(sums, (0, n, 0), g * drive)
-                    store_folded(sums, (1, n, 0), gy * load(past, (i + 1, n, 0, 0)))
+                    store_dot(sums, (0, n, 0), g, drive)
+                    store_dot(sums, (1, n, 0), gy, load(past, (i + 1, n, 0, 0)))
                     grad_drive = fma(g, B[k, b, p, n], grad_drive)
                     g = g * load(past, (i, n, 1, 0))
                     store(state, (n, 1, 0), g)

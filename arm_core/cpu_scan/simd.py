@@ -26,7 +26,7 @@ from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 64
 SUMS = 16
-"""Lanes of the partial sums that `store_folded` writes and `store_row_sums` adds up."""
+"""Lanes of the partial sums that `store_dot` writes and `store_row_sums` adds up."""
 CACHE_LINE = 16  # values
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
@@ -227,22 +227,23 @@ def _add_halves(builder, a, b, width):
 
 
 @intrinsic
-def store_folded(typing_context, array, index, vector):
-    """Write `SUMS` partial sums of a vector's lanes, from array[index] on."""
+def store_dot(typing_context, array, index, a, b):
+    """Write `SUMS` partial sums of a * b from array[index] on, each of every `SUMS`-th lane."""
     _check_array(array, index, writable=True)
 
     def generate(context, builder, signature, arguments):
-        value, width = arguments[2], LANES
-        while width > SUMS:
-            width //= 2
-            low = range(width)
-            low, high = (_shuffle(builder, value, value, [i + start for i in low]) for start in (0, width))
-            value = builder.fadd(low, high)
-        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], value.type)
+        kind = ir.VectorType(_FLOAT, SUMS)
+        fused = ir.FunctionType(kind, [kind] * 3)
+        function = cgutils.get_or_insert_function(builder.module, fused, f"llvm.fmuladd.v{SUMS}f32")
+        value = ir.Constant(kind, [0.0] * SUMS)
+        for start in range(0, LANES, SUMS):
+            parts = (_shuffle(builder, v, v, range(start, start + SUMS)) for v in arguments[2:])
+            value = builder.call(function, [*parts, value])
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], kind)
         builder.store(value, pointer).align = 4
         return context.get_dummy_value()
 
-    return types.void(array, index, VECTOR), generate
+    return types.void(array, index, VECTOR, VECTOR), generate
 
 
 @intrinsic

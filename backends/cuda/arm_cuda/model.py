@@ -17,8 +17,8 @@ from arm_core.parameters import parameter_table
 from arm_core.reference.model import TARGET_EPS
 from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
 from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
+from arm_cuda.cpu_fusion import project, project_and_pass, swiglu
 from arm_cuda.scan import directional_conv, selective_scan
-from arm_cuda.swiglu import swiglu
 
 Seen = dict[str, Tensor] | None
 
@@ -52,12 +52,6 @@ class DirectionalWeight(nn.Module):
         self.weight = empty(*shape)
         self.register_parameter("bias", empty(*shape[:2]) if bias else None)
 
-    def project(self, x: Tensor) -> Tensor:
-        """One matrix product per direction: (K, B, T, in) -> (K, B, T, out), without the bias."""
-        directions, batch, tokens, _ = x.shape
-        product = torch.bmm(x.flatten(1, 2), self.weight.mT)
-        return product.view(directions, batch, tokens, -1)
-
 
 class Mixer(nn.Module):
     """Mamba-1 over K directions that share in_proj, gate and out_proj."""
@@ -78,8 +72,9 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, order: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u = directional_conv(x, self.conv.weight, self.conv.bias, order, impl=self.scan)  # (K, B, T, D)
-        low, B, C = self.x_proj.project(u).split(self.split, dim=-1)
-        dt = self.dt_proj.project(low)  # bias and softplus belong to the scan
+        projected, u = project_and_pass(u, self.x_proj.weight)
+        low, B, C = projected.split(self.split, dim=-1)
+        dt = project(low, self.dt_proj.weight)  # bias and softplus belong to the scan
         A = -torch.exp(self.A_log.float())
         out = selective_scan(u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan)
         return cast(Tensor, self.out_proj(out))

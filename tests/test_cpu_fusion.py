@@ -1,4 +1,4 @@
-"""The gate of the MLP on the CPU against float64, alone and in torch."""
+"""What the CPU fuses, the gate of the MLP and a shared projection, against float64, alone and in torch."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_value_and_gradients_agree_with_float64(shape: tuple[int, ...], scale: f
 
 def test_torch_computes_the_same_with_gradients_in_every_precision() -> None:
     torch = pytest.importorskip("torch")
-    from arm_cuda.swiglu import swiglu
+    from arm_cuda.cpu_fusion import swiglu
 
     grad, a, b = values((3, 4, 1031))
     expected = float64_gate(grad, a, b)
@@ -52,6 +52,31 @@ def test_torch_computes_the_same_with_gradients_in_every_precision() -> None:
         out.backward(torch.from_numpy(grad).to(dtype).mT.contiguous().mT)  # not contiguous
         for ours, reference in zip((out, x.grad, y.grad), expected, strict=True):
             assert worst(ours.detach().double().numpy(), reference) < tolerance
+
+
+def test_torch_adds_both_gradients_of_what_is_projected_and_passed_on() -> None:
+    torch = pytest.importorskip("torch")
+    from arm_cuda.cpu_fusion import project_and_pass
+
+    rng = np.random.default_rng(4)
+    shapes = {"x": (3, 2, 7, 5), "weight": (3, 4, 5), "grad_x": (3, 2, 7, 5), "grad": (3, 2, 7, 4)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    expected = {
+        "product": np.einsum("kbti,koi->kbto", arrays["x"], arrays["weight"]),
+        "grad_x": arrays["grad_x"] + np.einsum("kbto,koi->kbti", arrays["grad"], arrays["weight"]),
+        "grad_weight": np.einsum("kbto,kbti->koi", arrays["grad"], arrays["x"]),
+    }
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.float64, 1e-14)):
+        for contiguous in (True, False):
+            x, weight, grad_x, grad = (torch.from_numpy(a).to(dtype) for a in arrays.values())
+            if not contiguous:
+                grad_x, grad = (g.transpose(1, 2).contiguous().transpose(1, 2) for g in (grad_x, grad))
+            x, weight = x.requires_grad_(), weight.requires_grad_()
+            product, passed = project_and_pass(x, weight)
+            torch.autograd.backward([product, passed * 1], [grad, grad_x])
+            found = {"product": product, "grad_x": x.grad, "grad_weight": weight.grad}
+            for name, value in found.items():
+                assert worst(value.detach().double().numpy(), expected[name]) < tolerance, name
 
 
 def test_a_nan_stays_where_it_is() -> None:
