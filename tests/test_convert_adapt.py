@@ -9,9 +9,8 @@ import foreign
 import golden
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from converting import convert
 
-from arm_cli.main import main
 from arm_convert import adapt
 from arm_convert.bicubic import interpolation_matrix, resize_table
 from arm_convert.importing import resolve
@@ -23,12 +22,6 @@ from arm_core.reference.model import forward
 from arm_core.spec import DIRECTIONS, ClassifierSpec, Direction, EncoderSpec, PretrainSpec
 from arm_core.tensor_file import Tensor, as_tensors
 from arm_core.tokens import sincos_positions
-
-
-def arm(*words):
-    result = CliRunner().invoke(main, ["convert", *(str(word) for word in words)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def read(tensors):
@@ -113,7 +106,7 @@ def test_the_whole_expansion_is_the_official_one():
 
 
 def test_a_classifier_copies_the_trunk_to_every_direction(pretrained, tmp_path):
-    result = arm("to-classifier", pretrained, tmp_path / "m", "--classes", 5, "--image-size", 24)
+    result = convert("to-classifier", pretrained, tmp_path / "m", "--classes", 5, "--image-size", 24)
     assert result.exit_code == 0, result.output
     before, model = read_model(pretrained).load(), read_model(tmp_path / "m")
     after = model.load()
@@ -136,7 +129,7 @@ def test_a_classifier_copies_the_trunk_to_every_direction(pretrained, tmp_path):
 def test_new_parameters_come_from_the_seed_and_the_head_as_large_as_asked(pretrained, tmp_path):
     words = ("to-classifier", pretrained)
     for name, seed, std in (("a", 1, 0.02), ("b", 1, 0.02), ("c", 2, 0.02), ("d", 1, 0.04)):
-        arm(*words, tmp_path / name, "--classes", 500, "--seed", seed, "--head-std", std)
+        convert(*words, tmp_path / name, "--classes", 500, "--seed", seed, "--head-std", std)
     heads = {name: read_model(tmp_path / name).load()["head.weight"] for name in "abcd"}
     assert np.array_equal(heads["a"], heads["b"])
     assert not np.array_equal(heads["a"], heads["c"])
@@ -147,7 +140,7 @@ def test_new_parameters_come_from_the_seed_and_the_head_as_large_as_asked(pretra
 @pytest.mark.parametrize("directions", [1, 2, 4])
 def test_directions_pooling_and_a_rectangle_are_as_asked(pretrained, tmp_path, directions):
     out = tmp_path / "m"
-    arm(
+    convert(
         "to-classifier",
         pretrained,
         out,
@@ -165,13 +158,13 @@ def test_directions_pooling_and_a_rectangle_are_as_asked(pretrained, tmp_path, d
 
 
 def test_a_pretraining_model_needs_to_be_told_its_classes(pretrained, tmp_path):
-    result = arm("to-classifier", pretrained, tmp_path / "m")
+    result = convert("to-classifier", pretrained, tmp_path / "m")
     assert result.exit_code == 2
     assert "say how many with --classes" in result.output
 
 
 def test_classes_on_a_classifier_replace_its_head_alone(finetuned, tmp_path):
-    arm("to-classifier", finetuned, tmp_path / "m", "--classes", 3)
+    convert("to-classifier", finetuned, tmp_path / "m", "--classes", 3)
     before, model = read_model(finetuned).load(), read_model(tmp_path / "m")
     after = model.load()
     changed = {name for name in after if not np.array_equal(after[name], before[name])}
@@ -180,14 +173,14 @@ def test_classes_on_a_classifier_replace_its_head_alone(finetuned, tmp_path):
 
 
 def test_a_classifier_without_new_classes_keeps_its_head_and_its_names(finetuned, tmp_path):
-    arm("to-classifier", finetuned, tmp_path / "m", "--pooling", "mean")
+    convert("to-classifier", finetuned, tmp_path / "m", "--pooling", "mean")
     before, model = read_model(finetuned).load(), read_model(tmp_path / "m")
     assert all(np.array_equal(value, before[name]) for name, value in model.load().items())
     assert model.metadata["classes"] == '["a","b","c"]'
 
 
 def test_directions_of_a_classifier_are_picked_by_name(finetuned, tmp_path):
-    arm("to-classifier", finetuned, tmp_path / "m", "--directions", 2)
+    convert("to-classifier", finetuned, tmp_path / "m", "--directions", 2)
     before, after = read_model(finetuned).load(), read_model(tmp_path / "m").load()
     assert np.array_equal(after["layers.4.mixer.A_log"], before["layers.4.mixer.A_log"][:2])
     spec = replace(foreign.CLASSIFIER, scan_directions=(Direction.COLUMN, Direction.ROW))
@@ -217,7 +210,7 @@ def test_another_trunk_is_refused():
 
 
 def test_resizing_a_classifier_keeps_the_class_tokens_row_apart(finetuned, tmp_path):
-    arm("resize", finetuned, tmp_path / "m", "--image-size", "24x20")
+    convert("resize", finetuned, tmp_path / "m", "--image-size", "24x20")
     before, model = read_model(finetuned).load(), read_model(tmp_path / "m")
     table, after = before["pos_embed"], model.load()
     assert model.spec == replace(foreign.CLASSIFIER, image_size=(24, 20))
@@ -235,7 +228,7 @@ def test_resizing_there_and_back_returns_a_smooth_table():
 
 
 def test_resizing_a_pretraining_model_computes_its_fixed_tables(pretrained, tmp_path):
-    arm("resize", pretrained, tmp_path / "m", "--image-size", "40x24")
+    convert("resize", pretrained, tmp_path / "m", "--image-size", "40x24")
     model = read_model(tmp_path / "m")
     after, fresh = model.load(), initial_parameters(model.spec, 0)
     for name in ("pos_embed", "decoder_pos_embed"):
@@ -250,7 +243,7 @@ def test_a_size_that_does_not_fit_is_one_line(pretrained, tmp_path):
         ("20", "do not tile the grid"),
         ("x", "like 224"),
     ):
-        result = arm("resize", pretrained, tmp_path / "m", "--image-size", size)
+        result = convert("resize", pretrained, tmp_path / "m", "--image-size", size)
         assert result.exit_code == 2
         assert message in result.output
         assert not (tmp_path / "m").exists()
@@ -261,15 +254,15 @@ def test_a_size_that_does_not_fit_is_one_line(pretrained, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "BF16"), ("float16", "F16")])
 def test_casting_keeps_the_scans_decays_in_float32(finetuned, tmp_path, dtype, stored):
-    arm("cast", finetuned, tmp_path / "m", "--dtype", dtype)
+    convert("cast", finetuned, tmp_path / "m", "--dtype", dtype)
     before, model = read_model(finetuned).load(), read_model(tmp_path / "m")
     for name, tensor in model.arrays.items():
         exact = name.endswith(("mixer.A_log", "mixer.D", "mixer.dt_proj.bias"))
         assert tensor.dtype == ("F32" if exact else stored), name
         assert np.array_equal(tensor.read(), before[name]) or not exact
         assert np.allclose(tensor.read(), before[name], rtol=2**-8, atol=1e-4)
-    arm("cast", tmp_path / "m", tmp_path / "again", "--dtype", dtype)
-    arm("cast", tmp_path / "m", tmp_path / "wide", "--dtype", "float32")
+    convert("cast", tmp_path / "m", tmp_path / "again", "--dtype", dtype)
+    convert("cast", tmp_path / "m", tmp_path / "wide", "--dtype", "float32")
     assert (tmp_path / "m/model.safetensors").stat().st_size < 0.7 * (
         finetuned / "model.safetensors"
     ).stat().st_size
@@ -281,7 +274,7 @@ def test_the_average_of_models_is_their_mean(tmp_path):
     spec = foreign.CLASSIFIER
     parameters = [strange(spec, seed) for seed in range(3)]
     folders = [write_model(tmp_path / f"m{i}", spec, p) for i, p in enumerate(parameters)]
-    assert arm("average", *folders, tmp_path / "mean").exit_code == 0
+    assert convert("average", *folders, tmp_path / "mean").exit_code == 0
     for name, value in read_model(tmp_path / "mean").load().items():
         expected = np.mean([p[name].astype(np.float64) for p in parameters], axis=0)
         assert np.allclose(value, expected, rtol=1e-7, atol=0)
@@ -289,8 +282,8 @@ def test_the_average_of_models_is_their_mean(tmp_path):
 
 
 def test_an_average_needs_two_models_of_one_specification(pretrained, finetuned, tmp_path):
-    assert "two models or more" in arm("average", pretrained, tmp_path / "m").output
-    result = arm("average", pretrained, finetuned, tmp_path / "m")
+    assert "two models or more" in convert("average", pretrained, tmp_path / "m").output
+    result = convert("average", pretrained, finetuned, tmp_path / "m")
     assert result.exit_code == 2
     assert "is another model than" in result.output
 
@@ -303,6 +296,6 @@ def test_an_existing_output_stops_a_conversion_before_it_begins(finetuned, tmp_p
         "cast": ("cast", tmp_path / "missing", finetuned, "--dtype", "float16"),
         "average": ("average", tmp_path / "missing", tmp_path / "missing", finetuned),
     }
-    result = arm(*words[command])
+    result = convert(*words[command])
     assert result.exit_code == 2
     assert f"{finetuned}: exists already" in result.output

@@ -8,9 +8,8 @@ from dataclasses import replace
 import foreign
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from converting import convert
 
-from arm_cli.main import main
 from arm_convert.diff import diff
 from arm_convert.verify import TOLERANCES, Computed, compare, fixed_batch, usable_backends, verify
 from arm_core.backend import installed_backends
@@ -20,12 +19,6 @@ from arm_core.tensor_file import Tensor
 
 SPECS = {"pretrain": foreign.PRETRAIN, "classifier": foreign.CLASSIFIER}
 ENGINES = [name for name in ("cuda", "mlx") if installed_backends()[name].missing() is None]
-
-
-def arm(*words):
-    result = CliRunner().invoke(main, ["convert", *(str(word) for word in words)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def strange(spec, seed=0):
@@ -111,14 +104,14 @@ def test_the_command_prints_a_certificate_and_its_exit_code_says_whether_it_hold
     first = strange(foreign.PRETRAIN)
     a = write_model(tmp_path / "a", foreign.PRETRAIN, first)
     write_model(tmp_path / "b", foreign.PRETRAIN, {**first, "prediction.bias": first["prediction.bias"] + 1})
-    arm("export", a, tmp_path / "a.pth", "--to", "official")
-    good = arm("verify", a, tmp_path / "a.pth", "--backends", "reference")
+    convert("export", a, tmp_path / "a.pth", "--to", "official")
+    good = convert("verify", a, tmp_path / "a.pth", "--backends", "reference")
     assert good.exit_code == 0, good.output
     assert good.output.strip().endswith("agree")
-    bad = arm("verify", a, tmp_path / "b", "--backends", "reference")
+    bad = convert("verify", a, tmp_path / "b", "--backends", "reference")
     assert bad.exit_code == 1
     assert "BEYOND" in bad.output
-    data = json.loads(arm("verify", a, tmp_path / "b", "--backends", "reference", "--json").output)
+    data = json.loads(convert("verify", a, tmp_path / "b", "--backends", "reference", "--json").output)
     assert data["holds"] is False
     assert {line["quantity"]: line["within"] for line in data["lines"]}["prediction"] is False
     assert {line["quantity"]: line["within"] for line in data["lines"]}["encoder"] is True
@@ -126,7 +119,7 @@ def test_the_command_prints_a_certificate_and_its_exit_code_says_whether_it_hold
 
 def test_all_usable_backends_take_part_by_default(tmp_path):
     folder = write_model(tmp_path / "a", foreign.CLASSIFIER, strange(foreign.CLASSIFIER))
-    result = arm("verify", folder, "--no-gradients", "--device", "cpu", "--json")
+    result = convert("verify", folder, "--no-gradients", "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.output)["ran"]) == usable_backends()
 
@@ -137,8 +130,8 @@ def test_all_usable_backends_take_part_by_default(tmp_path):
 def test_equal_models_in_different_formats_do_not_differ(tmp_path):
     folder = write_model(tmp_path / "a", foreign.CLASSIFIER, strange(foreign.CLASSIFIER))
     for to, name in (("official", "a.pth"), ("mlx", "a.safetensors"), ("torch", "b.pth")):
-        arm("export", folder, tmp_path / name, "--to", to)
-        result = arm("diff", folder, tmp_path / name)
+        convert("export", folder, tmp_path / name, "--to", to)
+        result = convert("diff", folder, tmp_path / name)
         assert result.exit_code == 0, result.output
         assert "tensors equal, 0 changed" in result.output
 
@@ -148,10 +141,10 @@ def test_a_difference_is_listed_by_name_and_size(tmp_path):
     second = {**first, "head.bias": first["head.bias"].copy()}
     second["head.bias"][1] += 0.5
     folders = [write_model(tmp_path / str(i), foreign.CLASSIFIER, p) for i, p in enumerate((first, second))]
-    result = arm("diff", *folders)
+    result = convert("diff", *folders)
     assert result.exit_code == 1
     assert "1/3" in result.output
-    data = json.loads(arm("diff", *folders, "--json").output)
+    data = json.loads(convert("diff", *folders, "--json").output)
     assert [change["name"] for change in data["changes"]] == ["head.bias"]
     assert np.isclose(data["changes"][0]["largest"], 0.5)
 
@@ -179,6 +172,6 @@ def test_classifiers_of_another_size_differ_in_shape(tmp_path):
         write_model(tmp_path / str(i), spec, strange(spec))
         for i, spec in enumerate((foreign.CLASSIFIER, other))
     ]
-    result = arm("diff", *folders)
+    result = convert("diff", *folders)
     assert result.exit_code == 1
     assert "head.weight: shapes (3, 8) and (4, 8)" in result.output

@@ -10,9 +10,8 @@ from pathlib import Path
 import foreign
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from converting import convert
 
-from arm_cli.main import main
 from arm_convert.hub import Address, parse_address
 from arm_core.backend import TrainingState
 from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
@@ -96,19 +95,13 @@ def test_the_stand_in_takes_arguments_that_the_library_takes(ours, theirs):
     assert [name for name in inspect.signature(ours).parameters if name != "self" and name not in known] == []
 
 
-def arm(*words):
-    result = CliRunner().invoke(main, ["convert", *(str(word) for word in words)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 @pytest.fixture
 def model(tmp_path):
     return write_model(tmp_path / "m", foreign.CLASSIFIER, initial_parameters(foreign.CLASSIFIER, 4))
 
 
 def test_what_is_pushed_comes_back_the_same(hub, model, tmp_path):
-    result = arm("push", model, "hf://user/name", "--private", "--message", "First")
+    result = convert("push", model, "hf://user/name", "--private", "--message", "First")
     assert result.exit_code == 0, result.output
     assert result.output.strip() == "https://hub/user/name/commit: First"
     assert hub.private == {"user/name": True}
@@ -118,39 +111,39 @@ def test_what_is_pushed_comes_back_the_same(hub, model, tmp_path):
         "model.safetensors",
     ]
     assert "# ARM 8x6 classifier" in (hub.folder("user/name", None) / "README.md").read_text()
-    assert arm("import", "hf://user/name", tmp_path / "back").exit_code == 0
+    assert convert("import", "hf://user/name", tmp_path / "back").exit_code == 0
     back, expected = read_model(tmp_path / "back").load(), read_model(model).load()
     assert all(np.array_equal(back[name], expected[name]) for name in expected)
 
 
 def test_a_revision_is_a_place_of_its_own(hub, model, tmp_path):
-    arm("push", model, "hf://user/name@v2")
+    convert("push", model, "hf://user/name@v2")
     assert not list(hub.folder("user/name", "main").iterdir())
-    assert arm("import", "hf://user/name", tmp_path / "a").exit_code == 2
-    assert arm("import", "hf://user/name@v2", tmp_path / "b").exit_code == 0
+    assert convert("import", "hf://user/name", tmp_path / "a").exit_code == 2
+    assert convert("import", "hf://user/name@v2", tmp_path / "b").exit_code == 0
 
 
 def test_pushing_fewer_shards_leaves_none_of_the_old_ones(hub, model, tmp_path):
-    arm("push", model, "hf://user/name", "--shard-size", "20KB")
+    convert("push", model, "hf://user/name", "--shard-size", "20KB")
     folder = hub.folder("user/name", None)
     (folder / "LICENSE").write_text("theirs")
     assert len(list(folder.glob("model-*"))) > 2
-    arm("push", model, "hf://user/name")
+    convert("push", model, "hf://user/name")
     assert not list(folder.glob("model-*"))
     assert (folder / "LICENSE").exists()
-    assert arm("import", "hf://user/name", tmp_path / "a").exit_code == 0
+    assert convert("import", "hf://user/name", tmp_path / "a").exit_code == 0
 
 
 def test_an_official_checkpoint_on_the_hub_is_one_file_of_a_repository(hub, tmp_path):
     folder = hub.folder("someone/arm", None)
     folder.mkdir(parents=True)
     foreign.save(folder / "arm.pth", foreign.torch_zip(foreign.checkpoint(foreign.PRETRAIN)))
-    assert arm("import", "hf://someone/arm/arm.pth", tmp_path / "a").exit_code == 0
+    assert convert("import", "hf://someone/arm/arm.pth", tmp_path / "a").exit_code == 0
     assert read_model(tmp_path / "a").spec == foreign.PRETRAIN
 
 
 def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path):
-    result = arm("import", "hf://user/missing", tmp_path / "a")
+    result = convert("import", "hf://user/missing", tmp_path / "a")
     assert result.exit_code == 2
     assert result.output.strip() == "Error: hf://user/missing: no user/missing"
 
@@ -177,7 +170,7 @@ def test_the_card_of_a_run_holds_its_recipe_and_results_but_no_paths(hub, tmp_pa
         save_checkpoint(run.path, Checkpoint(spec=foreign.CLASSIFIER, progress=progress, state=state))
         run.append_metrics({"step": 2, "eval_loss": 9.0, "eval_top1": 0.1})
         run.append_metrics({"step": 4, "eval_loss": 1.5, "eval_top1": 0.625})
-    assert arm("push", tmp_path / place, "hf://user/name").exit_code == 0
+    assert convert("push", tmp_path / place, "hf://user/name").exit_code == 0
     card = (hub.folder("user/name", None) / "README.md").read_text()
     assert 'stage = "finetune"' in card
     assert "62.5" in card
@@ -196,6 +189,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    result = arm("import", "hf://user/name", tmp_path / "a")
+    result = convert("import", "hf://user/name", tmp_path / "a")
     assert result.exit_code == 2
     assert "pip install 'arm-vision[hub]'" in result.output

@@ -7,10 +7,9 @@ import json
 import foreign
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from converting import arm
 from PIL import Image
 
-from arm_cli.main import main
 from arm_convert.quantize import quantize_model
 from arm_core.backend import Batch, installed_backends
 from arm_core.model_files import read_model, write_model
@@ -22,12 +21,6 @@ from arm_core.tensor_file import BadFileError, as_tensors, read_tensors, write_t
 
 SPEC = ClassifierSpec(encoder=EncoderSpec(width=32, depth=2, patch=4), classes=10, image_size=(24, 24))
 ENGINES = [name for name in ("cuda", "mlx") if installed_backends()[name].missing() is None]
-
-
-def arm(*words):
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def strange(seed=0):

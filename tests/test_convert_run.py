@@ -9,9 +9,8 @@ import foreign
 import golden
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from converting import arm
 
-from arm_cli.main import main
 from arm_convert.importing import resolve
 from arm_convert.official import official_view
 from arm_convert.official_run import official_groups
@@ -34,12 +33,6 @@ ARGS = {
     },
 }
 COMMON = {"batch_size": 8, "accum_iter": 2, "world_size": 2, "epochs": 100, "warmup_epochs": 5, "lr": 0.01}
-
-
-def arm(*words):
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def moments(spec, seed):

@@ -215,8 +215,8 @@ class PretrainModel(Trunk):
 
         x = (self.query_token + self.decoder_pos_embed[self.target_patches]).expand(len(images), -1, -1)
         note(seen, "queries", x)
-        for j, block in enumerate(self.decoder):
-            x = note(seen, f"decoder.{j}", block(x, latents[..., j], self.mask))
+        for j, (block, latent) in enumerate(zip(self.decoder, latents.unbind(-1), strict=True)):
+            x = note(seen, f"decoder.{j}", block(x, latent, self.mask))
         prediction = self.prediction(self.prediction_norm(x))
         loss = (prediction.float() - self.target(patches)).square().mean((0, 2))
         return {"encoder": latents, "prediction": prediction, "loss_per_token": loss, "loss": loss.mean()}
