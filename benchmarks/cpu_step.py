@@ -87,7 +87,7 @@ class MatrixProducts(TorchDispatchMode):
         self.calls: list[Callable[[], object]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
+        name = function.overloadpacket.__name__.removesuffix("_")  # addmm_ adds to its first operand
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             self.calls.append(lambda: function(*args, **(kwargs or {})))
         elif name == "_scaled_dot_product_flash_attention_for_cpu":
@@ -103,6 +103,7 @@ class MatrixProducts(TorchDispatchMode):
         if backward:
             self.calls += [lambda: weights.mT @ query, lambda: weights @ key]
 
+    @torch.no_grad()
     def run(self) -> None:
         for call in self.calls:
             call()

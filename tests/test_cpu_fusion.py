@@ -39,18 +39,29 @@ def test_value_and_gradients_agree_with_float64(shape: tuple[int, ...], scale: f
         assert worst(ours, expected) < TOLERANCE
 
 
-def test_torch_computes_the_same_with_gradients_in_every_precision() -> None:
+def test_torch_gates_the_same_with_gradients_in_every_precision() -> None:
     torch = pytest.importorskip("torch")
     from arm_cuda.cpu_fusion import swiglu
 
-    grad, a, b = values((3, 4, 1031))
-    expected = float64_gate(grad, a, b)
-    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.float64, 1e-14), (torch.bfloat16, 2e-2)):
-        x, y = (torch.from_numpy(t).to(dtype).requires_grad_() for t in (a, b))
-        out = swiglu(x, y)
-        assert out.dtype == dtype
-        out.backward(torch.from_numpy(grad).to(dtype).mT.contiguous().mT)  # not contiguous
-        for ours, reference in zip((out, x.grad, y.grad), expected, strict=True):
+    rng = np.random.default_rng(5)
+    shapes = {"grad": (3, 5, 67), "x": (3, 5, 31), "w1": (67, 31), "b1": (67,), "w2": (67, 31), "b2": (67,)}
+    grad, x, *parameters = (rng.standard_normal(shape) for shape in shapes.values())
+    w1, b1, w2, b2 = parameters
+    out, grad_a, grad_b = float64_gate(grad, x @ w1.T + b1, x @ w2.T + b2)
+    expected = [out, grad_a @ w1 + grad_b @ w2]
+    for g in (grad_a, grad_b):
+        expected += [np.einsum("bto,bti->oi", g, x), g.sum((0, 1))]
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-14), (torch.bfloat16, 3e-2)):
+        tensor = torch.from_numpy(x).to(dtype).requires_grad_()
+        layers = [torch.nn.Linear(31, 67, dtype=dtype) for _ in range(2)]
+        leaves = [p for layer in layers for p in (layer.weight, layer.bias)]
+        with torch.no_grad():
+            for leaf, value in zip(leaves, parameters, strict=True):
+                leaf.copy_(torch.from_numpy(value))
+        found = swiglu(tensor, *layers)
+        assert found.dtype == dtype
+        found.backward(torch.from_numpy(grad).to(dtype).mT.contiguous().mT)  # not contiguous
+        for ours, reference in zip((found, tensor.grad, *(p.grad for p in leaves)), expected, strict=True):
             assert worst(ours.detach().double().numpy(), reference) < tolerance
 
 

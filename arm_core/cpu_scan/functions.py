@@ -47,8 +47,8 @@ KERNEL: dict[str, Any] = {**_OPTIONS, "parallel": True, "cache": True}
 def exp2(x):
     """2**x for x <= 0 to 1e-7; 2**-80 below -80.
 
-    A smaller decay changes no float32 state, and its products would have fewer than 24 bits: a processor
-    takes a hundred times longer over those.
+    What a smaller decay leaves is nothing beside a float32 input, but its products are subnormal numbers,
+    over which processors take a hundred times longer.
     """
     x = at_least(x, F4(-80.0))
     shifted = x + ROUND

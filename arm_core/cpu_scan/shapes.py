@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,7 @@ class Sizes:
         shape = self.shape("KL")
         if order.shape != shape or order.dtype != np.int32:
             raise ValueError(f"order: expected int32 {shape} (K, L), found {order.dtype} {order.shape}")
-        seen = np.zeros(shape, np.bool_)
-        if order.min() >= 0 and order.max() < shape[1]:
-            seen[np.arange(shape[0])[:, None], order] = True
-        if not seen.all():
+        if not _are_permutations(order.tobytes(), shape):
             raise ValueError(f"order: expected each row to be a permutation of 0..{shape[1] - 1}")
 
     def widen(self, array: F32, axis: int = -1) -> F32:
@@ -95,6 +93,12 @@ class Sizes:
         if self.letters["V"] == self.letters["D"]:
             return array
         return np.ascontiguousarray(array.swapaxes(axis, 0)[: self.letters["D"]].swapaxes(axis, 0))
+
+
+@lru_cache(maxsize=64)  # a model has one table for all its calls
+def _are_permutations(order: bytes, shape: tuple[int, ...]) -> bool:
+    rows = np.frombuffer(order, np.int32).reshape(shape)
+    return bool((np.sort(rows) == np.arange(shape[1])).all())
 
 
 def new(shape: tuple[int, ...]) -> F32:

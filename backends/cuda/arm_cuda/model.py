@@ -88,7 +88,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(spec.mlp_width, spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w3(swiglu(self.w1(x), self.w2(x))))
+        return cast(Tensor, self.w3(swiglu(x, self.w1, self.w2)))
 
 
 class Block(nn.Module):
