@@ -1,8 +1,10 @@
 """The CPU kernels against the float64 reference: values, gradients, repeatability, refusals."""
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba as nb
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from arm_core import cpu_scan
+from arm_core.cpu_scan import conv, scan, swiglu
 from arm_core.cpu_scan.functions import exp2
 from arm_core.cpu_scan.simd import LANES, load, store
 from arm_core.reference import scan as reference
@@ -340,6 +343,15 @@ def test_gradient_of_another_shape_is_refused() -> None:
         cpu_scan.conv_backward(np.zeros((1, 1, 7, 32), np.float32), **conv)
     with pytest.raises(ValueError, match="L: expected sizes of 1 or more"):
         cpu_scan.conv_forward(np.zeros((1, 0, 32), np.float32), conv["weight"], conv["bias"], conv["order"])
+
+
+def test_files_of_kernels_change_with_what_is_compiled_into_them() -> None:
+    """Else Numba's cache would go on with the old code after an edit or an upgrade, without a word."""
+    folder = Path(cpu_scan.__file__).parent
+    helpers = b"".join((folder / name).read_bytes() for name in ("functions.py", "simd.py"))
+    digest = hashlib.sha256(helpers).hexdigest()[:12]
+    for kernels in (conv, scan, swiglu):
+        assert digest == kernels.HELPERS, f'{kernels.__file__}: set HELPERS = "{digest}"'
 
 
 def test_decays_end_where_their_products_would_become_subnormal() -> None:

@@ -187,8 +187,7 @@ def _flat(*arrays: F32) -> list[npt.NDArray[Any]]:
 
 def _conv_inputs(sizes: Sizes, x: F32, weight: F32, bias: F32, order: Orders) -> list[npt.NDArray[Any]]:
     taps = dense(sizes.widen(weight, axis=1).swapaxes(1, 2))
-    parameters = taps, dense(sizes.widen(bias))
-    return [rows(sizes.widen(x)), *parameters, dense(order)]
+    return [rows(sizes.widen(x)), taps, dense(sizes.widen(bias)), dense(order)]
 
 
 def _scan_inputs(

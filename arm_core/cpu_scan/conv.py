@@ -16,6 +16,9 @@ import numba as nb
 from arm_core.cpu_scan.functions import F4, INLINE, KERNEL, TASK, sigmoid, vectors
 from arm_core.cpu_scan.simd import LANES, fill, fma, load, prefetch, store
 
+HELPERS = "921bde0c5f95"
+"""Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
+
 TOKENS = 32
 """Tokens of a forward task, which computes all channels of one direction."""
 CHANNELS = 4 * LANES

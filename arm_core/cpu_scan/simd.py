@@ -5,7 +5,7 @@ Here a kernel says what it means: an operation on a `Float32x64` becomes 4 AVX-5
 or 16 of NEON, whichever the processor has, and these being independent of each other keep it busy.
 
 Numba's cache on disk notices changes of a kernel's own file only: after an edit here or in
-`functions.py`, touch `conv.py` and `scan.py`.
+`functions.py`, `HELPERS` in the files of kernels has to change, and a test says to what.
 """
 
 # Compiled code has no Python types, and an intrinsic is called without its typing context.
@@ -159,15 +159,19 @@ _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")
 
 
+def _multiply_add(builder, a, b, c):
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fmuladd.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+
 @intrinsic
 def fma(typing_context, a, b, c):
     """a * b + c, rounded once where the processor can; each a vector or a number."""
 
     def generate(context, builder, signature, arguments):
         values = [_as_vector(context, builder, *pair) for pair in zip((a, b, c), arguments, strict=True)]
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
-        return builder.call(function, values)
+        return _multiply_add(builder, *values)
 
     return VECTOR(a, b, c), generate
 
@@ -233,12 +237,10 @@ def store_dot(typing_context, array, index, a, b):
 
     def generate(context, builder, signature, arguments):
         kind = ir.VectorType(_FLOAT, SUMS)
-        fused = ir.FunctionType(kind, [kind] * 3)
-        function = cgutils.get_or_insert_function(builder.module, fused, f"llvm.fmuladd.v{SUMS}f32")
         value = ir.Constant(kind, [0.0] * SUMS)
         for start in range(0, LANES, SUMS):
             parts = (_shuffle(builder, v, v, range(start, start + SUMS)) for v in arguments[2:])
-            value = builder.call(function, [*parts, value])
+            value = _multiply_add(builder, *parts, value)
         pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], kind)
         builder.store(value, pointer).align = 4
         return context.get_dummy_value()
