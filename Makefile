@@ -44,7 +44,7 @@ WITH_CUDA_PYTHON = p="$(CUDA_PYTHON)"; [ -n "$$p" ] || { \
   PYTHONPATH=.:backends/cuda
 
 test-cuda:
-	@$(WITH_CUDA_PYTHON) ARM_LONG_TESTS=1 $$p -m pytest -W default tests/cuda tests/test_cuda_scan.py tests/test_cuda_execution.py $(ARGS)
+	@$(WITH_CUDA_PYTHON) ARM_LONG_TESTS=1 $$p -m pytest -W default tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py $(ARGS)
 
 # Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) where nvcc is there.
 bench-cuda:

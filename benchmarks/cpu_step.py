@@ -35,11 +35,11 @@ from hardware import header
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arm_core import cpu_scan
-from arm_core.backend import Batch, EngineOptions
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import initial_parameters
-from arm_core.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
+from arm_core import cpu_kernels
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
 from arm_cuda import scan
 from arm_cuda.engine import TorchEngine, keep_freed_memory
 
@@ -216,9 +216,9 @@ def report_lengths(repeats: int) -> None:
         grad = normal(batch, length, 768)
 
         def both(inputs: Any = inputs, grad: np.ndarray = grad) -> None:
-            _, residuals = cpu_scan.scan_forward(*inputs, keep=True)
+            _, residuals = cpu_kernels.scan_forward(*inputs, keep=True)
             assert residuals is not None
-            cpu_scan.scan_backward(grad, residuals, *inputs)
+            cpu_kernels.scan_backward(grad, residuals, *inputs)
 
         both()
         times = [seconds(both) / 4096 * 1e6 for _ in range(3 * repeats)]

@@ -37,9 +37,9 @@ from cuda_report import (
 )
 from torch import Tensor
 
-from arm_core.parameters import initial_parameters
-from arm_core.spec import DIRECTIONS, ClassifierSpec, EncoderSpec
-from arm_core.tokens import direction_orders
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import DIRECTIONS, ClassifierSpec, EncoderSpec
+from arm_core.model.tokens import direction_orders
 from arm_cuda import scan as scans
 from arm_cuda.model import Mixer
 

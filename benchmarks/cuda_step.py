@@ -23,11 +23,11 @@ import torch
 from cuda_peers import build_peers, officially_arranged, peer_functions
 from cuda_report import check_device, circumstances, options, table, write
 
-from arm_core.backend import Array, Batch, Compile, EngineOptions, OutOfMemory, Precision
-from arm_core.cost import cost_table
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import initial_parameters
-from arm_core.spec import (
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Array, Batch, Compile, EngineOptions, OutOfMemory, Precision
+from arm_core.model.cost import cost_table
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import (
     ClassifierSpec,
     EncoderSpec,
     ModelSpec,

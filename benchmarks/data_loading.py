@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, features
 
 from arm_core.data import IMAGENET_MEAN, IMAGENET_STD, PRETRAIN, ImageFolder, Synthetic, TrainLoader
-from arm_core.data.draws import Draws
 from arm_core.data.transforms import decode, normalize, random_resized_crop
+from arm_core.model.rng import KeyedRng
 
 HEIGHT, WIDTH = 375, 500
 NOISE = 14
@@ -121,7 +121,7 @@ def main() -> None:
         size, count = (options.size, options.size), min(64, options.images)
         files = [source.item(i) for i in range(count)]
         images = [decode(item.image, item.name) for item in files]
-        draws = [Draws(0, "benchmark", i) for i in range(count)]
+        draws = [KeyedRng(0, "benchmark", i) for i in range(count)]
         scale, ratio = PRETRAIN.crop_scale, PRETRAIN.crop_ratio
         crops = [random_resized_crop(images[i], size, scale, ratio, draws[i]) for i in range(count)]
         steps: dict[str, Callable[[int], object]] = {

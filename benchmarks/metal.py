@@ -24,11 +24,11 @@ import numpy as np
 from hardware import commit, header, machine
 from log_depth import log_depth_scan
 
-from arm_core.backend import Batch, EngineOptions, Precision
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import initial_parameters
-from arm_core.scan_timing import ScanShape, ScanTimes, median
-from arm_core.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Batch, EngineOptions, Precision
+from arm_core.engine.scan_timing import ScanShape, ScanTimes, median
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
 from arm_mlx import backend
 
 WARM_UP, STEPS = 3, 10

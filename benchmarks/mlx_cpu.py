@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 from hardware import header, machine
 
-from arm_core.backend import Batch, EngineOptions, choose_backend
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import initial_parameters
-from arm_core.spec import pretrain_preset
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.engine.registry import choose_backend
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import pretrain_preset
 
 ENGINES = ("cuda", "mlx")
 WARM_UP = 3
@@ -102,11 +103,11 @@ def compare_scans(threads: int | None, repeats: int) -> dict[str, list[float]]:
     import mlx.core as mx
     from log_depth import log_depth_scan
 
-    from arm_core import cpu_scan
-    from arm_core.scan_timing import ScanShape
+    from arm_core import cpu_kernels
+    from arm_core.engine.scan_timing import ScanShape
     from arm_mlx import scan
 
-    cpu_scan.set_threads(threads)
+    cpu_kernels.set_threads(threads)
 
     shape = ScanShape(spec=pretrain_preset("tiny"), batch=8)
     assert shape.sizes == (1, 8, 128, 192, 16)

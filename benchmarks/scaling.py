@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from arm_core.cost import EMA_BYTES, OPTIMIZER_BYTES, cost_table, step_memory
-from arm_core.recipe import Recipe, load_recipe
-from arm_core.typed_toml import Span
+from arm_core.model.cost import EMA_BYTES, OPTIMIZER_BYTES, cost_table, step_memory
+from arm_core.recipe.recipe import Recipe, load_recipe
+from arm_core.recipe.toml import Span
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: python benchmarks/scaling.py --write -->\n", "<!-- end of table -->\n"

@@ -16,10 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from arm_cli.demo import ARMS, LABELS
-from arm_cli.demo_runs import Job, Rows, run_all
-from arm_core.backend import EngineOptions, choose_backend
-from arm_core.recipe import load_recipe, override
+from arm_cli.demo.command import ARMS, LABELS
+from arm_cli.demo.runs import Job, Rows, run_all
+from arm_core.engine.protocol import EngineOptions
+from arm_core.engine.registry import choose_backend
+from arm_core.recipe.recipe import load_recipe, override
 
 SEEDS = (100, 101)
 BASE_LR = {"pretrained": (5e-2, 1e-1), "from scratch": (2.5e-2, 5e-2)}

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from arm_core.spec import ClassifierSpec, EncoderSpec, PretrainSpec
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec
 
 TINY = EncoderSpec(width=32, depth=6, patch=4)
 

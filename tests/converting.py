@@ -8,9 +8,9 @@ import foreign
 from click.testing import CliRunner, Result
 
 from arm_cli.main import main
-from arm_core.model_files import write_model
-from arm_core.parameters import initial_parameters
-from arm_core.tensor_file import Tensor
+from arm_core.files.model_folder import write_model
+from arm_core.files.safetensors import Tensor
+from arm_core.model.parameters import initial_parameters
 
 SPECS = {"pretrain": foreign.PRETRAIN, "classifier": foreign.CLASSIFIER}
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from arm_convert.official import official_mask, official_view
-from arm_core.parameters import initial_parameters
-from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec
 
 TINY = EncoderSpec(width=8, depth=6, patch=4)
 PRETRAIN = PretrainSpec(

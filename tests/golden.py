@@ -14,7 +14,7 @@ through `error` and `gradient_errors`. Where the environment variable ARM_GOLDEN
 complete
 data, `complete()` returns it, for tests that need the official `.pth` files themselves.
 
-`python tests/golden.py FOLDER` rebuilds tests/data from the complete data.
+`python tests/golden.py FOLDER` rebuilds tests/fixtures from the complete data.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from arm_convert.official import MASK, canonical_view, official_view, spec_from_official
-from arm_core.parameters import parameter_table
-from arm_core.spec import ModelSpec
+from arm_core.model.parameters import parameter_table
+from arm_core.model.spec import ModelSpec
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 STATE_BITS, IMAGE_BITS, OUTPUT_BITS, GRADIENT_BITS = 24, 21, 20, 16
 """Bits per stored number, relative to the largest of its tensor."""
 SAMPLES = 2048
@@ -253,7 +253,7 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, header["plain"]
 
 
-# -- rebuilding tests/data -----------------------------------------------------------------------------
+# -- rebuilding tests/fixtures -----------------------------------------------------------------------------
 
 OUR_NAMES = {
     "features": "encoder",

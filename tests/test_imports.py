@@ -25,6 +25,16 @@ MAY_IMPORT = {
     "arm_convert": {"arm_core"},
     "arm_cli": {"arm_convert", "arm_core"},
 }
+ROOMS = {
+    "model": set(),
+    "cpu_kernels": set(),
+    "files": {"model"},
+    "engine": {"model", "files"},
+    "data": {"engine", "model", "files"},
+    "recipe": {"data", "engine", "model", "files"},
+    "training": {"recipe", "data", "engine", "model", "files"},
+}
+"""Rooms of arm_core, and those that each may import."""
 FRAMEWORKS = {"torch", "mlx", "triton", "mamba_ssm"}
 HEAVY = {"numba", "grain", "matplotlib", "huggingface_hub"}
 """Slow to import: a help text does not wait for them."""
@@ -53,6 +63,17 @@ def imports(file: Path) -> set[str]:
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(str(node.module).split(".")[0])
+    return found
+
+
+def rooms(file: Path) -> set[str]:
+    """Rooms of arm_core that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        found |= {name.split(".")[1] for name in names if name.startswith("arm_core.")}
     return found
 
 
@@ -103,6 +124,18 @@ def test_imports_between_the_folders_point_one_way(package):
         assert others <= MAY_IMPORT[package], f"{file} imports {others - MAY_IMPORT[package]}"
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_between_the_rooms_of_the_core_point_one_way(room):
+    for file in (ROOT / "arm_core" / room).rglob("*.py"):
+        others = rooms(file) - {room}
+        assert others <= ROOMS[room], f"{file} imports {others - ROOMS[room]}"
+
+
+def test_every_module_of_the_core_is_in_a_room():
+    found = {path.name for path in (ROOT / "arm_core").iterdir() if path.name != "__pycache__"}
+    assert found == {"__init__.py", "py.typed", *ROOMS}
+
+
 def test_the_check_of_directions_sees_imports_inside_functions(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
@@ -123,3 +156,11 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path):
         sources = [file for file in folder.rglob("*") if file.suffix in (".py", ".metal")]
         present = {str(file.relative_to(folder.parent)) for file in sources}
         assert present <= shipped
+
+
+def test_the_check_of_rooms_sees_every_form_of_import(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import arm_core.data.loader\nfrom arm_core import cpu_kernels\nfrom arm_core.files import bfloat16\n"
+    )
+    assert rooms(file) == {"data", "cpu_kernels", "files"}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from arm_core.ranks import RankLost
+from arm_core.engine.ranks import RankLost
 
 PATIENCE = 20.0
 """Seconds that a rank waits for the others before the test fails."""
@@ -44,7 +44,7 @@ class Meeting:
 
 @dataclass
 class ThreadRanks:
-    """`arm_core.ranks.Ranks` in a thread; `calls` counts the exchanges."""
+    """`arm_core.engine.ranks.Ranks` in a thread; `calls` counts the exchanges."""
 
     rank: int
     world: int

@@ -1,4 +1,4 @@
-"""What the processes of `tests/test_distributed.py` run, under torchrun.
+"""What the processes of `tests/torch_engine/test_distributed.py` run, under torchrun.
 
 torch_job.py runs TASKS   trainings one after the other: JSON, a list of keyword arguments of `train`
 torch_job.py arm WORDS    the command line; with KILL=RANK:STEP a process kills itself, the first time
@@ -12,14 +12,15 @@ import signal
 import sys
 from pathlib import Path
 
-from arm_core import ranks as ranks_module
-from arm_core.backend import EngineOptions, choose_backend
 from arm_core.data import Synthetic
-from arm_core.parameters import initial_parameters
-from arm_core.ranks import ALONE, Ranks, lead
-from arm_core.recipe import Recipe, load_recipe, override
-from arm_core.run import resume_run, start_run
-from arm_core.trainer import Observer, Trainer
+from arm_core.engine import ranks as ranks_module
+from arm_core.engine.protocol import EngineOptions
+from arm_core.engine.ranks import ALONE, Ranks, lead
+from arm_core.engine.registry import choose_backend
+from arm_core.model.parameters import initial_parameters
+from arm_core.recipe.recipe import Recipe, load_recipe, override
+from arm_core.training.run_folder import resume_run, start_run
+from arm_core.training.trainer import Observer, Trainer
 
 COMMON = [
     "model.width=16",

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from arm_core.backend import Array, Batch, Compile, StepResult, TrainingState
-from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
-from arm_core.parameters import check_parameters, parameter_table
-from arm_core.spec import ClassifierSpec, ModelSpec
+from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
+from arm_core.engine.protocol import Array, Batch, Compile, StepResult, TrainingState
+from arm_core.model.parameters import check_parameters, parameter_table
+from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 
 @dataclass

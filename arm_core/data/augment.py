@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageEnhance, ImageOps
 
-from arm_core.data.draws import Draws
+from arm_core.model.rng import KeyedRng
 
 LEVELS = 10
 """Largest magnitude."""
@@ -54,15 +54,15 @@ class RandAugment:
 
 
 def rand_augment(
-    image: Image.Image, settings: RandAugment, *, fill: tuple[float, float, float], draws: Draws
+    image: Image.Image, settings: RandAugment, *, fill: tuple[float, float, float], rng: KeyedRng
 ) -> Image.Image:
     """Apply randomly drawn operations; `fill` is a colour of values 0..1."""
     color = (round(255 * fill[0]), round(255 * fill[1]), round(255 * fill[2]))
     names = tuple(OPERATIONS)
-    for name in [names[draws.below(len(names))] for _ in range(settings.operations)]:
-        if draws.chance(settings.probability):
-            magnitude = min(max(draws.gaussian(settings.magnitude, settings.magnitude_std), 0.0), LEVELS)
-            sign = -1.0 if name in SIGNED and draws.chance(0.5) else 1.0
+    for name in [names[rng.below(len(names))] for _ in range(settings.operations)]:
+        if rng.chance(settings.probability):
+            magnitude = min(max(rng.gaussian(settings.magnitude, settings.magnitude_std), 0.0), LEVELS)
+            sign = -1.0 if name in SIGNED and rng.chance(0.5) else 1.0
             image = OPERATIONS[name](image, sign * magnitude / LEVELS, color)
     return image
 

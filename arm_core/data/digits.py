@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from arm_core.data.draws import Draws
-from arm_core.data.source import Item, Pixels
+from arm_core.data.sources import Item, Pixels
+from arm_core.model.rng import KeyedRng
 
 INK = 16
 """Largest value of the stored digits."""
@@ -89,10 +89,10 @@ class Digits:
         images, labels = load_digits()
         member = int(self._members[index])
         if self._split is Split.TRAIN:
-            draws = Draws(self._seed, "digits", epoch, member)
+            rng = KeyedRng(self._seed, "digits", epoch, member)
         else:
-            draws = Draws(SPLIT_SEED, f"digits/{self._split}", member)
-        image = draw_digit(images[member], self._size, draws)
+            rng = KeyedRng(SPLIT_SEED, f"digits/{self._split}", member)
+        image = draw_digit(images[member], self._size, rng)
         return Item(image=image, label=int(labels[member]), name=f"digit {member} ({self._split})")
 
 
@@ -112,7 +112,7 @@ def split_members(split: Split) -> npt.NDArray[np.int64]:
     parts: dict[Split, list[npt.NDArray[np.int64]]] = {s: [] for s in Split}
     for digit in range(10):
         members = np.flatnonzero(labels == digit)
-        members = members[Draws(SPLIT_SEED, "digits/split", digit).permutation(len(members))]
+        members = members[KeyedRng(SPLIT_SEED, "digits/split", digit).permutation(len(members))]
         test, validation = HELD_OUT["test"], HELD_OUT["validation"]
         parts[Split.TEST].append(members[:test])
         parts[Split.VALIDATION].append(members[test : test + validation])
@@ -129,13 +129,13 @@ def _select(members: npt.NDArray[np.int64], per_class: int, seed: int) -> npt.ND
     chosen = []
     for digit in range(10):
         group = members[labels == digit]
-        chosen.append(group[Draws(seed, "digits/labels", digit).permutation(len(group))[:per_class]])
+        chosen.append(group[KeyedRng(seed, "digits/labels", digit).permutation(len(group))[:per_class]])
     return np.sort(np.concatenate(chosen))
 
 
-def draw_digit(digit: Pixels, size: tuple[int, int], draws: Draws) -> Pixels:
+def draw_digit(digit: Pixels, size: tuple[int, int], rng: KeyedRng) -> Pixels:
     """Draw an (8, 8) digit on a canvas: (H, W, 3) uint8 grey pixels."""
-    numbers = iter(draws.uniform(10).tolist())
+    numbers = iter(rng.uniform(10).tolist())
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(next(numbers))

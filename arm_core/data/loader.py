@@ -10,18 +10,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.backend import Array, Batch
-from arm_core.data.draws import Draws, epoch_order
 from arm_core.data.handover import Arrays
 from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
-from arm_core.data.source import Source
+from arm_core.data.prefetch import Prefetcher
+from arm_core.data.sources import Source
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
-from arm_core.data.workers import Stream
+from arm_core.engine.protocol import Array, Batch
+from arm_core.model.rng import KeyedRng
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch visits `count` samples: `(count,)`, read-only."""
+    order = KeyedRng(seed, "shuffle", epoch).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +80,11 @@ class TrainBatches:
         labels = np.empty(self.batch_size, np.int64)
         for slot, index in enumerate(indices.tolist()):
             item = self.source.item(index, epoch)
-            images[slot] = self.transform(item, self.size, Draws(self.seed, "augment", epoch, index))
+            images[slot] = self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, index))
             labels[slot] = item.label
         if self.classes is None:
             return {"images": images}
-        mix = draw_mix(self.mixing, self.size, Draws(self.seed, "mix", position))
+        mix = draw_mix(self.mixing, self.size, KeyedRng(self.seed, "mix", position))
         targets = soft_targets(labels, self.classes, smoothing=self.mixing.smoothing, mix=mix)
         return {"images": mix_images(images, mix), "targets": targets}
 
@@ -115,7 +124,7 @@ class TrainLoader:
             mixing=mixing or Mixing(),
         )
         _check_rank(rank, world)
-        self._stream = Stream(
+        self._prefetcher = Prefetcher(
             self.batches, start=start + rank, step=world, workers=workers, prefetch=prefetch
         )
 
@@ -128,12 +137,12 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        arrays = next(self._stream)
+        arrays = next(self._prefetcher)
         return Batch(images=arrays["images"], targets=arrays.get("targets"))
 
     def close(self) -> None:
         """Stop the worker processes; the loader is then empty."""
-        self._stream.close()
+        self._prefetcher.close()
 
     def __enter__(self) -> Self:
         return self
@@ -213,10 +222,10 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         workers = min(self._workers, len(self))  # no process without a batch to make
-        with Stream(
+        with Prefetcher(
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
-        ) as stream:
-            for arrays in stream:
+        ) as prefetcher:
+            for arrays in prefetcher:
                 yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.data.draws import Draws
+from arm_core.model.rng import KeyedRng
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -51,16 +51,16 @@ class Mix:
     """Top, bottom, left, right of the rectangle that CutMix pastes; None blends whole images."""
 
 
-def draw_mix(settings: Mixing, size: tuple[int, int], draws: Draws) -> Mix:
+def draw_mix(settings: Mixing, size: tuple[int, int], rng: KeyedRng) -> Mix:
     """Decide how a batch of images of `size` (height, width) is mixed."""
     if not settings.mixup and not settings.cutmix:
         return Mix()
     both = bool(settings.mixup and settings.cutmix)
-    if not (draws.chance(settings.cutmix_probability) if both else settings.cutmix):
-        return Mix(weight=draws.beta(settings.mixup))
-    part = math.sqrt(1.0 - draws.beta(settings.cutmix))
+    if not (rng.chance(settings.cutmix_probability) if both else settings.cutmix):
+        return Mix(weight=rng.beta(settings.mixup))
+    part = math.sqrt(1.0 - rng.beta(settings.cutmix))
     half_height, half_width = int(size[0] * part) // 2, int(size[1] * part) // 2
-    middle_y, middle_x = draws.below(size[0]), draws.below(size[1])
+    middle_y, middle_x = rng.below(size[0]), rng.below(size[1])
     top, bottom = max(middle_y - half_height, 0), min(middle_y + half_height, size[0])
     left, right = max(middle_x - half_width, 0), min(middle_x + half_width, size[1])
     # The rectangle is cut off at the border, so the weight follows from what is left of it.

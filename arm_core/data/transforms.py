@@ -1,4 +1,4 @@
-"""From an encoded image to normalised pixels: pure functions of (image, settings, draws).
+"""From an encoded image to normalised pixels: pure functions of (image, settings, rng).
 
 Pillow resamples (its bicubic filter antialiases, as in the official recipes), NumPy does the rest.
 Sizes are (height, width) in pixels; images between the steps are Pillow's, 8-bit RGB.
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from arm_core.data.augment import RandAugment, rand_augment
-from arm_core.data.draws import Draws
-from arm_core.data.source import Item, Pixels, read_file
+from arm_core.data.sources import Item, Pixels, read_file
+from arm_core.model.rng import KeyedRng
 
 Array = npt.NDArray[np.float32]
 Size = tuple[int, int]
@@ -75,18 +75,18 @@ class TrainTransform:
         if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
             raise ValueError(f"train transform out of range: {', '.join(bad)}")
 
-    def __call__(self, item: Item, size: Size, draws: Draws) -> Array:
+    def __call__(self, item: Item, size: Size, rng: KeyedRng) -> Array:
         """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
         image = random_resized_crop(
-            decode(item.image, item.name), size, self.crop_scale, self.crop_ratio, draws
+            decode(item.image, item.name), size, self.crop_scale, self.crop_ratio, rng
         )
-        if draws.chance(self.flip):
+        if rng.chance(self.flip):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
-            image = rand_augment(image, self.rand_augment, fill=self.mean, draws=draws)
+            image = rand_augment(image, self.rand_augment, fill=self.mean, rng=rng)
         pixels = normalize(image, self.mean, self.std)
-        if draws.chance(self.erase):
-            random_erase(pixels, draws)
+        if rng.chance(self.erase):
+            random_erase(pixels, rng)
         return pixels
 
 
@@ -176,29 +176,29 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_resized_crop(
-    image: Image.Image, size: Size, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
+    image: Image.Image, size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: KeyedRng
 ) -> Image.Image:
     """Cut a random rectangle and resize it (bicubic); the crop of Inception and of torchvision.
 
     The area is uniform in `scale` and width / height log-uniform in `ratio`. Where ten draws do not fit
     into the image, the largest centred rectangle whose ratio is allowed is taken.
     """
-    left, top, width, height = crop_box((image.height, image.width), scale, ratio, draws)
+    left, top, width, height = crop_box((image.height, image.width), scale, ratio, rng)
     crop = image.crop((left, top, left + width, top + height))
     return crop.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def crop_box(
-    image_size: Size, scale: tuple[float, float], ratio: tuple[float, float], draws: Draws
+    image_size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: KeyedRng
 ) -> tuple[int, int, int, int]:
     """Left, top, width, height of a random crop, pixels."""
     image_height, image_width = image_size
     for _ in range(CROP_TRIES):
-        area = draws.between(*scale) * image_height * image_width
-        aspect = math.exp(draws.between(math.log(ratio[0]), math.log(ratio[1])))
+        area = rng.between(*scale) * image_height * image_width
+        aspect = math.exp(rng.between(math.log(ratio[0]), math.log(ratio[1])))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= image_width and 0 < height <= image_height:
-            return draws.below(image_width - width + 1), draws.below(image_height - height + 1), width, height
+            return rng.below(image_width - width + 1), rng.below(image_height - height + 1), width, height
     aspect = min(max(image_width / image_height, ratio[0]), ratio[1])
     width = min(image_width, max(1, round(image_height * aspect)))
     height = min(image_height, max(1, round(image_width / aspect)))
@@ -234,16 +234,16 @@ def denormalize(
     return np.asarray(np.clip(values, 0, 255), np.uint8)
 
 
-def random_erase(pixels: Array, draws: Draws) -> None:
+def random_erase(pixels: Array, rng: KeyedRng) -> None:
     """Replace a random rectangle of (H, W, 3) normalised pixels by standard normal noise, in place."""
     image_height, image_width = pixels.shape[:2]
     for _ in range(ERASE_TRIES):
-        area = draws.between(*ERASE_AREA) * image_height * image_width
-        aspect = math.exp(draws.between(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
+        area = rng.between(*ERASE_AREA) * image_height * image_width
+        aspect = math.exp(rng.between(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < image_height and width < image_width:
-            top, left = draws.below(image_height - height + 1), draws.below(image_width - width + 1)
-            noise = draws.normal(height * width * 3).reshape(height, width, 3)
+            top, left = rng.below(image_height - height + 1), rng.below(image_width - width + 1)
+            noise = rng.normal(height * width * 3).reshape(height, width, 3)
             pixels[top : top + height, left : left + width] = noise
             return
 

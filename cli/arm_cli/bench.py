@@ -10,8 +10,8 @@ from arm_cli.options import EngineChoice, engine_options, json_option
 from arm_cli.show import print_json, print_table
 
 if TYPE_CHECKING:
-    from arm_core.backend import Backend
-    from arm_core.scan_timing import ScanShape, ScanTimer, ScanTimes
+    from arm_core.engine.protocol import Backend
+    from arm_core.engine.scan_timing import ScanShape, ScanTimer, ScanTimes
 
 SIZES = ("tiny", "small", "base", "large", "huge")
 STAGES = ("pretrain", "finetune")
@@ -40,7 +40,7 @@ def scan(
     --scan auto measures every implementation that can run on the device. The share is that of the time
     in which the device could read the operands and write the results, at the rate at which it copies.
     """
-    from arm_core.backend import Precision
+    from arm_core.engine.protocol import Precision
 
     backend, rate = engine.find(), 0.0
     timer = backend.scan_timer(engine.device)
@@ -76,8 +76,8 @@ def scan(
 
 
 def _shape(model: str, stage: str, batch: int, bfloat16: bool) -> ScanShape:
-    from arm_core.scan_timing import ScanShape
-    from arm_core.spec import classifier_preset, pretrain_preset
+    from arm_core.engine.scan_timing import ScanShape
+    from arm_core.model.spec import classifier_preset, pretrain_preset
 
     spec = pretrain_preset(model) if stage == "pretrain" else classifier_preset(model)
     return ScanShape(spec=spec, batch=batch, bfloat16=bfloat16)
@@ -85,7 +85,7 @@ def _shape(model: str, stage: str, batch: int, bfloat16: bool) -> ScanShape:
 
 def _names(engine: EngineChoice, backend: Backend) -> list[str]:
     """The scans to measure: the one that is named, or all that can run."""
-    from arm_core.backend import choose_scan
+    from arm_core.engine.scans import choose_scan
 
     scans = backend.scans(backend.devices()[0] if engine.device == "auto" else engine.device)
     if engine.scan == "auto":
@@ -99,7 +99,7 @@ def _row(timer: ScanTimer, shape: ScanShape, rate: float, scan: str, repeats: in
 
 
 def _summary(times: ScanTimes, shape: ScanShape) -> dict[str, Any]:
-    from arm_core.scan_timing import median
+    from arm_core.engine.scan_timing import median
 
     return {
         "forward_ms": 1e3 * median(times.forward),
@@ -111,7 +111,7 @@ def _summary(times: ScanTimes, shape: ScanShape) -> dict[str, Any]:
 
 
 def _shares(times: ScanTimes, shape: ScanShape, rate: float) -> dict[str, float]:
-    from arm_core.scan_timing import median
+    from arm_core.engine.scan_timing import median
 
     return {
         "forward_gb_per_s": shape.forward_bytes / median(times.forward) / 1e9,

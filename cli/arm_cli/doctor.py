@@ -14,7 +14,7 @@ from arm_cli.options import json_option
 from arm_cli.show import print_json
 
 if TYPE_CHECKING:
-    from arm_core.backend import Backend
+    from arm_core.engine.protocol import Backend
 
 PACKAGES = ("numpy", "numba", "pillow", "grain", "safetensors", "torch", "triton", "mamba-ssm", "mlx")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -38,7 +38,7 @@ def doctor(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything the doctor knows, as plain values."""
-    from arm_core.backend import choose_backend, installed_backends
+    from arm_core.engine.registry import choose_backend, installed_backends
 
     # MLX first: it takes the CPU's matrix products from a library that stands in the process before it.
     backends = {name: _backend(found) for name, found in sorted(installed_backends().items(), reverse=True)}

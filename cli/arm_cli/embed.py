@@ -11,7 +11,7 @@ import click
 from arm_cli.options import EngineChoice, ema_option, engine_options
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array
+    from arm_core.engine.protocol import Array
 
 
 @click.command(short_help="Write features and other outputs to a file.")

@@ -12,8 +12,8 @@ from arm_cli.options import EngineChoice, ema_option, engine_options, json_optio
 
 if TYPE_CHECKING:
     from arm_cli.models import Opened
-    from arm_core.data.source import Source
-    from arm_core.evaluation import Evaluation
+    from arm_core.data.sources import Source
+    from arm_core.training.evaluation import Evaluation
 
 DIGITS = "digits"
 
@@ -44,8 +44,8 @@ def evaluate(
     from arm_cli.models import open_model
     from arm_cli.progress import Counter
     from arm_core.data.loader import EvalLoader
-    from arm_core.evaluation import evaluate as measure
-    from arm_core.ranks import together
+    from arm_core.engine.ranks import together
+    from arm_core.training.evaluation import evaluate as measure
 
     with engine.join() as (_, ranks):
         with together(ranks):
@@ -88,8 +88,8 @@ def _report(opened: Opened, found: Evaluation, as_json: bool) -> None:
 def open_data(data: str, opened: Opened) -> Source:
     """The images to evaluate on, their labels in the order of the model's classes."""
     from arm_core.data.digits import Digits, Split
-    from arm_core.data.source import ImageFolder
-    from arm_core.spec import ClassifierSpec
+    from arm_core.data.sources import ImageFolder
+    from arm_core.model.spec import ClassifierSpec
 
     spec = opened.spec
     if data == DIGITS:
@@ -105,8 +105,8 @@ def open_data(data: str, opened: Opened) -> Source:
 
 def _data_of_run(opened: Opened) -> str:
     """What the recipe of the run, if the model stands in one, evaluates on."""
-    from arm_core.recipe import load_recipe
-    from arm_core.run import RECIPE
+    from arm_core.recipe.recipe import load_recipe
+    from arm_core.training.run_folder import RECIPE
 
     path = Path(opened.folder).absolute().parent.parent / RECIPE  # RUN/checkpoints/step-00001000
     if not path.exists():

@@ -12,9 +12,9 @@ from arm_cli.training import Request, fresh_parameters, run_training, training_o
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from arm_core.backend import Array
-    from arm_core.recipe import Recipe
-    from arm_core.spec import EncoderSpec, ModelSpec
+    from arm_core.engine.protocol import Array
+    from arm_core.model.spec import EncoderSpec, ModelSpec
+    from arm_core.recipe.recipe import Recipe
 
 
 @click.command(short_help="Train a classifier, from a pretrained model or from scratch.")
@@ -44,8 +44,8 @@ def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...
     """The classifier's weights grown from the model at `origin`."""
     from arm_cli.models import class_names, read_folder
     from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
-    from arm_core.settings import ClassifierModel
-    from arm_core.spec import ClassifierSpec
+    from arm_core.model.spec import ClassifierSpec
+    from arm_core.recipe.sections import ClassifierModel
 
     assert isinstance(spec, ClassifierSpec)
     assert isinstance(recipe.model, ClassifierModel)
@@ -71,7 +71,7 @@ def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...
 
 
 def _words(encoder: EncoderSpec) -> str:
-    from arm_core.spec import PRESETS
+    from arm_core.model.spec import PRESETS
 
     named = [
         name for name, size in PRESETS.items() if (size.width, size.depth) == (encoder.width, encoder.depth)

@@ -10,12 +10,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from arm_cli.models import Opened
-    from arm_core.backend import Array
+    from arm_core.engine.protocol import Array
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
     """The files named, and of a folder all images in it at any depth. ValueError where there are none."""
-    from arm_core.data.source import IMAGE_SUFFIXES
+    from arm_core.data.sources import IMAGE_SUFFIXES
 
     files: list[Path] = []
     for name in names:

@@ -11,8 +11,8 @@ from arm_cli.options import json_option
 from arm_cli.show import print_json, print_table, scaled
 
 if TYPE_CHECKING:
-    from arm_core.model_files import Model
-    from arm_core.spec import ModelSpec
+    from arm_core.files.model_folder import Model
+    from arm_core.model.spec import ModelSpec
 
 WORD = 100
 """Characters of a metadata entry that are shown; --json shows all."""
@@ -44,8 +44,8 @@ def info(name: str, as_json: bool) -> None:
 
 def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
     from arm_cli.models import read_folder
-    from arm_core.spec import PRESETS, classifier_preset, pretrain_preset
-    from arm_core.typed_toml import near_match
+    from arm_core.model.spec import PRESETS, classifier_preset, pretrain_preset
+    from arm_core.recipe.toml import near_match
 
     if name in PRESETS:
         return None, [pretrain_preset(name), classifier_preset(name)]
@@ -59,8 +59,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     """The report on one model as plain values; bytes are those of float32."""
     from dataclasses import asdict
 
-    from arm_core.cost import OPTIMIZER_BYTES, cost_table
-    from arm_core.spec import to_json
+    from arm_core.model.cost import OPTIMIZER_BYTES, cost_table
+    from arm_core.model.spec import to_json
 
     parts = cost_table(spec)
     trainable = sum(part.parameters for part in parts)
@@ -77,7 +77,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _print(spec: ModelSpec, report: dict[str, Any]) -> None:
-    from arm_core.spec import PretrainSpec
+    from arm_core.model.spec import PretrainSpec
 
     encoder, (rows, columns) = spec.encoder, spec.grid
     kind = "Pretraining" if isinstance(spec, PretrainSpec) else "Classifier"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array
     from arm_core.data.transforms import EvalTransform
-    from arm_core.model_files import Model
-    from arm_core.spec import ClassifierSpec, ModelSpec
+    from arm_core.engine.protocol import Array
+    from arm_core.files.model_folder import Model
+    from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 FOREIGN = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 """Files that `arm convert import` reads."""
@@ -36,9 +36,9 @@ class Opened:
 
 def find_model(name: str) -> Path:
     """The model folder that is meant: of a run, its newest sound checkpoint. ValueError where none is."""
-    from arm_core.checkpoint import FOLDER, MANIFEST, newest_folder, verify
-    from arm_core.model_files import CONFIG
-    from arm_core.spec import PRESETS
+    from arm_core.files.model_folder import CONFIG
+    from arm_core.model.spec import PRESETS
+    from arm_core.training.checkpoint import FOLDER, MANIFEST, newest_folder, verify
 
     path = Path(name)
     if not path.exists():
@@ -63,15 +63,15 @@ def find_model(name: str) -> Path:
 
 def read_folder(name: str) -> Model:
     """The model's spec and metadata; its tensors are read on demand."""
-    from arm_core.model_files import read_model
+    from arm_core.files.model_folder import read_model
 
     return read_model(find_model(name))
 
 
 def open_model(name: str, *, ema: bool = False) -> Opened:
     """Read a model; `ema` takes the average of the weights that its run kept."""
-    from arm_core.checkpoint import read_weights
-    from arm_core.spec import ClassifierSpec
+    from arm_core.model.spec import ClassifierSpec
+    from arm_core.training.checkpoint import read_weights
 
     model = read_folder(name)
     parameters = read_weights(model.path, ema=True)[1] if ema else model.load()
@@ -88,7 +88,7 @@ def open_model(name: str, *, ema: bool = False) -> Opened:
 
 def class_names(model: Model, spec: ClassifierSpec) -> tuple[str, ...]:
     """The names stored with the model, else numbers from 0."""
-    from arm_convert.metadata import CLASSES, read_json
+    from arm_core.files.metadata import CLASSES, read_json
 
     try:
         names = read_json(model.metadata, CLASSES, [str(i) for i in range(spec.classes)])
@@ -101,9 +101,9 @@ def class_names(model: Model, spec: ClassifierSpec) -> tuple[str, ...]:
 
 def eval_transform(model: Model) -> EvalTransform:
     """The evaluation transform stored with the model, else the official one."""
-    from arm_convert.metadata import read_json
     from arm_core.data.transforms import EvalTransform
-    from arm_core.typed_toml import from_table
+    from arm_core.files.metadata import read_json
+    from arm_core.recipe.toml import from_table
 
     try:
         stored = read_json(model.metadata, "eval_transform", {})

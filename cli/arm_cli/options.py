@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array, Backend, Engine, EngineOptions
-    from arm_core.ranks import Ranks
-    from arm_core.spec import ModelSpec
+    from arm_core.engine.protocol import Array, Backend, Engine, EngineOptions
+    from arm_core.engine.ranks import Ranks
+    from arm_core.model.spec import ModelSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,12 +33,12 @@ class EngineChoice:
     threads: int | None
 
     def find(self) -> Backend:
-        from arm_core.backend import choose_backend
+        from arm_core.engine.registry import choose_backend
 
         return choose_backend(self.backend)
 
     def options(self) -> EngineOptions:
-        from arm_core.backend import EngineOptions, Precision
+        from arm_core.engine.protocol import EngineOptions, Precision
 
         return EngineOptions(
             device=self.device,
@@ -54,8 +54,8 @@ class EngineChoice:
         Inside the block rank 0 alone is heard. An error of all ranks ends them with rank 0's words; one
         of a single rank is reported by that rank.
         """
-        from arm_core.diagnosis import NonFiniteError
-        from arm_core.ranks import Elsewhere, RankLost, title
+        from arm_core.engine.ranks import Elsewhere, RankLost, title
+        from arm_core.training.nonfinite import NonFiniteError
 
         backend = self.find()
         ranks = backend.join(self.device)
@@ -82,7 +82,7 @@ class EngineChoice:
 
     def create(self, spec: ModelSpec, parameters: Mapping[str, Array], ranks: Ranks | None = None) -> Engine:
         """An engine for inference, in one of the processes of a job; what `auto` came to is printed."""
-        from arm_core.ranks import ALONE
+        from arm_core.engine.ranks import ALONE
 
         backend = self.find()
         ranks = ranks or ALONE

@@ -9,7 +9,7 @@ import click
 from arm_cli.options import EngineChoice, ema_option, engine_options, json_option
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array
+    from arm_core.engine.protocol import Array
 
 
 @click.command(short_help="Name the likeliest classes of images.")
@@ -34,7 +34,7 @@ def predict(
     from arm_cli.models import open_model
     from arm_cli.progress import Counter
     from arm_cli.show import print_json
-    from arm_core.spec import ClassifierSpec
+    from arm_core.model.spec import ClassifierSpec
 
     opened = open_model(model, ema=ema)
     if not isinstance(opened.spec, ClassifierSpec):

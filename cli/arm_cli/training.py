@@ -16,14 +16,14 @@ import click
 from arm_cli.options import EngineChoice, announce, engine_options, json_option
 
 if TYPE_CHECKING:
-    from arm_core.backend import Array, Backend, Engine
-    from arm_core.data.source import Source
-    from arm_core.optimizer import OptimizerSettings
-    from arm_core.ranks import Ranks
-    from arm_core.recipe import Recipe
-    from arm_core.run import RunFolder
-    from arm_core.spec import ModelSpec
-    from arm_core.trainer import Observer, Outcome
+    from arm_core.data.sources import Source
+    from arm_core.engine.optimizer import OptimizerSettings
+    from arm_core.engine.protocol import Array, Backend, Engine
+    from arm_core.engine.ranks import Ranks
+    from arm_core.model.spec import ModelSpec
+    from arm_core.recipe.recipe import Recipe
+    from arm_core.training.run_folder import RunFolder
+    from arm_core.training.trainer import Observer, Outcome
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -117,7 +117,7 @@ Start = Callable[["Recipe", "ModelSpec", tuple[str, ...]], Mapping[str, "Array"]
 
 def fresh_parameters(recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...]) -> Mapping[str, Array]:
     """Random weights: training from scratch."""
-    from arm_core.parameters import initial_parameters
+    from arm_core.model.parameters import initial_parameters
 
     return initial_parameters(spec, recipe.training.seed)
 
@@ -138,7 +138,7 @@ def run_training(stage: str, request: Request, start: Start, *, origin: str | No
 
 
 def _begun(folder: str) -> bool:
-    from arm_core.checkpoint import saved_steps
+    from arm_core.training.checkpoint import saved_steps
 
     return bool(saved_steps(Path(folder)))
 
@@ -150,10 +150,10 @@ def _folder(stage: str, request: Request) -> str:
 def _start(
     stage: str, request: Request, start: Start, origin: str | None, backend: Backend, ranks: Ranks
 ) -> None:
-    from arm_core.plan import Plan
-    from arm_core.ranks import together
-    from arm_core.run import start_run
-    from arm_core.sources import open_sources
+    from arm_core.engine.ranks import together
+    from arm_core.recipe.images import open_sources
+    from arm_core.training.plan import Plan
+    from arm_core.training.run_folder import start_run
 
     with together(ranks):
         if request.recipe is None:
@@ -175,10 +175,10 @@ def _start(
 
 
 def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: Ranks) -> None:
-    from arm_core.ranks import together
-    from arm_core.recipe import load_recipe
-    from arm_core.run import RECIPE, resume_run
-    from arm_core.sources import open_sources
+    from arm_core.engine.ranks import together
+    from arm_core.recipe.images import open_sources
+    from arm_core.recipe.recipe import load_recipe
+    from arm_core.training.run_folder import RECIPE, resume_run
 
     with together(ranks):
         if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
@@ -197,7 +197,7 @@ def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: 
 
 def _resolve(stage: str, request: Request) -> Recipe:
     """The recipe with everything that the command line says."""
-    from arm_core.recipe import load_recipe, override
+    from arm_core.recipe.recipe import load_recipe, override
 
     recipe = load_recipe(_full_name(stage, request))
     if recipe.stage != stage:
@@ -218,14 +218,14 @@ def _overrides(request: Request) -> list[str]:
 
 def _recipes(stage: str) -> list[str]:
     """Shipped recipes for this command."""
-    from arm_core.recipe import load_recipe, shipped_recipes
+    from arm_core.recipe.recipe import load_recipe, shipped_recipes
 
     return [name for name in shipped_recipes() if load_recipe(name).stage == stage]
 
 
 def _full_name(stage: str, request: Request) -> str:
     """The recipe asked for; `arm pretrain tiny` means pretrain-tiny."""
-    from arm_core.recipe import shipped_recipes
+    from arm_core.recipe.recipe import shipped_recipes
 
     assert request.recipe is not None
     full = f"{stage}-{request.recipe}"
@@ -241,7 +241,7 @@ def _engine(
     parameters: Mapping[str, Array],
 ) -> tuple[Engine, dict[str, str]]:
     """The engine that trains, and what is recorded about it."""
-    from arm_core.backend import Compile
+    from arm_core.engine.protocol import Compile
 
     options = dataclasses.replace(
         request.engine.options(),
@@ -274,8 +274,8 @@ def _train(
     as_json: bool,
 ) -> None:
     from arm_cli.show import print_json
-    from arm_core.ranks import together
-    from arm_core.trainer import Trainer
+    from arm_core.engine.ranks import together
+    from arm_core.training.trainer import Trainer
 
     with ExitStack() as stack:
         observer = _observer(stack)
@@ -303,7 +303,7 @@ def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
 def _observer(stack: ExitStack) -> Observer:
     """Shows a run on stderr until the stack is closed."""
     from arm_cli.progress import Counter
-    from arm_core.trainer import Observer, Trainer
+    from arm_core.training.trainer import Observer, Trainer
 
     class Display(Observer):
         counter: Counter

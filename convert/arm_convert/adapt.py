@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 
 from arm_convert.bicubic import resize_table
-from arm_core.parameters import Array, Parameter, Shape, Stream, initial_value, parameter_table
-from arm_core.spec import ClassifierSpec, Direction, ModelSpec, PretrainSpec
-from arm_core.tensor_file import AnyArray, Tensor
+from arm_core.files.safetensors import AnyArray, Tensor
+from arm_core.model.parameters import Array, Parameter, Shape, initial_value, parameter_table
+from arm_core.model.rng import KeyedRng
+from arm_core.model.spec import ClassifierSpec, Direction, ModelSpec, PretrainSpec
 
 Tensors = dict[str, Tensor]
 
@@ -70,8 +71,8 @@ def _fresh(row: Parameter, seed: int, head_std: float) -> Tensor:
     return Tensor.of(initial_value(row, seed))
 
 
-def _normal(std: float, stream: Stream, shape: Shape) -> Array:
-    return np.asarray(stream.normal(math.prod(shape)).reshape(shape) * std, np.float32)
+def _normal(std: float, rng: KeyedRng, shape: Shape) -> Array:
+    return np.asarray(rng.normal(math.prod(shape)).reshape(shape) * std, np.float32)
 
 
 _PER_DIRECTION = ("conv.weight", "conv.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arm_convert.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
 from arm_convert.source import Source
-from arm_core.parameters import count_parameters
-from arm_core.spec import PRESETS, ClassifierSpec, ModelSpec, PretrainSpec
+from arm_core.files.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
+from arm_core.model.parameters import count_parameters
+from arm_core.model.spec import PRESETS, ClassifierSpec, ModelSpec, PretrainSpec
 
 
 def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | None = None) -> str:
@@ -45,8 +45,8 @@ def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | No
 
 def run_recipe(source: Source) -> str | None:
     """The recipe of the run that a source belongs to, without the paths of its data."""
-    from arm_core.recipe import load_recipe, override, to_toml
-    from arm_core.run import RECIPE
+    from arm_core.recipe.recipe import load_recipe, override, to_toml
+    from arm_core.training.run_folder import RECIPE
 
     if source.run is None or not (source.run / RECIPE).is_file():
         return None

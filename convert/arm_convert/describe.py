@@ -9,8 +9,8 @@ from typing import Any
 
 from arm_convert.importing import Resolved, resolve
 from arm_convert.source import Source
-from arm_core.parameters import count_parameters
-from arm_core.spec import PRESETS, kind_of, to_json
+from arm_core.model.parameters import count_parameters
+from arm_core.model.spec import PRESETS, kind_of, to_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arm_core.tensor_file import FLOATS, Tensor
+from arm_core.files.safetensors import FLOATS, Tensor
 
 
 @dataclass(frozen=True)

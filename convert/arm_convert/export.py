@@ -16,8 +16,9 @@ from arm_convert.official import SUFFIXES, to_official
 from arm_convert.plain import Framework, plain_table
 from arm_convert.source import CONFIG_KEY, FRAMEWORK_KEY, LAYOUT_KEY
 from arm_convert.torch_writer import write_torch
-from arm_core.model_files import new_file
-from arm_core.spec import (
+from arm_core.files.atomic import new_file
+from arm_core.files.safetensors import Tensor, write_tensors
+from arm_core.model.spec import (
     DECODER_HEAD_WIDTH,
     ClassifierSpec,
     ModelSpec,
@@ -26,7 +27,6 @@ from arm_core.spec import (
     Target,
     to_json,
 )
-from arm_core.tensor_file import Tensor, write_tensors
 
 
 class Format(StrEnum):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arm_core.model_files import CARD, CONFIG, INDEX, WEIGHTS
+from arm_core.files.model_folder import CARD, CONFIG, INDEX, WEIGHTS
 
 PREFIX = "hf://"
 FILES = [CONFIG, CARD, WEIGHTS, INDEX, "model-*.safetensors"]

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from arm_core.tensor_file import AnyArray, Shape, Tensor
+from arm_core.files.safetensors import AnyArray, Shape, Tensor
 
 
 @dataclass(frozen=True)

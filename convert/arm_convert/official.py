@@ -22,8 +22,9 @@ from arm_convert.layouts import (
     to_canonical,
     to_foreign,
 )
-from arm_core.parameters import Parameter, parameter_table
-from arm_core.spec import (
+from arm_core.files.safetensors import AnyArray, Shape, Tensor
+from arm_core.model.parameters import Parameter, parameter_table
+from arm_core.model.spec import (
     DECODER_HEAD_WIDTH,
     DIRECTIONS,
     ClassifierSpec,
@@ -33,8 +34,7 @@ from arm_core.spec import (
     Pooling,
     PretrainSpec,
 )
-from arm_core.tensor_file import AnyArray, Shape, Tensor
-from arm_core.tokens import decoder_mask
+from arm_core.model.tokens import decoder_mask
 
 SUFFIXES: dict[Direction, str] = {
     Direction.ROW: "",

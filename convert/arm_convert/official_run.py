@@ -16,20 +16,27 @@ from arm_convert.layouts import to_canonical
 from arm_convert.official import FROZEN, MASK, official_table
 from arm_convert.pickle_machine import brief
 from arm_convert.source import Source
-from arm_core.backend import Array, Precision, TrainingState
-from arm_core.checkpoint import Checkpoint, Progress, save_checkpoint
 from arm_core.data.augment import RandAugment
 from arm_core.data.mixing import Mixing
 from arm_core.data.transforms import TrainTransform
-from arm_core.model_files import new_folder
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import parameter_table
-from arm_core.recipe import Recipe, Stage, fingerprint
-from arm_core.run import start_run
-from arm_core.settings import ClassifierModel, DataSettings, PretrainModel, ScheduleSettings, TrainingSettings
-from arm_core.spec import DIRECTIONS, ModelSpec, PretrainSpec
-from arm_core.tensor_file import Tensor
-from arm_core.typed_toml import Span
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Array, Precision, TrainingState
+from arm_core.files.atomic import new_folder
+from arm_core.files.model_folder import check_new
+from arm_core.files.safetensors import Tensor
+from arm_core.model.parameters import parameter_table
+from arm_core.model.spec import DIRECTIONS, ModelSpec, PretrainSpec
+from arm_core.recipe.recipe import Recipe, Stage, fingerprint
+from arm_core.recipe.sections import (
+    ClassifierModel,
+    DataSettings,
+    PretrainModel,
+    ScheduleSettings,
+    TrainingSettings,
+)
+from arm_core.recipe.toml import Span
+from arm_core.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from arm_core.training.run_folder import start_run
 
 OFFICIAL_RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -246,7 +253,8 @@ def import_run(source: Source, resolved: Resolved, out: Path) -> Recipe:
     # Tensors stand in for arrays: the checkpoint streams them one at a time.
     training = TrainingState(**cast(dict[str, dict[str, Array]], arrays))
     checkpoint = Checkpoint(spec=spec, progress=progress, state=training, metadata=resolved.metadata)
-    with new_folder(out, force=False) as draft, start_run(draft, recipe, spec):
+    check_new(out, force=False)
+    with new_folder(out) as draft, start_run(draft, recipe, spec):
         save_checkpoint(draft, checkpoint)
     return recipe
 

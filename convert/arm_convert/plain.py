@@ -15,8 +15,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 from arm_convert.layouts import SAME, Layout, Row, channels_first_patches, reshaped
-from arm_core.parameters import Parameter, parameter_table
-from arm_core.spec import EncoderSpec, ModelSpec
+from arm_core.model.parameters import Parameter, parameter_table
+from arm_core.model.spec import EncoderSpec, ModelSpec
 
 
 class Framework(StrEnum):

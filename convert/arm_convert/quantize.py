@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from arm_core.quantized import Quantized, as_tensor, quantize
-from arm_core.spec import ClassifierSpec, ModelSpec
-from arm_core.tensor_file import Tensor
+from arm_core.files.quantized import Quantized, as_tensor, quantize
+from arm_core.files.safetensors import Tensor
+from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 QUANTIZED = ("in_proj.weight", "out_proj.weight", "mlp.w1.weight", "mlp.w2.weight", "mlp.w3.weight")
 """Ends of the names of what is quantized: the matrices shared by all tokens and directions, over nine

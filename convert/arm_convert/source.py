@@ -15,10 +15,10 @@ from typing import Any
 from arm_convert import hub
 from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
-from arm_core.checkpoint import EMA, FOLDER, MANIFEST, newest_folder, verify
-from arm_core.model_files import parse_config, read_model
-from arm_core.spec import ModelSpec
-from arm_core.tensor_file import BadFileError, Tensor, check_names, read_tensors
+from arm_core.files.model_folder import parse_config, read_model
+from arm_core.files.safetensors import BadFileError, Tensor, check_names, read_tensors
+from arm_core.model.spec import ModelSpec
+from arm_core.training.checkpoint import EMA, FOLDER, MANIFEST, newest_folder, verify
 
 LAYOUT_KEY, CONFIG_KEY = "arm.layout", "arm.config"
 """Metadata by which a file that we exported says what it holds."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from arm_convert.torch_file import STORAGES
-from arm_core.tensor_file import DTYPES, Shape, Tensor
+from arm_core.files.safetensors import DTYPES, Shape, Tensor
 
 _CLASSES = {dtype: name for name, dtype in STORAGES.items()}
 _TIME = (1980, 1, 1, 0, 0, 0)  # a constant, so that equal content gives equal bytes

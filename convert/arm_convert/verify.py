@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.backend import Array, Backend, Batch, EngineOptions, choose_backend, installed_backends
-from arm_core.cost import PATTERNS
-from arm_core.parameters import Stream
-from arm_core.reference.model import forward
-from arm_core.spec import ClassifierSpec, ModelSpec, kind_of
+from arm_core.engine.protocol import Array, Backend, Batch, EngineOptions
+from arm_core.engine.registry import choose_backend, installed_backends
+from arm_core.model.cost import PATTERNS
+from arm_core.model.reference.model import forward
+from arm_core.model.rng import KeyedRng
+from arm_core.model.spec import ClassifierSpec, ModelSpec, kind_of
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -81,11 +82,11 @@ def fixed_batch(spec: ModelSpec, size: int, seed: int) -> Batch:
     """The same standard normal images, and classes for a classifier, on every machine."""
     height, width = spec.image_size
     shape = (size, height, width, spec.encoder.channels)
-    stream = Stream(seed, "verify")
-    images = stream.normal(int(np.prod(shape))).reshape(shape).astype(np.float32)
+    rng = KeyedRng(seed, "verify")
+    images = rng.normal(int(np.prod(shape))).reshape(shape).astype(np.float32)
     if not isinstance(spec, ClassifierSpec):
         return Batch(images=images)
-    labels = (stream.uniform(size) * spec.classes).astype(int)
+    labels = (rng.uniform(size) * spec.classes).astype(int)
     return Batch(images=images, targets=np.eye(spec.classes, dtype=np.float32)[labels])
 
 

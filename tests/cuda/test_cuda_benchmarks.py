@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 
 from torch_scans import assert_close  # noqa: E402
 
-from arm_core.parameters import initial_parameters  # noqa: E402
-from arm_core.spec import DIRECTIONS, ClassifierSpec, EncoderSpec  # noqa: E402
-from arm_core.tokens import direction_orders  # noqa: E402
+from arm_core.model.parameters import initial_parameters  # noqa: E402
+from arm_core.model.spec import DIRECTIONS, ClassifierSpec, EncoderSpec  # noqa: E402
+from arm_core.model.tokens import direction_orders  # noqa: E402
 from arm_cuda.model import Mixer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

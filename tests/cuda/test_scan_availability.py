@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from arm_core.backend import choose_scan  # noqa: E402
+from arm_core.engine.scans import choose_scan  # noqa: E402
 from arm_cuda import mamba_ssm, scan  # noqa: E402
 from arm_cuda.triton import availability  # noqa: E402
 

@@ -24,10 +24,11 @@ from torch_scans import (  # noqa: E402
     run,
 )
 
-from arm_core.backend import Batch, Compile, EngineOptions, choose_scan  # noqa: E402
-from arm_core.optimizer import OptimizerSettings  # noqa: E402
-from arm_core.parameters import initial_parameters  # noqa: E402
-from arm_core.spec import ClassifierSpec, EncoderSpec, PretrainSpec  # noqa: E402
+from arm_core.engine.optimizer import OptimizerSettings  # noqa: E402
+from arm_core.engine.protocol import Batch, Compile, EngineOptions  # noqa: E402
+from arm_core.engine.scans import choose_scan  # noqa: E402
+from arm_core.model.parameters import initial_parameters  # noqa: E402
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec  # noqa: E402
 from arm_cuda import scan as scans  # noqa: E402
 from arm_cuda.engine import TorchEngine  # noqa: E402
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch_scans import CONV, SCAN, assert_close, inputs  # noqa: E402
 
-from arm_core.parameters import initial_parameters  # noqa: E402
-from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec  # noqa: E402
+from arm_core.model.parameters import initial_parameters  # noqa: E402
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec  # noqa: E402
 from arm_cuda.model import build_model  # noqa: E402
 from arm_cuda.triton import operators  # noqa: E402
 

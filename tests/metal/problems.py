@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arm_core.reference.scan import F64, sigmoid, silu, softplus
+from arm_core.model.reference.scan import F64, sigmoid, silu, softplus
 
 CONV = ("x", "weight", "bias")
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")

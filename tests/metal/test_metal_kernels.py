@@ -99,7 +99,7 @@ def test_the_order_of_tokens_is_followed(metal: Any) -> None:
 @pytest.mark.parametrize("operator", COUNTERPARTS)
 def test_the_exact_gradients_follow_the_reference(operator: str) -> None:
     """The yardstick itself: its values and slopes are those of arm_core's loop."""
-    from arm_core.reference import scan as reference
+    from arm_core.model.reference import scan as reference
 
     names = CONV if operator == "directional_conv" else SCAN
     values = problems.inputs(Case(length=5, channels=3, directions=2, batch=2, states=2, taps=3))

@@ -12,7 +12,7 @@ mx = pytest.importorskip("mlx.core", reason="needs MLX")
 import problems  # noqa: E402
 from problems import CONV, SCAN, Case  # noqa: E402
 
-from arm_core.backend import choose_scan  # noqa: E402
+from arm_core.engine.scans import choose_scan  # noqa: E402
 from arm_mlx import scan as scans  # noqa: E402
 from arm_mlx.metal import launch, sources, tuning  # noqa: E402
 from arm_mlx.metal.tuning import TABLE, Tuning, tuning_for  # noqa: E402

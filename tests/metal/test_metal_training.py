@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arm_core.backend import Batch, Compile, EngineOptions
-from arm_core.optimizer import OptimizerSettings
-from arm_core.parameters import initial_parameters
-from arm_core.spec import ModelSpec, PretrainSpec
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Batch, Compile, EngineOptions
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.spec import ModelSpec, PretrainSpec
 from arm_mlx import backend
 
 mx = pytest.importorskip("mlx.core", reason="needs MLX")

@@ -7,8 +7,8 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="needs MLX")
 
-from arm_core.scan_timing import ScanShape  # noqa: E402
-from arm_core.spec import ClassifierSpec  # noqa: E402
+from arm_core.engine.scan_timing import ScanShape  # noqa: E402
+from arm_core.model.spec import ClassifierSpec  # noqa: E402
 from arm_mlx import scan as scans  # noqa: E402
 from arm_mlx import scan_timer  # noqa: E402
 from arm_mlx.metal.tuning import MAX_OWN_VALUES, STATES, TABLE, Tuning, candidates  # noqa: E402

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from arm_core import cpu_scan
+from arm_core import cpu_kernels
 
 
 def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
@@ -57,7 +57,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         a, b = torch.addmm(b1, x, w1.mT), torch.addmm(b2, x, w2.mT)
         ctx.save_for_backward(x, w1, w2, a, b)
-        out = cpu_scan.swiglu_forward(a.numpy(), b.numpy(), threads=torch.get_num_threads())
+        out = cpu_kernels.swiglu_forward(a.numpy(), b.numpy(), threads=torch.get_num_threads())
         return torch.from_numpy(out)
 
     @staticmethod
@@ -65,7 +65,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, w1, w2, a, b = ctx.saved_tensors
         arrays = (t.numpy() for t in (grad, a, b))
-        gradients = cpu_scan.swiglu_backward(*arrays, threads=torch.get_num_threads())
+        gradients = cpu_kernels.swiglu_backward(*arrays, threads=torch.get_num_threads())
         grad_a, grad_b = (torch.from_numpy(g) for g in gradients)
         grad_x = torch.mm(grad_a, w1).addmm_(grad_b, w2)
         return grad_x, grad_a.mT @ x, grad_a.sum(0), grad_b.mT @ x, grad_b.sum(0)

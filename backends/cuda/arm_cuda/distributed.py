@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arm_core.ranks import ALONE, Alone, RankLost, Ranks
+from arm_core.engine.ranks import ALONE, Alone, RankLost, Ranks
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -33,7 +33,7 @@ threads while holding the lock that they wait for."""
 
 @dataclass(frozen=True)
 class TorchRanks:
-    """A job of several processes; see `arm_core.ranks.Ranks`."""
+    """A job of several processes; see `arm_core.engine.ranks.Ranks`."""
 
     rank: int
     world: int

@@ -1,4 +1,4 @@
-"""The torch engine: one model behind the `arm_core.backend.Engine` protocol.
+"""The torch engine: one model behind the `arm_core.engine.protocol.Engine` protocol.
 
 It runs on a CPU or one NVIDIA GPU, or on one of each of several processes (`arm_cuda.distributed`).
 """
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from arm_core import cpu_scan
-from arm_core.backend import (
+from arm_core import cpu_kernels
+from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
+from arm_core.engine.protocol import (
     Array,
     Batch,
     Compile,
@@ -27,13 +28,12 @@ from arm_core.backend import (
     Precision,
     StepResult,
     TrainingState,
-    choose_scan,
 )
-from arm_core.cost import step_memory
-from arm_core.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
-from arm_core.parameters import check_parameters
-from arm_core.ranks import ALONE, Ranks
-from arm_core.spec import ModelSpec
+from arm_core.engine.ranks import ALONE, Ranks
+from arm_core.engine.scans import choose_scan
+from arm_core.model.cost import step_memory
+from arm_core.model.parameters import check_parameters
+from arm_core.model.spec import ModelSpec
 from arm_cuda.distributed import local_device, naming_lost_ranks, place
 from arm_cuda.execution import check_execution, execute
 from arm_cuda.model import build_model, soft_cross_entropy
@@ -116,7 +116,7 @@ class TorchEngine:
         check_execution(options, self.scan, self._device)
         if self._device.type == "cpu":
             threads = options.threads or torch.get_num_threads()
-            cpu_scan.start_threads()  # resets torch's count, and the count decides the last bits of a sum
+            cpu_kernels.start_threads()  # resets torch's count, and the count decides the last bits of a sum
             torch.set_num_threads(threads)
             keep_freed_memory()
         on_gpu = self._device.type == "cuda"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arm_core.backend import Compile, EngineOptions
+from arm_core.engine.protocol import Compile, EngineOptions
 
 COMPILABLE = ("triton", "reference")
 """Scans that torch's compiler can look through, or that are custom operators with shapes of their own."""

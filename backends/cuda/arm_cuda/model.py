@@ -2,7 +2,7 @@
 
 Sizes in comments: B images, T tokens, D width, K directions, R dt rank, N states, E decoder width.
 Every forward takes `seen`, a dict that collects the intermediate tensors named in
-`arm_core.reference.model`, or None to collect nothing.
+`arm_core.model.reference.model`, or None to collect nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 
-from arm_core.parameters import parameter_table
-from arm_core.reference.model import TARGET_EPS
-from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
-from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
+from arm_core.model.parameters import parameter_table
+from arm_core.model.reference.model import TARGET_EPS
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
+from arm_core.model.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
 from arm_cuda.cpu_fusion import project, project_and_pass, swiglu
 from arm_cuda.scan import directional_conv, selective_scan
 

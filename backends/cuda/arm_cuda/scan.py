@@ -1,6 +1,6 @@
 """The mixer's two sequence operators in torch, by implementation.
 
-`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.reference.scan`
+`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.model.reference.scan`
 states, with every gradient. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from arm_core import cpu_scan
+from arm_core import cpu_kernels
 from arm_cuda import mamba_ssm
 from arm_cuda.triton import availability
 
@@ -146,14 +146,14 @@ class _CpuConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        u = cpu_scan.conv_forward(*_arrays(*tensors), threads=torch.get_num_threads())
+        u = cpu_kernels.conv_forward(*_arrays(*tensors), threads=torch.get_num_threads())
         return torch.from_numpy(u).to(tensors[0].dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        gradients = cpu_scan.conv_backward(*_arrays(grad_u, *tensors), threads=torch.get_num_threads())
+        gradients = cpu_kernels.conv_backward(*_arrays(grad_u, *tensors), threads=torch.get_num_threads())
         return *_like(gradients, tensors), None
 
 
@@ -161,7 +161,7 @@ class _CpuScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keep: bool, *tensors: Tensor) -> Tensor:
         arrays = _arrays(*tensors)
-        out, residuals = cpu_scan.scan_forward(*arrays, keep=keep, threads=torch.get_num_threads())
+        out, residuals = cpu_kernels.scan_forward(*arrays, keep=keep, threads=torch.get_num_threads())
         ctx.save_for_backward(*tensors)
         ctx.residuals = residuals
         return torch.from_numpy(out).to(tensors[0].dtype)
@@ -171,7 +171,7 @@ class _CpuScan(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         grad, *arrays = _arrays(grad_out, *tensors)
-        gradients = cpu_scan.scan_backward(grad, ctx.residuals, *arrays, threads=torch.get_num_threads())
+        gradients = cpu_kernels.scan_backward(grad, ctx.residuals, *arrays, threads=torch.get_num_threads())
         return None, *_like(gradients, tensors), None
 
 

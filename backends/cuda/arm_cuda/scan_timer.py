@@ -1,4 +1,4 @@
-"""Times the scans of the torch engine: `arm_core.scan_timing.ScanTimer`."""
+"""Times the scans of the torch engine: `arm_core.engine.scan_timing.ScanTimer`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from arm_core.backend import choose_scan
-from arm_core.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
+from arm_core.engine.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
+from arm_core.engine.scans import choose_scan
 from arm_cuda.engine import resolve_device
 from arm_cuda.scan import scans, selective_scan
 

@@ -8,16 +8,16 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from arm_core.backend import Array, Engine, EngineOptions
-from arm_core.optimizer import OptimizerSettings
-from arm_core.ranks import ALONE, Ranks
-from arm_core.scan_timing import ScanTimer
-from arm_core.spec import ModelSpec
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Array, Engine, EngineOptions
+from arm_core.engine.ranks import ALONE, Ranks
+from arm_core.engine.scan_timing import ScanTimer
+from arm_core.model.spec import ModelSpec
 from arm_mlx import blas
 
 
 class MlxBackend:
-    """Implements `arm_core.backend.Backend`; MLX is imported by the methods that need it."""
+    """Implements `arm_core.engine.protocol.Backend`; MLX is imported by the methods that need it."""
 
     name = "mlx"
 

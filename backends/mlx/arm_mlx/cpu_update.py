@@ -17,9 +17,9 @@ import mlx.core as mx
 import numba as nb
 import numpy as np
 
-from arm_core import cpu_scan
-from arm_core.backend import Array
-from arm_core.optimizer import CLIP_EPS, OptimizerSettings, ParameterGroup
+from arm_core import cpu_kernels
+from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, ParameterGroup
+from arm_core.engine.protocol import Array
 from arm_mlx.update import Arrays, Moments
 
 CHUNK = 1 << 14
@@ -54,7 +54,7 @@ def update(
         for name in group.names:
             kept = (_view(a[name]) for a in (parameters, moments.exp_avg, moments.exp_avg_sq))
             ema = _view(moments.ema[name]) if moments.ema else np.empty(0, np.float32)
-            cpu_scan.run(_adamw, None, *kept, ema, views[name], scalars)
+            cpu_kernels.run(_adamw, None, *kept, ema, views[name], scalars)
     return parameters, mx.array(float(norm))
 
 
@@ -62,7 +62,7 @@ def gradient_norm(gradients: Iterable[Array]) -> np.float32:
     """L2 norm over all gradients of one axis; infinite where their squares are too large for float32."""
     total = np.zeros(1, np.float64)
     for gradient in gradients:
-        cpu_scan.run(_add_squares, None, gradient, total)
+        cpu_kernels.run(_add_squares, None, gradient, total)
     with np.errstate(over="ignore"):
         return np.float32(np.sqrt(total[0].astype(np.float32)))
 

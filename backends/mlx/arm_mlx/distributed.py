@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from arm_core.ranks import ALONE, RankLost, Ranks
+from arm_core.engine.ranks import ALONE, RankLost, Ranks
 
 PIECE = 8 << 20
 """Numbers that are sent together: fewer, larger messages, at the price of copies of this size."""
@@ -26,7 +26,7 @@ LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class MlxRanks:
-    """Implements `arm_core.ranks.Ranks` on an MLX group."""
+    """Implements `arm_core.engine.ranks.Ranks` on an MLX group."""
 
     restarts = 0
     """`mlx.launch` starts no job again."""

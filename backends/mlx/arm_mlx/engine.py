@@ -1,4 +1,4 @@
-"""The MLX engine: one model on one device, behind the `arm_core.backend.Engine` protocol."""
+"""The MLX engine: one model on one device, behind the `arm_core.engine.protocol.Engine` protocol."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from arm_core import cpu_scan
-from arm_core.backend import (
+from arm_core import cpu_kernels
+from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
+from arm_core.engine.protocol import (
     Array,
     Batch,
     Compile,
@@ -22,13 +23,12 @@ from arm_core.backend import (
     Precision,
     StepResult,
     TrainingState,
-    choose_scan,
 )
-from arm_core.optimizer import OptimizerSettings, parameter_groups
-from arm_core.parameters import check_parameters
-from arm_core.quantized import Quantized
-from arm_core.ranks import ALONE, Ranks
-from arm_core.spec import ClassifierSpec, ModelSpec
+from arm_core.engine.ranks import ALONE, Ranks
+from arm_core.engine.scans import choose_scan
+from arm_core.files.quantized import Quantized
+from arm_core.model.parameters import check_parameters
+from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_mlx import blas, cpu_update, update
 from arm_mlx.distributed import MlxRanks
 from arm_mlx.model import build_model, named, soft_cross_entropy
@@ -59,7 +59,7 @@ def resolve_device(name: str) -> mx.Device:
 
 def set_threads(count: int) -> None:
     """Honour `EngineOptions.threads` where MLX lets us: in the CPU scan and in OpenBLAS's products."""
-    cpu_scan.set_threads(count)
+    cpu_kernels.set_threads(count)
     if not blas.set_threads(count):
         log.warning("threads=%d reaches the scan alone: %s has no such setting", count, blas.load().library)
 

@@ -2,7 +2,7 @@
 
 Sizes in comments: B images, T tokens, D width, K directions, R dt rank, N states, E decoder width.
 Every forward takes `seen`, a dict that collects the intermediate tensors named in
-`arm_core.reference.model`, or None to collect nothing. Element-wise functions are written out: those of
+`arm_core.model.reference.model`, or None to collect nothing. Element-wise functions are written out: those of
 `mlx.nn` are compiled at their first call, which on Linux needs a C++ compiler.
 """
 
@@ -17,11 +17,11 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from arm_core.parameters import parameter_table
-from arm_core.quantized import Quantized
-from arm_core.reference.model import TARGET_EPS
-from arm_core.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
-from arm_core.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
+from arm_core.files.quantized import Quantized
+from arm_core.model.parameters import parameter_table
+from arm_core.model.reference.model import TARGET_EPS
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
+from arm_core.model.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
 from arm_mlx.scan import directional_conv, selective_scan
 from arm_mlx.swiglu import swiglu
 

@@ -1,6 +1,6 @@
 """The mixer's two sequence operators in MLX, by implementation.
 
-`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.reference.scan`
+`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.model.reference.scan`
 states, with every gradient. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
 """
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from arm_core import cpu_scan
+from arm_core import cpu_kernels
 from arm_mlx import metal
 
 Gradients = tuple[mx.array | None, ...]
@@ -219,24 +219,24 @@ def _cpu_conv(*inputs: mx.array) -> mx.array:
 def _cpu_scan(*inputs: mx.array, keep: bool) -> mx.array:
     if keep:
         return _first(_cpu_scan_function(*inputs))
-    out, _ = cpu_scan.scan_forward(*evaluated(*inputs), keep=False)
+    out, _ = cpu_kernels.scan_forward(*evaluated(*inputs), keep=False)
     return mx.array(out)
 
 
 @mx.custom_function
 def _cpu_conv_function(*inputs: mx.array) -> mx.array:
-    return mx.array(cpu_scan.conv_forward(*evaluated(*inputs)))
+    return mx.array(cpu_kernels.conv_forward(*evaluated(*inputs)))
 
 
 @_cpu_conv_function.vjp
 def _cpu_conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> Gradients:
-    gradients = cpu_scan.conv_backward(*evaluated(grad_u, *inputs))
+    gradients = cpu_kernels.conv_backward(*evaluated(grad_u, *inputs))
     return *map(mx.array, gradients), None
 
 
 @mx.custom_function
 def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
-    out, residuals = cpu_scan.scan_forward(*evaluated(*inputs), keep=True)
+    out, residuals = cpu_kernels.scan_forward(*evaluated(*inputs), keep=True)
     assert residuals is not None
     return mx.array(out), mx.array(residuals.mean), mx.array(residuals.states)
 
@@ -246,7 +246,7 @@ def _cpu_scan_vjp(
     inputs: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
 ) -> Gradients:
     grad, mean, states, *arrays = evaluated(cotangents[0], *outputs[1:], *inputs)
-    gradients = cpu_scan.scan_backward(grad, cpu_scan.ScanResiduals(mean, states), *arrays)
+    gradients = cpu_kernels.scan_backward(grad, cpu_kernels.ScanResiduals(mean, states), *arrays)
     return *map(mx.array, gradients), None
 
 

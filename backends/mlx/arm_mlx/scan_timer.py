@@ -1,4 +1,4 @@
-"""Times the scans of the MLX engine: `arm_core.scan_timing.ScanTimer`."""
+"""Times the scans of the MLX engine: `arm_core.engine.scan_timing.ScanTimer`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from arm_core.backend import choose_scan
-from arm_core.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
+from arm_core.engine.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
+from arm_core.engine.scans import choose_scan
 from arm_mlx.engine import resolve_device
 from arm_mlx.metal.operators import architecture, scan_function
 from arm_mlx.metal.tuning import candidates

@@ -7,7 +7,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from arm_core import cpu_scan
+from arm_core import cpu_kernels
 from arm_mlx.scan import evaluated, silu
 
 
@@ -24,9 +24,9 @@ def swiglu(a: mx.array, b: mx.array, *, impl: str) -> mx.array:
 
 @mx.custom_function
 def _cpu_swiglu(a: mx.array, b: mx.array) -> mx.array:
-    return mx.array(cpu_scan.swiglu_forward(*evaluated(a, b)))
+    return mx.array(cpu_kernels.swiglu_forward(*evaluated(a, b)))
 
 
 @_cpu_swiglu.vjp
 def _cpu_swiglu_vjp(inputs: Sequence[mx.array], grad: mx.array, out: mx.array) -> tuple[mx.array, ...]:
-    return tuple(map(mx.array, cpu_scan.swiglu_backward(*evaluated(grad, *inputs))))
+    return tuple(map(mx.array, cpu_kernels.swiglu_backward(*evaluated(grad, *inputs))))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from arm_core.backend import Array
-from arm_core.optimizer import CLIP_EPS, OptimizerSettings, ParameterGroup
+from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, ParameterGroup
+from arm_core.engine.protocol import Array
 
 Arrays = dict[str, mx.array]
 

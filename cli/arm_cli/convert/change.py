@@ -55,8 +55,8 @@ def to_classifier(
     from dataclasses import replace
 
     from arm_convert import adapt
-    from arm_convert.metadata import CLASSES, with_history, without
-    from arm_core.spec import DIRECTIONS, ClassifierSpec, Pooling
+    from arm_core.files.metadata import CLASSES, with_history, without
+    from arm_core.model.spec import DIRECTIONS, ClassifierSpec, Pooling
 
     found = open_model(model, weights)
     changes = {
@@ -103,7 +103,7 @@ def resize(
     pretraining model's tables are computed for the new size.
     """
     from arm_convert import adapt
-    from arm_convert.metadata import with_history
+    from arm_core.files.metadata import with_history
 
     if image_size is None:
         raise ValueError("say the new size with --image-size")
@@ -126,7 +126,7 @@ def cast(model: str, out: str, dtype: str, weights: str, force: bool, shard_size
     The scan's A_log, D and dt bias stay float32.
     """
     from arm_convert import adapt
-    from arm_convert.metadata import with_history
+    from arm_core.files.metadata import with_history
 
     found = open_model(model, weights)
     tensors = adapt.cast(found.tensors, TYPES[dtype])
@@ -166,8 +166,8 @@ def quantize(
 
     from arm_cli.convert.report import report_change
     from arm_cli.evaluate import DIGITS
-    from arm_convert.metadata import with_history
     from arm_convert.quantize import quantize_model
+    from arm_core.files.metadata import with_history
 
     if data is not None and data != DIGITS and not Path(data).is_dir():
         raise ValueError(f"{data}: no such folder of images")
@@ -193,7 +193,7 @@ def average(models: tuple[str, ...], out: str, weights: str, force: bool, shard_
     from pathlib import Path
 
     from arm_convert import adapt
-    from arm_convert.metadata import with_history
+    from arm_core.files.metadata import with_history
 
     if len(models) < 2:
         raise ValueError("an average needs two models or more, and OUT after them")

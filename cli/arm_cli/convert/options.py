@@ -13,8 +13,8 @@ import click
 if TYPE_CHECKING:
     from arm_convert.importing import Resolved
     from arm_convert.source import Source
-    from arm_core.spec import ModelSpec
-    from arm_core.tensor_file import Tensor
+    from arm_core.files.safetensors import Tensor
+    from arm_core.model.spec import ModelSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,8 +100,8 @@ def write_changed(
 ) -> None:
     """Write a model folder with its card, and say so."""
     from arm_convert.card import model_card
-    from arm_core.model_files import write_model
-    from arm_core.parameters import count_parameters
+    from arm_core.files.model_folder import write_model
+    from arm_core.model.parameters import count_parameters
 
     card = model_card(spec, metadata)
     write_model(out, spec, tensors, metadata=metadata, force=force, shard_size=shard_size, card=card)
@@ -113,7 +113,7 @@ def changes_model(command: F) -> F:
 
     @functools.wraps(command)
     def checked(*args: Any, out: str, force: bool, **others: Any) -> Any:
-        from arm_core.model_files import check_new
+        from arm_core.files.model_folder import check_new
 
         check_new(Path(out), force=force)
         return command(*args, out=out, force=force, **others)

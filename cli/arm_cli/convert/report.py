@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from arm_cli.options import EngineChoice
     from arm_convert.importing import Resolved
-    from arm_core.backend import Engine
+    from arm_core.engine.protocol import Engine
 
 NOISE_IMAGES = 8
 """Images of the fixed batch that stands in for data."""
@@ -51,7 +51,7 @@ def _accuracy(runner: Engine, out: str, data: str) -> float:
     from arm_cli.models import open_model
     from arm_cli.progress import Counter
     from arm_core.data.loader import EvalLoader
-    from arm_core.evaluation import evaluate
+    from arm_core.training.evaluation import evaluate
 
     opened = open_model(out)
     source = open_data(data, opened)

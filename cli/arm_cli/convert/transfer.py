@@ -54,7 +54,7 @@ def import_command(
     not needed. Whatever the file holds beyond the model is listed.
     """
     from arm_convert.importing import Weights, import_model, resolve
-    from arm_core.spec import Pooling
+    from arm_core.model.spec import Pooling
 
     opened = open_named(source)
     resolved = resolve(
@@ -153,7 +153,7 @@ def push(model: str, target: str, weights: str, private: bool, message: str, sha
     from arm_convert.hub import parse_address
     from arm_convert.hub import push as upload
     from arm_convert.importing import Weights, resolve
-    from arm_core.model_files import write_model
+    from arm_core.files.model_folder import write_model
 
     parse_address(target)
     source = open_named(model)

@@ -1,0 +1,225 @@
+"""What the core asks of a backend, and how backends are found.
+
+A backend is a pure function of (parameters, batch, settings): order, augmentation, mixing, drop-path
+masks, schedules and initial values are computed in `arm_core` and handed over as NumPy arrays. That
+makes two backends comparable step by step, and a run portable between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.ranks import ALONE, Ranks
+from arm_core.engine.scan_timing import ScanTimer
+from arm_core.model.spec import ModelSpec
+
+Array = npt.NDArray[np.float32]
+
+
+class Precision(StrEnum):
+    """Type of the matrix products; master weights, scan state, A, D and dt stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Compile(StrEnum):
+    """What a backend's compiler is given."""
+
+    AUTO = "auto"
+    """What pays on the device: MLX compiles its whole step on an Apple GPU, and nothing else is."""
+    NONE = "none"
+    BLOCKS = "blocks"
+    """Each block by itself: one compilation serves all of them."""
+    MODEL = "model"
+    """The whole forward and backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a backend runs a model; nothing here changes the maths.
+
+    A backend refuses with a ValueError what it does not offer.
+    """
+
+    device: str = "auto"
+    """`auto`, `cpu`, or a device name of the backend (`gpu` for MLX, `cuda` or `cuda:1` for torch)."""
+    scan: str = "auto"
+    """Name of the scan implementation; `auto` lets the backend decide once."""
+    precision: Precision = Precision.FLOAT32
+    threads: int | None = None
+    """CPU threads; None leaves the libraries' own choice."""
+    compile: Compile = Compile.AUTO
+    recompute: bool = False
+    """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer state over the ranks instead of repeating them on each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch as a backend sees it."""
+
+    images: Array
+    """(B, H, W, 3), normalised."""
+    targets: Array | None = None
+    """(B, classes) probabilities for a classifier (smoothing and mixing included), None in pretraining."""
+    branch_scale: Array | None = None
+    """(depth, 2, B) factors of the mixer and MLP branches: 0 for a dropped path, else 1 / (1 - rate).
+    None for no drop path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a training step reports."""
+
+    loss: float
+    """Mean over the micro-batches, before the update."""
+    grad_norm: float
+    """L2 norm over all trainable gradients, before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+class OutOfMemory(ValueError):  # noqa: N818
+    """The device has no room for a batch; the state is that of before.
+
+    available: bytes of the device.  shape: of the images.  fitting: images that the cost model has room
+    for in training, None for a pass without gradients, which takes little and is not modelled.
+    """
+
+    def __init__(
+        self, device: str, available: int, shape: tuple[int, ...], *, fitting: int | None = None
+    ) -> None:
+        images, height, width = shape[:3]
+        self.fitting = fitting
+        words = (
+            f"{device}: out of memory ({available / 2**30:.3g} GiB) with {images} images of {height}x{width}"
+        )
+        if fitting is None:
+            words += " at a time; choose a smaller batch"
+        elif fitting < images:
+            words += f" at a time; by the cost model about {fitting} fit"
+        else:
+            words += (
+                f" at a time, though by the cost model {fitting} fit: does something else use the device?"
+            )
+        super().__init__(words)
+
+
+class PendingStep(Protocol):
+    """A training step under way; `result()` waits for the device."""
+
+    def result(self) -> StepResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything a step changes, by parameter name; moments and EMA cover the trainable ones."""
+
+    parameters: Mapping[str, Array]
+    exp_avg: Mapping[str, Array] = field(default_factory=dict)
+    exp_avg_sq: Mapping[str, Array] = field(default_factory=dict)
+    ema: Mapping[str, Array] = field(default_factory=dict)
+    """Empty unless an EMA is kept."""
+
+
+class Engine(Protocol):
+    """One model on one device, or on one device of each rank of a job (`arm_core.engine.ranks`).
+
+    Several ranks call every method at the same point of their work and, since sharded weights are
+    gathered for a pass, `forward` and `loss_and_gradients` equally often. Each gives its own batches.
+    """
+
+    spec: ModelSpec
+    device: str
+    """In words, for people and for the run's record."""
+    scan: str
+    """The scan implementation in use; never `auto`."""
+    compile: Compile
+    """What is compiled; never `AUTO`."""
+
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        """Inference on (B, H, W, 3) normalised images, as float32 arrays.
+
+        A classifier returns `features` (B, D), the pooled vector before the head, and `logits`
+        (B, classes). A pretraining model returns `encoder` (B, tokens, decoder width, decoder depth),
+        `prediction` (B, tokens, patch values), `loss_per_token` (tokens,) and `loss` ().
+        `intermediates` adds the tensors named in `arm_core.model.reference.model`.
+        """
+
+    def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
+        """Loss and the gradient of every trainable parameter, by name; nothing is updated.
+
+        With several ranks the gradients may be the mean over their batches.
+        """
+
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+    ) -> PendingStep:
+        """One AdamW update from the mean gradient of the micro-batches of all ranks.
+
+        step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
+        of: micro-batches of all ranks together, which need not have equally many; each has one at least.
+        None stands for those given. Loss and gradient norm are those of the whole update, on every rank.
+        A non-finite loss or gradient norm leaves the state as it was.
+        """
+
+    def exchange_average(self) -> None:
+        """Swap the trainable weights with their moving average; a second call swaps them back."""
+
+    def export_state(self) -> TrainingState:
+        """Copies in host memory: of everything on rank 0, perhaps of nothing on other ranks."""
+
+    def load_state(self, state: TrainingState) -> None:
+        """Replace parameters (checked against the table), moments and EMA; every rank gives all of them."""
+
+
+class Backend(Protocol):
+    """A framework as found through the entry point; importing it must not import the framework."""
+
+    name: str
+
+    def missing(self) -> str | None:
+        """None where the framework can be used, else a sentence: what is missing, what to install."""
+
+    def version(self) -> str: ...
+
+    def devices(self) -> list[str]:
+        """Device names, the one that `auto` takes first."""
+
+    def cpu_products(self) -> tuple[str, str | None]:
+        """The library of matrix products on the CPU, and what would make them faster (None: nothing)."""
+
+    def scans(self, device: str) -> Mapping[str, str | None]:
+        """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
+
+    def scan_timer(self, device: str) -> ScanTimer:
+        """What measures the scans alone on a device. Raises ValueError where the device is not there."""
+
+    def join(self, device: str) -> Ranks:
+        """The job that a launcher made this process a part of, else `ALONE`; once per process.
+
+        device: as in `EngineOptions`; it decides what the ranks talk through. Raises ValueError where the
+        launcher's description of the job is broken, or the device is not there for this rank.
+        """
+
+    def create_engine(
+        self,
+        spec: ModelSpec,
+        parameters: Mapping[str, Array],
+        *,
+        optimizer: OptimizerSettings | None = None,
+        options: EngineOptions | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Engine:
+        """ranks: from `join`, for an engine that trains together with those of the other ranks."""

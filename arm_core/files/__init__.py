@@ -1,0 +1,1 @@
+"""Models on the disk: safetensors, model folders, headers, quantized tensors. Imports model."""

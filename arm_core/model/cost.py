@@ -1,0 +1,193 @@
+"""What a model costs: parameters, multiply-adds and kept activations, part by part, from its spec alone.
+
+Multiply-adds are those of one image through one forward pass: every matrix product, the convolution
+(one per channel and tap), and four per channel, state and step of the scan (dt A, the state's update,
+its input, C h). Norms, gates, exponentials and sums are left out; a training step is about three
+forward passes.
+
+Activations are the values that a training step keeps for its gradients: the inputs of every product,
+norm and activation function, and for the scan its operands and one state every `CHECKPOINT` steps. An
+engine that recomputes more keeps fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from arm_core.model.parameters import parameter_table
+from arm_core.model.spec import TAP_DEPTHS, ClassifierSpec, ModelSpec, PretrainSpec
+
+CHECKPOINT = 16
+"""Steps between the states that a scan's forward pass keeps."""
+
+OPTIMIZER_BYTES = 16
+"""Float32 weight, gradient and two AdamW moments of a trainable value."""
+
+
+EMA_BYTES = 4
+"""Its moving average."""
+
+SPARE = 0.9
+"""Part of a device's memory that a step can fill: libraries, fragments and passing values take the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """One row of the table: a kind of layer, all its copies together."""
+
+    name: str
+    parameters: int
+    """Trainable values."""
+    fixed: int
+    """Values of position tables that are never updated."""
+    multiply_adds: int
+    """Per image, forward."""
+    activations: int
+    """Values kept per image by a training step."""
+
+
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "patch embedding": ("patch_embed.*", "pos_embed", "cls_token"),
+    "block norms": ("layers.*.norm?.*",),
+    "mixer projections": (
+        "layers.*.mixer.in_proj.*",
+        "layers.*.mixer.x_proj.*",
+        "layers.*.mixer.dt_proj.weight",
+        "layers.*.mixer.out_proj.*",
+    ),
+    "mixer convolution": ("layers.*.mixer.conv.*",),
+    "mixer scan": ("layers.*.mixer.dt_proj.bias", "layers.*.mixer.A_log", "layers.*.mixer.D"),
+    "block MLPs": ("layers.*.mlp.*",),
+    "taps to decoder": ("tap_norms.*", "taps_to_decoder.*"),
+    "decoder attention": (
+        "decoder_pos_embed",
+        "query_token",
+        "decoder.*.norm_query.*",
+        "decoder.*.norm_latent.*",
+        "decoder.*.attention.*",
+    ),
+    "decoder MLPs": ("decoder.*.norm_mlp.*", "decoder.*.mlp.*"),
+    "prediction": ("prediction_norm.*", "prediction.*"),
+    "head": ("norm_f.*", "head.*"),
+}
+"""Parts by name, and the parameters that belong to each; every parameter matches exactly one."""
+
+
+def cost_table(spec: ModelSpec) -> list[PartCost]:
+    """The parts of a model in the order of its data flow."""
+    work = {**_trunk(spec), **(_decoder(spec) if isinstance(spec, PretrainSpec) else _head(spec))}
+    rows = []
+    for name, (multiply_adds, activations) in work.items():
+        owned = [row for row in parameter_table(spec).values() if _part_of(row.name) == name]
+        rows.append(
+            PartCost(
+                name=name,
+                parameters=sum(row.size for row in owned if row.trainable),
+                fixed=sum(row.size for row in owned if not row.trainable),
+                multiply_adds=multiply_adds,
+                activations=activations,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes that a training step takes on one device."""
+
+    state: int
+    """Weights, gradients, moments and average."""
+    per_image: int
+    """What is kept of one image for the gradients."""
+    passing: int
+    """Per image as well, but only while a block is computed again."""
+
+    def total(self, images: int) -> int:
+        """With a micro-batch of `images`."""
+        return self.state + images * (self.per_image + self.passing)
+
+    def fitting(self, available: int) -> int:
+        """Images in the largest micro-batch for a device of `available` bytes; 0 where not one fits."""
+        return max(0, int((SPARE * available - self.state) // (self.per_image + self.passing)))
+
+
+def step_memory(
+    spec: ModelSpec, *, value_bytes: int = 4, average: bool = False, recompute: bool = False, shards: int = 1
+) -> StepMemory:
+    """What a training step holds.
+
+    value_bytes: of a kept value, 2 with bfloat16 products.  average: whether one is kept of the weights.
+    recompute: blocks keep their input (float32) alone.  shards: devices that the state is spread over.
+    """
+    parts = cost_table(spec)
+    fixed = 4 * sum(part.fixed for part in parts)
+    each = OPTIMIZER_BYTES + (EMA_BYTES if average else 0)
+    kept = {part.name: value_bytes * part.activations for part in parts}
+    per_image, passing = sum(kept.values()), 0
+    if recompute:
+        encoder = spec.encoder
+        blocks = sum(size for name, size in kept.items() if name.startswith(("block ", "mixer ")))
+        inputs = 4 * encoder.depth * spec.tokens * encoder.width
+        per_image, passing = per_image - blocks + inputs, blocks // encoder.depth
+    state = (each * sum(part.parameters for part in parts) + fixed) // shards
+    return StepMemory(state=state, per_image=per_image, passing=passing)
+
+
+def _part_of(parameter: str) -> str:
+    (part,) = [p for p, patterns in PATTERNS.items() if any(fnmatch(parameter, one) for one in patterns)]
+    return part
+
+
+Work = dict[str, tuple[int, int]]
+"""Part -> (multiply-adds, kept values), per image."""
+
+
+def _trunk(spec: ModelSpec) -> Work:
+    encoder = spec.encoder
+    width, state, rank, mlp = encoder.width, encoder.state, encoder.dt_rank, encoder.mlp_width
+    # A pretraining model embeds the patches that it reads, a classifier those that are not the class token.
+    patches = spec.tokens if isinstance(spec, PretrainSpec) else spec.patches
+    per_block = encoder.depth * spec.tokens
+    scanned = per_block * spec.directions  # steps of the scan over the whole depth
+    low = rank + 2 * state  # dt before its second product, B and C
+    return {
+        "patch embedding": (patches * encoder.patch_values * width, patches * encoder.patch_values),
+        "block norms": (0, per_block * 2 * width),
+        "mixer projections": (
+            per_block * (2 * width + width) * width + scanned * (width * low + rank * width),
+            per_block * 2 * width + scanned * low,
+        ),
+        # It keeps its input x; its output u is kept by the scan.
+        "mixer convolution": (scanned * width * encoder.conv_width, per_block * width),
+        # u, dt and every CHECKPOINT-th state for each direction; the gate z and what it scales.
+        "mixer scan": (
+            scanned * 4 * width * state,
+            scanned * (2 * width + width * state // CHECKPOINT) + per_block * 2 * width,
+        ),
+        # The two products and what the gate makes of them; its silu is computed again.
+        "block MLPs": (per_block * 3 * width * mlp, per_block * (width + 3 * mlp)),
+    }
+
+
+def _decoder(spec: PretrainSpec) -> Work:
+    width, tokens, patch = spec.decoder_width, spec.tokens, spec.encoder.patch_values
+    taps = len(TAP_DEPTHS) * spec.encoder.width
+    blocks = spec.decoder_depth * tokens
+    return {
+        # Inputs of the norms are the blocks' outputs, which the next block keeps; the last has none.
+        "taps to decoder": (tokens * taps * width * spec.decoder_depth, tokens * (taps + spec.encoder.width)),
+        # Query, key and value, and the output once more after the heads are joined; masked scores are
+        # computed in full.
+        "decoder attention": (
+            blocks * (4 * width * width + 2 * tokens * width),
+            blocks * (2 * 2 * width + 5 * width),
+        ),
+        "decoder MLPs": (blocks * 8 * width * width, blocks * (2 * width + 8 * width)),
+        "prediction": (tokens * width * patch, tokens * (2 * width + patch)),
+    }
+
+
+def _head(spec: ClassifierSpec) -> Work:
+    width = spec.encoder.width
+    return {"head": (width * spec.classes, spec.tokens * width + width)}

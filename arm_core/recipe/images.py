@@ -1,0 +1,51 @@
+"""The images that a recipe's [data] section names."""
+
+from __future__ import annotations
+
+from arm_core.data.digits import Digits, Split
+from arm_core.data.sources import ImageFolder, Source, Synthetic
+from arm_core.recipe.recipe import Recipe, Stage
+from arm_core.recipe.sections import ClassifierModel
+from arm_core.recipe.toml import near_match
+
+SYNTHETIC_IMAGES = {"train": 1024, "eval": 128}
+
+KINDS = ("folder", "digits", "synthetic")
+"""Known values of `data.source`."""
+
+
+def open_sources(recipe: Recipe) -> tuple[Source, Source | None]:
+    """Images to train on, and those to evaluate on (None where the recipe names none).
+
+    `folder` reads `data.path` and `data.eval_path`: one sub-folder per class in finetuning, any images in
+    pretraining. `digits` trains on the training split and evaluates on the validation split, so that the
+    test split stays unseen until `arm evaluate`. `synthetic` makes its images up.
+    Raises ValueError for an unknown kind, a missing path, and settings that another kind would read.
+    """
+    data, labelled = recipe.data, recipe.stage is Stage.FINETUNE
+    if data.source not in KINDS:
+        raise ValueError(f"data.source: unknown {data.source!r}{near_match(data.source, KINDS)}")
+    if data.source != "folder" and (data.path or data.eval_path):
+        raise ValueError(f"data.path and data.eval_path belong to the source 'folder', not {data.source!r}")
+    if data.source != "digits" and data.labels_per_class is not None:
+        raise ValueError(f"data.labels_per_class belongs to the source 'digits', not {data.source!r}")
+    size, seed = _image_size(recipe), recipe.training.seed
+    if data.source == "digits":
+        training = Digits(Split.TRAIN, size=size, seed=seed, labels_per_class=data.labels_per_class)
+        return training, Digits(Split.VALIDATION, size=size)
+    if data.source == "synthetic":
+        return (
+            Synthetic(SYNTHETIC_IMAGES["train"], size, seed=seed),
+            Synthetic(SYNTHETIC_IMAGES["eval"], size, seed=seed + 1),
+        )
+    if data.path is None:
+        raise ValueError("data.path: the recipe names no folder of training images; pass --data FOLDER")
+    train = ImageFolder(data.path, labels=labelled)
+    if data.eval_path is None:
+        return train, None
+    return train, ImageFolder(data.eval_path, labels=labelled, classes=train.classes or None)
+
+
+def _image_size(recipe: Recipe) -> tuple[int, int]:
+    model = recipe.model
+    return recipe.spec(model.classes or 1 if isinstance(model, ClassifierModel) else None).image_size

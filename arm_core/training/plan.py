@@ -1,0 +1,165 @@
+"""What each step of a run is given: batches, drop path, learning rate, all from the recipe and the step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
+from arm_core.data.sources import Source
+from arm_core.engine.protocol import Batch
+from arm_core.engine.ranks import ALONE, Ranks
+from arm_core.model.drop_path import branch_scale
+from arm_core.model.spec import ClassifierSpec, ModelSpec
+from arm_core.recipe.recipe import Recipe
+from arm_core.recipe.schedule import Schedule
+from arm_core.recipe.sections import TrainingSettings
+from arm_core.recipe.toml import Span
+
+
+class WorkersLost(RuntimeError):  # noqa: N818
+    """The processes that prepare images ended: killed, or out of memory. No training step is half done."""
+
+
+@contextmanager
+def _naming_lost_workers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkersLost(f"the processes that prepare images ended: {error}") from error
+
+
+class Plan:
+    """A recipe laid out over a data source.
+
+    With several ranks, rank r makes the micro-batches whose position leaves the remainder r when divided
+    by their number, so that what an update consists of does not depend on how many there are.
+
+    Raises ValueError where they do not fit: too few images for a batch, another number of classes, a
+    warm-up longer than the run, more ranks than an update has micro-batches.
+    """
+
+    def __init__(self, recipe: Recipe, spec: ModelSpec, source: Source, *, ranks: Ranks = ALONE) -> None:
+        self._recipe, self._training, self._spec, self._source = recipe, recipe.training, spec, source
+        self._rank, self._world = ranks.rank, ranks.world
+        _check_shares(self._training, ranks.world)
+        self._classes = spec.classes if isinstance(spec, ClassifierSpec) else None
+        batches = TrainBatches(
+            source=source,
+            transform=recipe.augmentation,
+            size=spec.image_size,
+            batch_size=self._training.micro_batch,
+            seed=self._training.seed,
+            classes=self._classes,
+            mixing=recipe.mixing,
+        )
+        self.steps_per_epoch = Fraction(batches.batches_per_epoch, self._training.accumulation)
+        """Updates in one pass over the data; no whole number where an update straddles two epochs."""
+        length = self._training.length.steps(self.steps_per_epoch)
+        self.total_steps = max(1, math.floor(length))
+        warmup = recipe.schedule.warmup.steps(self.steps_per_epoch)
+        if warmup > length:
+            raise ValueError(
+                f"schedule.warmup of {recipe.schedule.warmup} exceeds the run of {self._training.length} "
+                f"({float(warmup):g} against {float(length):g} steps); shorten it"
+            )
+        self._schedule = Schedule(
+            lr=recipe.lr, min_lr=recipe.schedule.min_lr, warmup=float(warmup), length=float(length)
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update number `step`, from 1: that of the moment where it begins."""
+        return self._schedule.at(step - 1)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` updates."""
+        return round(float(step / self.steps_per_epoch), 4)
+
+    def due(self, every: Span, step: int) -> bool:
+        """Whether `step` is the first at or past a multiple of `every`."""
+        steps = every.steps(self.steps_per_epoch)
+        return step // steps > (step - 1) // steps
+
+    def open(self, position: int, *, workers: int) -> TrainLoader:
+        """This rank's micro-batches from `position` on; close it."""
+        return TrainLoader(
+            self._source,
+            self._recipe.augmentation,
+            size=self._spec.image_size,
+            batch_size=self._training.micro_batch,
+            seed=self._training.seed,
+            classes=self._classes,
+            mixing=self._recipe.mixing,
+            start=position,
+            rank=(self._rank - position) % self._world,
+            world=self._world,
+            workers=workers,
+        )
+
+    def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
+        """This rank's micro-batches of one update, drop path included; `loader` stands at `position`."""
+        update = range(position, position + self._training.accumulation)
+        positions = [p for p in update if p % self._world == self._rank]
+        with _naming_lost_workers():
+            return [self._with_drop_path(next(loader), p) for p in positions]
+
+    def _with_drop_path(self, batch: Batch, position: int) -> Batch:
+        rate, depth = self._training.drop_path, self._spec.encoder.depth
+        if rate == 0:
+            return batch
+        scale = branch_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
+        return replace(batch, branch_scale=scale)
+
+    @staticmethod
+    def eval_batches(loader: EvalLoader) -> Iterator[EvalBatch]:
+        """One pass over a loader."""
+        batches = iter(loader)
+        while True:
+            with _naming_lost_workers():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def eval_loader(self, source: Source) -> EvalLoader:
+        """This rank's batches of `source` for evaluation; ValueError where its classes are others."""
+        if self._classes is not None and source.classes != self._source.classes:
+            raise ValueError(
+                f"the images to evaluate on have other classes ({_some(source.classes)}) "
+                f"than those to train on ({_some(self._source.classes)})"
+            )
+        return EvalLoader(
+            source,
+            self._recipe.eval_transform,
+            size=self._spec.image_size,
+            batch_size=self._training.micro_batch,
+            rank=self._rank,
+            world=self._world,
+            workers=self._recipe.data.workers,
+        )
+
+    def model_metadata(self) -> dict[str, str]:
+        """What a model file says beside its tensors, so that it can be used without its run."""
+        transform = json.dumps(asdict(self._recipe.eval_transform))
+        names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
+        return {"eval_transform": transform, **names}
+
+
+def _check_shares(training: TrainingSettings, world: int) -> None:
+    if world <= training.accumulation:
+        return
+    fitting = next((n for n in range(world, training.batch_size + 1) if training.batch_size % n == 0), None)
+    advice = f"start a new run with --set training.accumulation={fitting}, or " if fitting else ""
+    raise ValueError(
+        f"training.accumulation: an update is made of {training.accumulation} micro-batches of "
+        f"{training.micro_batch} images, too few for {world} processes; {advice}use "
+        f"{training.accumulation} or fewer"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "") or "none"

@@ -1,0 +1,5 @@
+"""The demonstration: `arm demo`, its runs and its report."""
+
+from arm_cli.demo.command import demo
+
+__all__ = ["demo"]

@@ -1,0 +1,56 @@
+"""What a pretraining model predicts, as pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from arm_core.model.reference.model import TARGET_EPS, unfold_patches
+from arm_core.model.spec import PretrainSpec, Target
+from arm_core.model.tokens import patch_order, target_patches
+
+Floats = npt.NDArray[np.floating]
+
+
+def fold_patches(patches: Floats, grid: tuple[int, int], patch: int) -> Floats:
+    """(B, patches, patch * patch * C) in raster order -> (B, H, W, C): undoes `unfold_patches`."""
+    (rows, columns), batch = grid, len(patches)
+    x = patches.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * patch, columns * patch, -1)
+
+
+def predicted_images(spec: PretrainSpec, images: Floats, prediction: Floats) -> Floats:
+    """The images with every predicted patch in its place, (B, H, W, C), normalised like the input.
+
+    images: (B, H, W, C).  prediction: (B, tokens, patch values), as `Engine.forward` returns it.
+    Each cluster was predicted from the true clusters before it. Where the target is normalised, the
+    true mean and deviation of each patch are put back: the model never predicts them. The first
+    cluster in prediction order is given, and stays as it is.
+    """
+    patches = unfold_patches(images, spec.encoder.patch)
+    places = target_patches(spec)
+    if spec.target is Target.NORMALIZED:
+        true = patches[:, places]
+        deviation = np.sqrt(true.var(-1, ddof=1, keepdims=True) + TARGET_EPS)
+        prediction = prediction * deviation + true.mean(-1, keepdims=True)
+    patches[:, places] = prediction
+    return fold_patches(patches, spec.grid, spec.encoder.patch)
+
+
+def dim_given(spec: PretrainSpec, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Mark the given cluster by fading it to white. pixels: (B, H, W, 3)."""
+    patches = unfold_patches(pixels, spec.encoder.patch)
+    given = patch_order(spec)[: spec.patches_per_cluster]
+    patches[:, given] = 0.45 * patches[:, given] + 0.55 * 255.0
+    return fold_patches(patches, spec.grid, spec.encoder.patch).round().astype(np.uint8)
+
+
+def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
+    """An (H, W, 3) picture as a PNG data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,85 @@
+"""Pictures and the page: what the model predicted is where it belongs, and nothing is fetched."""
+
+import numpy as np
+import pytest
+
+from arm_cli.demo.baselines import nearest_class_mean, nearest_neighbour
+from arm_cli.demo.report.figures import Curve, accuracy_figure, loss_figure
+from arm_cli.demo.report.page import Page
+from arm_cli.demo.report.pictures import data_uri, dim_given, fold_patches, predicted_images
+from arm_core.model.reference.model import prediction_target, unfold_patches
+from arm_core.model.spec import EncoderSpec, PredictionOrder, PretrainSpec, Target
+
+
+def spec(target=Target.NORMALIZED):
+    return PretrainSpec(
+        encoder=EncoderSpec(width=16, depth=6, patch=2),
+        image_size=(8, 12),
+        cluster=(2, 3),
+        prediction_order=PredictionOrder.COLUMN_REVERSE,
+        target=target,
+    )
+
+
+def images(seed=0, count=2):
+    return np.random.default_rng(seed).normal(size=(count, 8, 12, 3))
+
+
+def test_folding_undoes_unfolding():
+    x = images()
+    assert (fold_patches(unfold_patches(x, 2), (4, 6), 2) == x).all()
+
+
+@pytest.mark.parametrize("target", Target)
+def test_a_perfect_prediction_paints_the_image_itself(target):
+    x = images()
+    prediction = prediction_target(spec(target), unfold_patches(x, 2))
+    np.testing.assert_allclose(predicted_images(spec(target), x, prediction), x, atol=1e-12)
+
+
+def test_only_the_first_cluster_is_given():
+    x = images()
+    prediction = np.zeros_like(prediction_target(spec(Target.RAW), unfold_patches(x, 2)))
+    painted = predicted_images(spec(Target.RAW), x, prediction)
+    kept = (painted == x).all(-1).all(0)
+    expected = np.zeros((8, 12), bool)
+    expected[4:, 6:] = True  # columns backwards start at the bottom right
+    assert (kept == expected).all()
+
+
+def test_the_given_cluster_is_faded_and_the_rest_untouched():
+    pixels = np.full((1, 8, 12, 3), 100, np.uint8)
+    dimmed = dim_given(spec(), pixels)
+    assert (dimmed[0, 4:, 6:] == 185).all()
+    assert (dimmed[0, :4] == 100).all()
+
+
+def test_the_page_escapes_text_and_refers_to_nothing_outside(tmp_path):
+    page = Page("A <b> & c", "lead")
+    page.section("Section", "1 < 2")
+    page.table(["x", "y"], [["<i>", 2]])
+    page.code("a && b")
+    curve = Curve(label="arm", steps=[0, 10], runs=np.array([[10.0, 50.0], [20.0, 70.0]]))
+    page.figures(
+        [
+            loss_figure([0, 1, 2], [3.0, 2.0, 1.0], title="loss"),
+            accuracy_figure([curve], {"line": 30.0}, title="t"),
+        ]
+    )
+    page.picture_pairs([(data_uri(np.zeros((4, 4, 3), np.uint8)),) * 2], "caption")
+    page.write(tmp_path / "report.html", "footer")
+    text = (tmp_path / "report.html").read_text()
+    assert "A &lt;b&gt; &amp; c" in text
+    assert "&lt;i&gt;" in text
+    assert 'src="data:image/png;base64,' in text
+    for outside in ("<script", "<link", 'src="http', "url(http", "@import"):
+        assert outside not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_baselines_find_the_nearest_image_and_the_nearest_mean():
+    train = np.array([[0.0, 0.0], [0.0, 4.0], [10.0, 0.0]])
+    labels = np.array([1, 1, 5])
+    test = np.array([[0.0, 3.0], [6.0, 0.0]])
+    assert nearest_neighbour(train, labels, test).tolist() == [1, 5]
+    assert nearest_class_mean(train, labels, np.array([[0.0, 3.0], [4.0, 2.0]])).tolist() == [1, 1]

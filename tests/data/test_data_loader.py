@@ -1,0 +1,403 @@
+"""Batches: the same ones for any number of workers, any rank layout and any point of resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arm_core.data import (
+    FINETUNE,
+    OFFICIAL_MIXING,
+    PRETRAIN,
+    Digits,
+    EvalLoader,
+    EvalTransform,
+    ImageFolder,
+    Item,
+    Mixing,
+    Synthetic,
+    TrainLoader,
+    TrainTransform,
+    handover,
+)
+from arm_core.data.handover import Folder, Parcels
+from arm_core.engine.protocol import Batch
+from arm_core.model.rng import KeyedRng
+
+PLAIN = TrainTransform(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0)
+SIZE = (16, 24)
+
+
+class Numbered:
+    """Image i holds the number i in every value, class i % 5."""
+
+    classes = tuple("abcde")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, index: int, epoch: int = 0) -> Item:
+        return Item(image=np.full((8, 8, 3), index, np.uint8), label=index % 5, name=str(index))
+
+
+def finetuning(**changes: object) -> TrainLoader:
+    """Everything random switched on: 50 images, 12 batches of 4 per epoch."""
+    settings = {
+        "size": SIZE,
+        "batch_size": 4,
+        "seed": 5,
+        "classes": 10,
+        "mixing": OFFICIAL_MIXING,
+    }
+    return TrainLoader(Synthetic(50, (20, 30)), FINETUNE, **{**settings, **changes})
+
+
+def take(loader: TrainLoader, count: int) -> list[Batch]:
+    with loader:
+        return list(islice(loader, count))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> list[Batch]:
+    """Two epochs and a bit, made in this process."""
+    return take(finetuning(), 27)
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.images, b.images)
+        np.testing.assert_array_equal(a.targets, b.targets)
+
+
+def seen(batch: Batch) -> list[int]:
+    """Numbers of the images in a batch of `Numbered`."""
+    transform = PLAIN
+    return (
+        np.rint((batch.images[:, 0, 0, 0] * transform.std[0] + transform.mean[0]) * 255).astype(int).tolist()
+    )
+
+
+def numbered(count: int, batch_size: int, **changes: object) -> TrainLoader:
+    return TrainLoader(Numbered(count), PLAIN, size=(8, 8), batch_size=batch_size, seed=1, **changes)
+
+
+# The order of training
+
+
+@pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 11), (3, 5)])
+def test_worker_processes_yield_the_batches_of_this_process(
+    workers: int, start: int, uninterrupted: list[Batch]
+) -> None:
+    assert_same(take(finetuning(workers=workers, start=start), 27 - start), uninterrupted[start:])
+
+
+def test_a_run_resumed_at_any_position_sees_the_rest_of_the_uninterrupted_stream(
+    uninterrupted: list[Batch],
+) -> None:
+    for start in (0, 1, 7, 11, 12, 13, 24, 26):
+        assert_same(take(finetuning(start=start), 27 - start), uninterrupted[start:])
+
+
+@pytest.mark.parametrize(("world", "start"), [(2, 0), (3, 4), (5, 13)])
+def test_ranks_share_the_global_stream_between_them(
+    world: int, start: int, uninterrupted: list[Batch]
+) -> None:
+    for rank in range(world):
+        expected = uninterrupted[start + rank :: world]
+        assert_same(take(finetuning(rank=rank, world=world, start=start), len(expected)), expected)
+
+
+def test_batches_are_float32_with_targets_that_sum_to_one(uninterrupted: list[Batch]) -> None:
+    for batch in uninterrupted:
+        assert batch.images.shape == (4, *SIZE, 3)
+        assert batch.images.dtype == np.float32
+        assert batch.images.flags.c_contiguous
+        assert batch.targets is not None
+        assert batch.targets.shape == (4, 10)
+        np.testing.assert_allclose(batch.targets.sum(1), 1, atol=1e-6)
+        assert batch.branch_scale is None
+
+
+def test_no_two_batches_are_alike(uninterrupted: list[Batch]) -> None:
+    assert len({batch.images.tobytes() for batch in uninterrupted}) == len(uninterrupted)
+
+
+def test_another_seed_gives_another_stream(uninterrupted: list[Batch]) -> None:
+    other = take(finetuning(seed=6), 1)[0]
+    assert not np.array_equal(other.images, uninterrupted[0].images)
+
+
+def test_an_epoch_visits_each_sample_once_but_for_the_incomplete_batch_and_the_next_reshuffles() -> None:
+    loader = numbered(23, 5)
+    assert loader.batches_per_epoch == 4
+    batches = [seen(batch) for batch in take(loader, 12)]
+    epochs = [list(chain(*batches[i : i + 4])) for i in (0, 4, 8)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == 20
+        assert set(epoch) <= set(range(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert set().union(*epochs) == set(range(23))  # what one epoch leaves out comes in another
+
+
+def test_an_image_is_drawn_from_the_seed_the_epoch_and_its_own_number() -> None:
+    source = Synthetic(10, (20, 30))
+    with TrainLoader(source, PRETRAIN, size=SIZE, batch_size=4, seed=5) as loader:
+        for position, batch in enumerate(islice(loader, 4)):
+            indices = loader.batches.indices(position).tolist()
+            for image, index in zip(batch.images, indices, strict=True):
+                rng = KeyedRng(5, "augment", position // 2, index)
+                np.testing.assert_array_equal(image, PRETRAIN(source.item(index), SIZE, rng))
+
+
+def test_each_batch_is_mixed_in_its_own_way() -> None:
+    loader = numbered(20, 2, classes=5, mixing=Mixing(mixup=1.0))
+    weights = [batch.targets.max() for batch in take(loader, 10) if batch.targets is not None]
+    assert len(set(weights)) > 5
+
+
+def test_the_targets_belong_to_the_images() -> None:
+    for batch in take(numbered(23, 5, classes=5), 8):
+        assert batch.targets is not None
+        assert batch.targets.argmax(1).tolist() == [number % 5 for number in seen(batch)]
+
+
+def test_pretraining_has_no_targets() -> None:
+    loader = TrainLoader(Synthetic(8, (20, 20), classes=0), PRETRAIN, size=SIZE, batch_size=4, seed=0)
+    assert take(loader, 1)[0].targets is None
+
+
+def test_a_source_that_draws_anew_is_asked_for_the_epoch() -> None:
+    with TrainLoader(Digits(labels_per_class=1), PLAIN, size=(24, 24), batch_size=10, seed=0) as loader:
+        first, second = (np.sort(next(loader).images.sum((1, 2, 3))) for _ in range(2))
+    assert not np.allclose(first, second)
+
+
+def test_data_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="the data has 3 images, fewer than one batch of 4; use a batch size of 3"
+    ):
+        numbered(3, 4)
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="the data has 5 classes, the model 7"):
+        numbered(10, 2, classes=7)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rank": 2, "world": 2}, {"start": -1}, {"workers": -1}, {"prefetch": 0}, {"rank": -1}]
+)
+def test_impossible_positions_and_ranks_are_refused(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"^data: "):
+        numbered(10, 2, **arguments)
+
+
+def test_a_closed_loader_is_empty() -> None:
+    loader = numbered(10, 2)
+    next(loader)
+    loader.close()
+    loader.close()
+    assert list(loader) == []
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(("count", "workers"), [(11, 0), (12, 0), (11, 2), (3, 3)])
+def test_evaluation_yields_every_sample_once_in_order(count: int, workers: int) -> None:
+    loader = EvalLoader(Numbered(count), EvalTransform(), size=(8, 8), batch_size=4, workers=workers)
+    for _ in range(2 if workers == 0 else 1):  # each loop is a new pass
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert [len(batch.images) for batch in batches] == [min(4, count - i) for i in range(0, count, 4)]
+        indices = np.concatenate([batch.indices for batch in batches])
+        np.testing.assert_array_equal(indices, np.arange(count))
+        np.testing.assert_array_equal(np.concatenate([batch.labels for batch in batches]), indices % 5)
+        numbers = np.concatenate([batch.images[:, 0, 0, 0] for batch in batches])
+        assert (np.diff(numbers) > 0).all()
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_evaluate_every_sample_exactly_once_together(world: int) -> None:
+    shares = [
+        EvalLoader(Numbered(21), EvalTransform(), size=(8, 8), batch_size=4, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    batches = [list(share) for share in shares]
+    assert [len(share) for share in shares] == [len(b) for b in batches]
+    indices = [index for share in batches for batch in share for index in batch.indices.tolist()]
+    assert sorted(indices) == list(range(21))
+
+
+# Broken images, missing Grain, and workers that must not outlive us
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> ImageFolder:
+    from PIL import Image
+
+    for i in range(6):
+        Image.new("RGB", (9, 9), (i, i, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:40])
+    return ImageFolder(tmp_path, labels=False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_stops_training_and_evaluation_with_its_name(
+    damaged: ImageFolder, workers: int
+) -> None:
+    with (
+        TrainLoader(damaged, PRETRAIN, size=SIZE, batch_size=2, seed=0, workers=workers) as loader,
+        pytest.raises(ValueError, match=r"3\.png: cannot be decoded"),
+    ):
+        list(islice(loader, 3))
+    if workers == 0:
+        with pytest.raises(ValueError, match=r"3\.png: cannot be decoded"):
+            list(EvalLoader(damaged, EvalTransform(), size=SIZE, batch_size=2))
+
+
+def test_without_grain_this_process_makes_the_batches_and_workers_are_refused(
+    fresh_python: Callable[[str], str],
+) -> None:
+    printed = fresh_python(
+        "import sys; sys.modules['grain'] = None\n"
+        "from arm_core.data import *\n"
+        "settings = dict(size=(16, 16), batch_size=4, seed=0)\n"
+        "print(next(TrainLoader(Synthetic(8), PRETRAIN, **settings)).images.shape)\n"
+        "try: TrainLoader(Synthetic(8), PRETRAIN, workers=2, **settings)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    assert printed.splitlines() == [
+        "(4, 16, 16, 3)",
+        "2 data workers need the package 'grain': install it, or use 0 workers",
+    ]
+
+
+def test_importing_the_data_package_loads_no_framework_and_no_grain(
+    fresh_python: Callable[[str], str],
+) -> None:
+    names = "{'torch', 'mlx', 'grain', 'jax', 'absl', 'sklearn', 'numba'}"
+    assert fresh_python(f"import sys, arm_core.data; print({names} & set(sys.modules))").strip() == "set()"
+
+
+SCRIPT = """
+import sys, multiprocessing
+from pathlib import Path
+from arm_core.data import PRETRAIN, Synthetic, TrainLoader, EvalLoader, EvalTransform, handover
+
+handover.MEMORY_FILES, handover.ROOM = Path(sys.argv[1]), 0
+
+if __name__ == "__main__":
+    source, settings = Synthetic(64, (32, 32)), dict(size=(32, 32), batch_size=8)
+    with TrainLoader(source, PRETRAIN, seed=0, workers=2, **settings) as loader:
+        next(loader), next(loader)  # one from each worker, so both are up
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        if "wait" in sys.argv:
+            sys.stdin.read()
+    print(sum(len(batch.images) for batch in EvalLoader(source, EvalTransform(), workers=2, **settings)))
+    forgotten = TrainLoader(source, PRETRAIN, seed=0, workers=1, **settings)
+    next(forgotten)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_workers_print_and_leave_nothing_of_their_own(script: Path) -> None:
+    """No remark about JAX, no leaked memory, no exception at exit, and no files left behind."""
+    folder = script.parent
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "64"
+    assert done.stderr == ""
+    assert list(folder.iterdir()) == [script]
+
+
+@pytest.fixture
+def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that waits with two workers alive, and the workers' numbers."""
+    process = subprocess.Popen(
+        [sys.executable, script, script.parent, "wait"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    yield process, workers
+    for pid in (process.pid, *workers):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_workers_leave_signals_to_the_main_process_and_end_with_a_killed_main_process(
+    running: tuple[subprocess.Popen[str], list[int]], script: Path
+) -> None:
+    process, workers = running
+    assert any(script.parent.glob("arm-batches-*/*.npy"))
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert all(alive(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+    assert list(script.parent.iterdir()) == [script]
+
+
+def test_a_folder_of_prepared_batches_goes_with_its_owner_or_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "MEMORY_FILES", tmp_path)
+    monkeypatch.setattr(handover, "ROOM", 0)
+    live = Folder()
+    (live.path / "0.npy").write_bytes(b"x")
+    killed = tmp_path / "arm-batches-killed"
+    killed.mkdir()
+    (killed / "lock").write_bytes(b"")
+    other = Folder()
+    assert live.path.exists()
+    assert not killed.exists()
+    other.remove()
+    live.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_that_says_what_helps(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone: cannot hold prepared batches \(No such file.*TMPDIR"):
+        Parcels(numbered(4, 2).batches, tmp_path / "gone")[0]

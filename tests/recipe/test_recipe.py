@@ -1,0 +1,237 @@
+"""Recipes: shipped ones, TOML round trip, overrides, refusals."""
+
+import dataclasses
+import types
+import typing
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arm_core.data.augment import RandAugment
+from arm_core.data.mixing import OFFICIAL_MIXING, Mixing
+from arm_core.data.transforms import FINETUNE, PRETRAIN, TrainTransform
+from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.protocol import Precision
+from arm_core.model.spec import Direction, Pooling, PredictionOrder, classifier_preset, pretrain_preset
+from arm_core.recipe.recipe import (
+    Recipe,
+    Stage,
+    fingerprint,
+    from_toml,
+    load_recipe,
+    override,
+    recipe_text,
+    shipped_recipes,
+    to_toml,
+)
+from arm_core.recipe.sections import (
+    ClassifierModel,
+    DataSettings,
+    PretrainModel,
+    ScheduleSettings,
+    TrainingSettings,
+)
+from arm_core.recipe.toml import Span, field_types
+
+SECTIONS = (
+    PretrainModel,
+    ClassifierModel,
+    DataSettings,
+    RandAugment,
+    TrainTransform,
+    Mixing,
+    OptimizerSettings,
+    ScheduleSettings,
+    TrainingSettings,
+)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_round_trip_and_say_where_they_come_from(name):
+    recipe = load_recipe(name)
+    assert from_toml(to_toml(recipe)) == recipe
+    assert recipe.stage == {"pretrain": "pretrain"}.get(name.split("-")[0], "finetune")
+    recipe.spec(classes=10)
+    header = recipe_text(name).split("stage =")[0]
+    assert all(word in header for word in ("# Source:", "# Hardware:", "# Expected:"))
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_official_recipes_hold_the_official_models_and_settings(size):
+    pretrain, finetune = load_recipe(f"pretrain-{size}"), load_recipe(f"finetune-{size}")
+    assert pretrain.spec() == pretrain_preset(size)
+    assert finetune.spec(1000) == classifier_preset(size)
+    assert pretrain.optimizer == OptimizerSettings(betas=(0.9, 0.95), weight_decay=0.05, clip=3.0)
+    assert pretrain.lr == pytest.approx(1.5e-4 * (2048 if size == "base" else 1024) / 256)
+    assert finetune.lr == pytest.approx(2e-3)
+    assert finetune.optimizer.layer_decay == (0.65 if size == "base" else 0.75)
+    assert finetune.training.drop_path == (0.1 if size == "base" else 0.3)
+    assert (pretrain.augmentation, finetune.augmentation) == (PRETRAIN, FINETUNE)
+    assert finetune.mixing == OFFICIAL_MIXING
+    assert pretrain.training.precision is Precision.BFLOAT16
+    assert ("not released" in recipe_text(f"pretrain-{size}")) == (size == "huge")
+
+
+def test_what_may_be_none_defaults_to_none_since_toml_has_no_null():
+    for cls in SECTIONS:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, hint in field_types(cls).items():
+            if typing.get_origin(hint) is types.UnionType:
+                assert fields[name].default is None, f"{cls.__name__}.{name}"
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(
+    path=st.none() | TEXT,
+    lr=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**62),
+    clip=st.none() | st.floats(1e-12, 1e12),
+    length=st.builds(Span, st.integers(1, 10**12), st.just("steps"))
+    | st.builds(Span, st.floats(0.25, 1e12), st.just("epochs")),
+    order=st.none() | st.sampled_from(list(PredictionOrder)),
+    side=st.none() | st.integers(1, 9).map(lambda n: (16 * n, 32)),
+)
+def test_any_recipe_survives_toml_exactly(path, lr, seed, clip, length, order, side):
+    recipe = Recipe(
+        stage=Stage.PRETRAIN,
+        model=PretrainModel(preset="tiny", image_size=side, prediction_order=order),
+        schedule=ScheduleSettings(base_lr=lr),
+        training=TrainingSettings(length=length, batch_size=6, accumulation=3, seed=seed),
+        data=DataSettings(path=path),
+        optimizer=OptimizerSettings(clip=clip),
+    )
+    assert from_toml(to_toml(recipe)) == recipe
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("pretrain-tiny")
+
+
+@pytest.fixture
+def finetune() -> Recipe:
+    return load_recipe("finetune-tiny")
+
+
+def test_overrides_take_the_type_of_their_field(recipe, finetune):
+    changed = override(
+        recipe,
+        [
+            "optimizer.weight_decay=1e-1",
+            "optimizer.clip=none",
+            "optimizer.betas=0.8, .9",
+            "model.image_size=96x192",
+            "model.cluster=2",
+            "model.prediction_order=column",
+            "model.width=64",
+            "training.length=30 steps",
+            "training.precision=bfloat16",
+            "data.path=/data/my images",
+            "training.seed=7",
+        ],
+    )
+    assert changed.optimizer == OptimizerSettings(weight_decay=0.1, clip=None, betas=(0.8, 0.9))
+    assert changed.spec().image_size == (96, 192)
+    assert changed.spec().cluster == (2, 2)
+    assert changed.spec().prediction_order is PredictionOrder.COLUMN
+    assert changed.spec().encoder.width == 64
+    assert changed.training.length == Span(30, "steps")
+    assert changed.training.precision is Precision.BFLOAT16
+    assert (changed.data.path, changed.training.seed) == ("/data/my images", 7)
+    assert override(recipe, ["augmentation.rand_augment.magnitude=5"]).augmentation == TrainTransform(
+        rand_augment=RandAugment(magnitude=5)
+    )
+    assert override(finetune, ["augmentation.rand_augment=none"]).augmentation.rand_augment is None
+    classifier = override(finetune, ["model.directions=2", "model.pooling=cls"]).spec(5)
+    assert classifier.scan_directions == (Direction.ROW, Direction.ROW_REVERSE)
+    assert (classifier.pooling, classifier.classes) == (Pooling.CLS, 5)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("optimizer.weight_dacay=1", "unknown key optimizer.weight_dacay; did you mean 'weight_decay'?"),
+        ("optimiser.clip=1", "unknown key optimiser; did you mean 'optimizer'?"),
+        ("stage=finetune", "expected section.key=value, found 'stage=finetune'"),
+        ("stage.x=1", "unknown key stage"),
+        ("data.path.x=1", "data.path holds text, it has no x"),
+        ("augmentation.rand_augment=on", "set its values one by one: augmentation.rand_augment.operations"),
+        ("optimizer.clip", "expected section.key=value"),
+        ("optimizer.clip=-1", "optimizer settings out of range: clip=-1.0"),
+        ("training.seed=1.5", "training.seed: expected a whole number, found 1.5"),
+        ("training.seed=none", "training.seed: expected a whole number, found 'none'"),
+        ("schedule.base_lr=fast", "schedule.base_lr: expected a number, found 'fast'"),
+        ("schedule.base_lr=nan", "schedule.base_lr: expected a number"),
+        ("training.length=40", "training.length: expected a stretch such as '40 epochs' or '100 steps'"),
+        ("training.length=1.5 steps", "training.length: expected a stretch"),
+        ("training.precision=half", "training.precision: expected 'float32' or 'bfloat16', found 'half'"),
+        ("training.accumulation=3", "batch_size 256 is no multiple of accumulation 3"),
+        ("model.cluster=2,2,2", "model.cluster: expected a list of 2, each a whole number"),
+        ("model.pooling=cls", "unknown key model.pooling; known are preset, width"),
+        ("mixing.mixup=0.8", "pretraining has no labels to mix or smooth"),
+        ("training.drop_path=1", "drop path: expected a rate"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_a_sentence(recipe, assignment, sentence):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        override(recipe, [assignment])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stage = ", "no TOML"),
+        ("", "stage: expected 'pretrain' or 'finetune', found None"),
+        ("stage = 'pretrain'", "model: expected a table"),
+        ("stage = 'pretrain'\n[model]", "missing section [schedule], [training]"),
+        ("stage = 'pretrain'\n[model]\n[modle]", "unknown section 'modle'; did you mean 'model'?"),
+        ("stage = 'pretrain'\n[model]\n[schedule]", "missing schedule.base_lr"),
+        ("stage = 'pretrain'\n[model]\nwidth = true", "model.width: expected a whole number, found True"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, text, sentence):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_recipe(path)
+    assert sentence in str(error.value)
+    assert "mine.toml" in str(error.value)
+
+
+def test_an_unknown_recipe_is_refused_with_a_near_match(tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe 'pretrain-bse'; did you mean 'pretrain-base'"):
+        load_recipe("pretrain-bse")
+    with pytest.raises(ValueError, match=r"none\.toml: cannot be read"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_class_count_of_recipe_and_data_must_agree(finetune):
+    assert finetune.spec(7).classes == 7
+    assert override(finetune, ["model.classes=7"]).spec().classes == 7
+    with pytest.raises(ValueError, match="the recipe says 7, the data has 5"):
+        override(finetune, ["model.classes=7"]).spec(5)
+    with pytest.raises(ValueError, match="neither the recipe nor the data"):
+        finetune.spec()
+
+
+def test_fingerprint_ignores_bookkeeping_and_sees_everything_else(recipe):
+    same = ["data.path=/elsewhere", "data.workers=0", "training.keep=9", "training.evaluate_every=1 epoch"]
+    assert fingerprint(override(recipe, same)) == fingerprint(recipe)
+    for change in ("training.seed=1", "model.width=64", "optimizer.clip=none", "data.source=synthetic"):
+        assert fingerprint(override(recipe, [change])) != fingerprint(recipe)
+
+
+def test_a_span_counts_steps_exactly():
+    assert Span.parse("0.1 epochs").steps(Fraction(10, 3)) == Fraction(1, 3)
+    assert Span.parse("1 step").steps(Fraction(99)) == 1
+    assert [str(Span.parse(text)) for text in ("1 epochs", "2 epoch", "5 steps")] == [
+        "1 epoch",
+        "2 epochs",
+        "5 steps",
+    ]
