@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from arm_core.engine.ranks import RankLost
+from arm_core.engine.ranks import PeerFailed
 
 PATIENCE = 20.0
 """Seconds that a rank waits for the others before the test fails."""
@@ -33,7 +33,7 @@ class Meeting:
                 self.changed.notify_all()
             self.changed.wait_for(lambda: self.lost or len(self.met) > number, PATIENCE)
             if len(self.met) == number:
-                raise RankLost("another process of this job has ended")
+                raise PeerFailed("another process of this job has ended")
             return self.met[number]
 
     def leave(self) -> None:

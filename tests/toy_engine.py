@@ -59,9 +59,9 @@ class ToyEngine:
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         scale = np.ones(len(batch.images), np.float32)
-        if batch.branch_scale is not None:
-            assert batch.branch_scale.shape == (self.spec.encoder.depth, 2, len(batch.images))
-            scale = batch.branch_scale.mean((0, 1))
+        if batch.drop_path_scale is not None:
+            assert batch.drop_path_scale.shape == (self.spec.encoder.depth, 2, len(batch.images))
+            scale = batch.drop_path_scale.mean((0, 1))
         patches = _mean_patch(batch.images, self.spec.encoder.patch)  # (B, values)
         features = self._features(batch.images) * scale[:, None]
         grads = {name: np.zeros_like(self.parameters[name]) for name in self.trainable}
@@ -114,7 +114,7 @@ class ToyEngine:
                     e = self.ema[name]
                     self.ema[name] = (e + (1 - settings.ema_decay) * (p - e)).astype(np.float32)
 
-    def exchange_average(self) -> None:
+    def swap_ema(self) -> None:
         for name, average in self.ema.items():
             self.ema[name], self.parameters[name] = self.parameters[name], average
 

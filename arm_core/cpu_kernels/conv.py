@@ -16,7 +16,7 @@ import numba as nb
 from arm_core.cpu_kernels.functions import F4, INLINE, KERNEL, TASK, sigmoid, vectors
 from arm_core.cpu_kernels.simd import LANES, fill, fma, load, prefetch, store
 
-HELPERS = "921bde0c5f95"
+HELPERS = "865bcbe62245"
 """Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
 
 TOKENS = 32

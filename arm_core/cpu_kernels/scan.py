@@ -27,7 +27,7 @@ from arm_core.cpu_kernels.functions import (
 )
 from arm_core.cpu_kernels.simd import LANES, SUMS, fill, fma, load, prefetch, store, store_dot, store_row_sums
 
-HELPERS = "921bde0c5f95"
+HELPERS = "865bcbe62245"
 """Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
 
 CHUNK = 16

@@ -15,7 +15,7 @@ import numba as nb
 from arm_core.cpu_kernels.functions import F4, INLINE, KERNEL, TASK, sigmoid, vectors
 from arm_core.cpu_kernels.simd import LANES, fma, load, store
 
-HELPERS = "921bde0c5f95"
+HELPERS = "865bcbe62245"
 """Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
 
 TASK_VECTORS = 64

@@ -4,7 +4,7 @@ from arm_core.data.augment import RandAugment
 from arm_core.data.digits import Digits
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainLoader
 from arm_core.data.mixing import OFFICIAL_MIXING, Mixing
-from arm_core.data.sources import IMAGE_SUFFIXES, UNLABELLED, ImageFolder, Item, Source, Synthetic
+from arm_core.data.sources import IMAGE_SUFFIXES, UNLABELLED, ImageFolder, ImageSource, Item, Synthetic
 from arm_core.data.transforms import (
     FINETUNE,
     IMAGENET_MEAN,
@@ -29,10 +29,10 @@ __all__ = [
     "EvalLoader",
     "EvalTransform",
     "ImageFolder",
+    "ImageSource",
     "Item",
     "Mixing",
     "RandAugment",
-    "Source",
     "Synthetic",
     "TrainLoader",
     "TrainTransform",

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from arm_core.data.handover import Arrays
 from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
 from arm_core.data.prefetch import Prefetcher
-from arm_core.data.sources import Source
+from arm_core.data.sources import ImageSource
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
 from arm_core.engine.protocol import Array, Batch
 from arm_core.model.rng import KeyedRng
@@ -37,7 +37,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 class TrainBatches:
     """All micro-batches of a training run, by position; epochs follow each other without end."""
 
-    source: Source
+    source: ImageSource
     transform: TrainTransform
     size: Size
     """Height and width that the model reads, pixels."""
@@ -92,7 +92,7 @@ class TrainBatches:
 class TrainLoader:
     """This rank's micro-batches from a position on: `start + rank`, `start + rank + world`, ...
 
-    Iterating yields `Batch`es without end, with `branch_scale` None. `workers` processes prepare them
+    Iterating yields `Batch`es without end, with `drop_path_scale` None. `workers` processes prepare them
     ahead, `prefetch` each; 0 prepares each when it is asked for. Close the loader, or use it in a
     `with` statement. Raises ValueError for data smaller than a batch, another number of classes than
     the data has, a broken image (naming it), or workers without Grain installed.
@@ -100,7 +100,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: TrainTransform,
         *,
         size: Size,
@@ -166,7 +166,7 @@ class EvalBatch(NamedTuple):
 class EvalBatches:
     """A source in batches, in order, the last one smaller; every sample once."""
 
-    source: Source
+    source: ImageSource
     transform: EvalTransform
     size: Size
     batch_size: int
@@ -197,7 +197,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: EvalTransform,
         *,
         size: Size,

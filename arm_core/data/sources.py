@@ -39,7 +39,7 @@ class Item:
     """For people: the file, or the set and the number in it."""
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images by number."""
 
     @property

@@ -60,7 +60,7 @@ class EngineOptions:
     recompute: bool = False
     """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
     shard: bool = False
-    """Spread weights, gradients and optimizer state over the ranks instead of repeating them on each."""
+    """Sharded weights, gradients and optimizer state over the ranks instead of repeating them on each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Batch:
     """(B, H, W, 3), normalised."""
     targets: Array | None = None
     """(B, classes) probabilities for a classifier (smoothing and mixing included), None in pretraining."""
-    branch_scale: Array | None = None
+    drop_path_scale: Array | None = None
     """(depth, 2, B) factors of the mixer and MLP branches: 0 for a dropped path, else 1 / (1 - rate).
     None for no drop path."""
 
@@ -174,7 +174,7 @@ class Engine(Protocol):
         A non-finite loss or gradient norm leaves the state as it was.
         """
 
-    def exchange_average(self) -> None:
+    def swap_ema(self) -> None:
         """Swap the trainable weights with their moving average; a second call swaps them back."""
 
     def export_state(self) -> TrainingState:

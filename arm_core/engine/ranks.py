@@ -41,7 +41,7 @@ class Ranks(Protocol):
         """The values of all ranks, in their order; every rank calls it at the same point.
 
         value: anything that JSON can hold, small.  Waits for the slowest rank.
-        Raises RankLost where another process has ended.
+        Raises PeerFailed where another process has ended.
         """
 
     def close(self) -> None:
@@ -66,11 +66,11 @@ class Alone:
 ALONE = Alone()
 
 
-class RankLost(RuntimeError):  # noqa: N818
+class PeerFailed(RuntimeError):  # noqa: N818
     """Another process of the job has ended, so this one cannot go on."""
 
 
-class Elsewhere(Exception):  # noqa: N818
+class FailedElsewhere(Exception):  # noqa: N818
     """The job ends because of an error of another rank; rank 0 reports it."""
 
 
@@ -84,7 +84,7 @@ def together(ranks: Ranks) -> Iterator[None]:
     """All ranks run the block and leave it together: an error on one of them ends it on each.
 
     The block may not exchange anything itself. Rank 0 raises its own error, or a ValueError with the
-    words of the first rank that failed; every other rank raises Elsewhere.
+    words of the first rank that failed; every other rank raises FailedElsewhere.
     """
     if ranks.world == 1:
         yield
@@ -99,7 +99,7 @@ def together(ranks: Ranks) -> Iterator[None]:
     if not failed:
         return
     if ranks.rank != 0:
-        raise Elsewhere(failed[0][1]) from error
+        raise FailedElsewhere(failed[0][1]) from error
     if error is not None:
         raise error
     raise ValueError(f"process {failed[0][0] + 1} of {ranks.world}: {failed[0][1]}")
@@ -108,7 +108,7 @@ def together(ranks: Ranks) -> Iterator[None]:
 def lead(ranks: Ranks, work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, on every rank; only rank 0 runs it.
 
-    The result must be something that JSON can hold. An error is raised by rank 0, Elsewhere by the others.
+    The result must be something that JSON can hold. Rank 0 raises an error, the others FailedElsewhere.
     """
     result: list[T] = []
     with together(ranks):

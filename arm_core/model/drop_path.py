@@ -24,7 +24,7 @@ def drop_rates(rate: float, depth: int) -> npt.NDArray[np.float64]:
     return np.concatenate([[0.0], np.linspace(0.0, rate, depth)])[:depth]
 
 
-def branch_scale(rate: float, depth: int, batch: int, *, seed: int, position: int) -> Array:
+def drop_path_scale(rate: float, depth: int, batch: int, *, seed: int, position: int) -> Array:
     """Factors of the branches of one micro-batch, `(depth, 2, B)` float32: 0, or 1 / (1 - rate of the block).
 
     Every branch of every sample is drawn for itself, by (seed, position) alone: position is the number of

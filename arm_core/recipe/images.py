@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arm_core.data.digits import Digits, Split
-from arm_core.data.sources import ImageFolder, Source, Synthetic
+from arm_core.data.sources import ImageFolder, ImageSource, Synthetic
 from arm_core.recipe.recipe import Recipe, Stage
 from arm_core.recipe.sections import ClassifierModel
 from arm_core.recipe.toml import near_match
@@ -14,7 +14,7 @@ KINDS = ("folder", "digits", "synthetic")
 """Known values of `data.source`."""
 
 
-def open_sources(recipe: Recipe) -> tuple[Source, Source | None]:
+def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Images to train on, and those to evaluate on (None where the recipe names none).
 
     `folder` reads `data.path` and `data.eval_path`: one sub-folder per class in finetuning, any images in

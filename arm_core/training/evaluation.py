@@ -97,13 +97,13 @@ def classes_before(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[
 
 
 @contextmanager
-def averaged_weights(engine: Engine) -> Iterator[None]:
+def with_ema_weights(engine: Engine) -> Iterator[None]:
     """Inside the block the engine computes with the moving average of its weights."""
-    engine.exchange_average()
+    engine.swap_ema()
     try:
         yield
     finally:
-        engine.exchange_average()
+        engine.swap_ema()
 
 
 def _check_labels(batch: EvalBatch, classes: int) -> None:

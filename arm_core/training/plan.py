@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
-from arm_core.data.sources import Source
+from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch
 from arm_core.engine.ranks import ALONE, Ranks
-from arm_core.model.drop_path import branch_scale
+from arm_core.model.drop_path import drop_path_scale
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_core.recipe.recipe import Recipe
 from arm_core.recipe.schedule import Schedule
@@ -21,7 +21,7 @@ from arm_core.recipe.sections import TrainingSettings
 from arm_core.recipe.toml import Span
 
 
-class WorkersLost(RuntimeError):  # noqa: N818
+class WorkersFailed(RuntimeError):  # noqa: N818
     """The processes that prepare images ended: killed, or out of memory. No training step is half done."""
 
 
@@ -30,7 +30,7 @@ def _naming_lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise WorkersLost(f"the processes that prepare images ended: {error}") from error
+        raise WorkersFailed(f"the processes that prepare images ended: {error}") from error
 
 
 class Plan:
@@ -43,7 +43,7 @@ class Plan:
     warm-up longer than the run, more ranks than an update has micro-batches.
     """
 
-    def __init__(self, recipe: Recipe, spec: ModelSpec, source: Source, *, ranks: Ranks = ALONE) -> None:
+    def __init__(self, recipe: Recipe, spec: ModelSpec, source: ImageSource, *, ranks: Ranks = ALONE) -> None:
         self._recipe, self._training, self._spec, self._source = recipe, recipe.training, spec, source
         self._rank, self._world = ranks.rank, ranks.world
         _check_shares(self._training, ranks.world)
@@ -111,8 +111,8 @@ class Plan:
         rate, depth = self._training.drop_path, self._spec.encoder.depth
         if rate == 0:
             return batch
-        scale = branch_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
-        return replace(batch, branch_scale=scale)
+        scale = drop_path_scale(rate, depth, len(batch.images), seed=self._training.seed, position=position)
+        return replace(batch, drop_path_scale=scale)
 
     @staticmethod
     def eval_batches(loader: EvalLoader) -> Iterator[EvalBatch]:
@@ -125,7 +125,7 @@ class Plan:
                 return
             yield batch
 
-    def eval_loader(self, source: Source) -> EvalLoader:
+    def eval_loader(self, source: ImageSource) -> EvalLoader:
         """This rank's batches of `source` for evaluation; ValueError where its classes are others."""
         if self._classes is not None and source.classes != self._source.classes:
             raise ValueError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arm_core.data.loader import EvalLoader
-from arm_core.data.sources import Source
+from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep
 from arm_core.engine.ranks import ALONE, Ranks, StopTogether, lead, together
 from arm_core.recipe.recipe import fingerprint
@@ -27,9 +27,9 @@ from arm_core.training.checkpoint import (
     saved_steps,
     step_name,
 )
-from arm_core.training.evaluation import Evaluation, averaged_weights, evaluate
+from arm_core.training.evaluation import Evaluation, evaluate, with_ema_weights
 from arm_core.training.nonfinite import NonFiniteError, first_bad_state, first_non_finite
-from arm_core.training.plan import Plan, WorkersLost
+from arm_core.training.plan import Plan, WorkersFailed
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
 
@@ -92,8 +92,8 @@ class Trainer:
         self,
         run: RunFolder,
         engine: Engine,
-        train_source: Source,
-        eval_source: Source | None = None,
+        train_source: ImageSource,
+        eval_source: ImageSource | None = None,
         *,
         observer: Observer | None = None,
         session: Mapping[str, str] | None = None,
@@ -121,19 +121,19 @@ class Trainer:
     def train(self) -> Outcome:
         """Run until the end, or until SIGINT or SIGTERM: then the step is finished and the state saved.
 
-        Raises NonFiniteError where a loss or gradient is no number, WorkersLost where data workers were
-        killed, RankLost where another process of the job ended, ValueError for broken data and for a batch
+        Raises NonFiniteError where a loss or gradient is no number, WorkersFailed where data workers were
+        killed, PeerFailed where another process of the job ended, ValueError for broken data and for a batch
         that the device has no room for, and OSError where the disk fails; a sound checkpoint to go on from
         is there in each case.
         """
-        lost: WorkersLost | OutOfMemory | None = None
+        lost: WorkersFailed | OutOfMemory | None = None
         with StopOnSignal(self.observer.warned) as noted:
             stop = StopTogether(self._ranks, lambda: noted.signal)
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
                 try:
                     self._take_steps(loader, stop)
-                except (WorkersLost, OutOfMemory) as error:
+                except (WorkersFailed, OutOfMemory) as error:
                     if self._ranks.world > 1:  # the others are in the middle of a step
                         raise self._interrupted(error) from error
                     lost = error
@@ -238,7 +238,7 @@ class Trainer:
         score = found.score
         row |= _named("eval", found)
         if self._recipe.optimizer.ema_decay is not None:
-            with averaged_weights(self.engine):
+            with with_ema_weights(self.engine):
                 averaged = self._evaluate(self._eval_loader)
             row |= _named("ema", averaged)
             score = max(score, averaged.score)
@@ -319,10 +319,10 @@ class Trainer:
         last = self.run.path / FOLDER / step_name(saved_steps(self.run.path)[-1])
         return NonFiniteError(step, what, tensor, last, self.run.resume_command)
 
-    def _interrupted(self, error: WorkersLost | OutOfMemory, *, saved: str = "") -> Exception:
+    def _interrupted(self, error: WorkersFailed | OutOfMemory, *, saved: str = "") -> Exception:
         """The error with what a user can do about it."""
-        if isinstance(error, WorkersLost):
-            return WorkersLost(f"{error}; {saved}go on with: {self.run.resume_command}")
+        if isinstance(error, WorkersFailed):
+            return WorkersFailed(f"{error}; {saved}go on with: {self.run.resume_command}")
         batch, fitting = self._training.batch_size, error.fitting or 0
         smaller = [n for n in range(self._training.accumulation + 1, batch + 1) if batch % n == 0]
         enough = next((n for n in smaller if batch // n <= fitting), smaller[-1] if smaller else None)

@@ -43,7 +43,7 @@ def embed(
     from arm_cli.arrays import join, read_array, write_npz
     from arm_cli.images import image_batches, image_files
     from arm_cli.models import open_model
-    from arm_cli.progress import Counter
+    from arm_cli.progress import ProgressBar
 
     if bool(images) == (array is not None):
         raise ValueError("give either IMAGE... or --array X.NPY")
@@ -61,7 +61,7 @@ def embed(
         batches = image_batches(files, opened, batch_size)
     runner = engine.create(opened.spec, opened.parameters)
     results = []
-    with Counter("embed", total, "images") as counter:
+    with ProgressBar("embed", total, "images") as counter:
         for batch in batches:
             results.append((len(batch), runner.forward(batch)))
             counter.advance(len(batch))

@@ -12,7 +12,7 @@ from arm_cli.options import EngineChoice, ema_option, engine_options, json_optio
 
 if TYPE_CHECKING:
     from arm_cli.models import Opened
-    from arm_core.data.sources import Source
+    from arm_core.data.sources import ImageSource
     from arm_core.training.evaluation import Evaluation
 
 DIGITS = "digits"
@@ -42,7 +42,7 @@ def evaluate(
     the test split, which training never sees. Several processes (torchrun) share the images out.
     """
     from arm_cli.models import open_model
-    from arm_cli.progress import Counter
+    from arm_cli.progress import ProgressBar
     from arm_core.data.loader import EvalLoader
     from arm_core.engine.ranks import together
     from arm_core.training.evaluation import evaluate as measure
@@ -61,7 +61,7 @@ def evaluate(
                 world=ranks.world,
                 workers=workers,
             )
-        with Counter("evaluate", len(source), "images") as counter:
+        with ProgressBar("evaluate", len(source), "images") as counter:
 
             def seen(images: int) -> None:
                 counter.advance(images * ranks.world)  # about: the last batch may be smaller
@@ -85,7 +85,7 @@ def _report(opened: Opened, found: Evaluation, as_json: bool) -> None:
     click.echo(f"{top}loss {found.loss:.4f} ({found.images} images)")
 
 
-def open_data(data: str, opened: Opened) -> Source:
+def open_data(data: str, opened: Opened) -> ImageSource:
     """The images to evaluate on, their labels in the order of the model's classes."""
     from arm_core.data.digits import Digits, Split
     from arm_core.data.sources import ImageFolder
@@ -93,7 +93,7 @@ def open_data(data: str, opened: Opened) -> Source:
 
     spec = opened.spec
     if data == DIGITS:
-        source: Source = Digits(Split.TEST, size=spec.image_size)
+        source: ImageSource = Digits(Split.TEST, size=spec.image_size)
     elif isinstance(spec, ClassifierSpec):
         source = ImageFolder(data, classes=opened.classes if opened.named else None)
     else:

@@ -25,7 +25,7 @@ COMMANDS = (
 """In the order of the help; `arm_cli.NAME` holds the command NAME and is imported when it is needed."""
 
 
-class Mistake(click.ClickException):
+class UserError(click.ClickException):
     """Something only the user can put right: one line, exit code 2."""
 
     exit_code = 2
@@ -52,7 +52,7 @@ class Commands(click.Group):
 
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(COMMANDS)}"
-            raise Mistake(f"no command {name!r}; {hint}")
+            raise UserError(f"no command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -69,19 +69,19 @@ class Commands(click.Group):
         except (ValueError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
-            raise Mistake(one_line(error)) from error
+            raise UserError(one_line(error)) from error
 
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Click's own complaints, which come with a paragraph of usage, as a `Mistake`."""
+    """Click's own complaints, which come with a paragraph of usage, as a `UserError`."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        raise Mistake(" ".join(error.format_message().split()) + where) from error
+        raise UserError(" ".join(error.format_message().split()) + where) from error
 
 
 def one_line(error: ValueError | OSError) -> str:

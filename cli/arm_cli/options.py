@@ -54,7 +54,7 @@ class EngineChoice:
         Inside the block rank 0 alone is heard. An error of all ranks ends them with rank 0's words; one
         of a single rank is reported by that rank.
         """
-        from arm_core.engine.ranks import Elsewhere, RankLost, title
+        from arm_core.engine.ranks import FailedElsewhere, PeerFailed, title
         from arm_core.training.nonfinite import NonFiniteError
 
         backend = self.find()
@@ -66,7 +66,7 @@ class EngineChoice:
                     stack.enter_context(redirect_stdout(nowhere))
                     stack.enter_context(redirect_stderr(nowhere))
                 yield backend, ranks
-        except (Elsewhere, NonFiniteError, RankLost) as error:
+        except (FailedElsewhere, NonFiniteError, PeerFailed) as error:
             if ranks.rank > 0:
                 raise SystemExit(1) from error
             raise click.ClickException(str(error)) from error  # exit code 1: no mistake in the command

@@ -32,7 +32,7 @@ def predict(
     """Name the likeliest classes of each IMAGE, a file or a folder of them."""
     from arm_cli.images import image_batches, image_files
     from arm_cli.models import open_model
-    from arm_cli.progress import Counter
+    from arm_cli.progress import ProgressBar
     from arm_cli.show import print_json
     from arm_core.model.spec import ClassifierSpec
 
@@ -44,7 +44,7 @@ def predict(
     files = image_files(images)
     runner = engine.create(opened.spec, opened.parameters)
     results: list[dict[str, Any]] = []
-    with Counter("predict", len(files), "images") as counter:
+    with ProgressBar("predict", len(files), "images") as counter:
         for batch in image_batches(files, opened, batch_size):
             logits = runner.forward(batch)["logits"]
             for row in logits:

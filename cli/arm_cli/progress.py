@@ -16,7 +16,7 @@ EVERY = 10.0
 """Seconds between two plain lines."""
 
 
-class Counter:
+class ProgressBar:
     """Counts work of known length; a context manager.
 
     what:  names the work.  unit: what is counted, in the plural: `images`, `steps`.

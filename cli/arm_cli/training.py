@@ -16,7 +16,7 @@ import click
 from arm_cli.options import EngineChoice, announce, engine_options, json_option
 
 if TYPE_CHECKING:
-    from arm_core.data.sources import Source
+    from arm_core.data.sources import ImageSource
     from arm_core.engine.optimizer import OptimizerSettings
     from arm_core.engine.protocol import Array, Backend, Engine
     from arm_core.engine.ranks import Ranks
@@ -67,7 +67,7 @@ def training_options(command: F) -> F:
         ),
         click.option("--recompute", is_flag=True, help="Compute blocks twice, to hold less memory."),
         click.option(
-            "--shard", is_flag=True, help="Spread the training state over the processes (torchrun)."
+            "--shard", is_flag=True, help="Sharded the training state over the processes (torchrun)."
         ),
     )
 
@@ -268,8 +268,8 @@ def _train(
     run: RunFolder,
     engine: Engine,
     session: dict[str, str],
-    train: Source,
-    evaluation: Source | None,
+    train: ImageSource,
+    evaluation: ImageSource | None,
     ranks: Ranks,
     as_json: bool,
 ) -> None:
@@ -302,15 +302,15 @@ def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
 
 def _observer(stack: ExitStack) -> Observer:
     """Shows a run on stderr until the stack is closed."""
-    from arm_cli.progress import Counter
+    from arm_cli.progress import ProgressBar
     from arm_core.training.trainer import Observer, Trainer
 
     class Display(Observer):
-        counter: Counter
+        counter: ProgressBar
         note = ""
 
         def started(self, trainer: Trainer) -> None:
-            counter = Counter(
+            counter = ProgressBar(
                 str(trainer.run.recipe.stage), trainer.plan.total_steps, "steps", start=trainer.step
             )
             self.counter = stack.enter_context(counter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arm_convert.source import Source
+from arm_convert.source import CheckpointSource
 from arm_core.files.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
 from arm_core.model.parameters import count_parameters
 from arm_core.model.spec import PRESETS, ClassifierSpec, ModelSpec, PretrainSpec
@@ -43,7 +43,7 @@ def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | No
     return "\n".join(parts)
 
 
-def run_recipe(source: Source) -> str | None:
+def run_recipe(source: CheckpointSource) -> str | None:
     """The recipe of the run that a source belongs to, without the paths of its data."""
     from arm_core.recipe.recipe import load_recipe, override, to_toml
     from arm_core.training.run_folder import RECIPE

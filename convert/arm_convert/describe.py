@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arm_convert.importing import Resolved, resolve
-from arm_convert.source import Source
+from arm_convert.source import CheckpointSource
 from arm_core.model.parameters import count_parameters
 from arm_core.model.spec import PRESETS, kind_of, to_json
 
@@ -17,7 +17,7 @@ from arm_core.model.spec import PRESETS, kind_of, to_json
 class Description:
     """A source in plain values."""
 
-    source: Source
+    source: CheckpointSource
     resolved: Resolved | None
     problem: str | None
     """Why it is no model that could be imported."""
@@ -85,7 +85,7 @@ class Description:
         }
 
 
-def describe(source: Source) -> Description:
+def describe(source: CheckpointSource) -> Description:
     """Describe a source; one that is no ARM model is described too, with the reason."""
     try:
         return Description(source, resolve(source), None)

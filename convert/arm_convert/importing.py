@@ -19,7 +19,7 @@ from arm_convert.layouts import to_canonical
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
-from arm_convert.source import Layout, Source
+from arm_convert.source import CheckpointSource, Layout
 from arm_core.files.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_core.files.model_folder import check_new, write_model
 from arm_core.files.quantized import QuantizedTensor
@@ -52,7 +52,7 @@ class Resolved:
 
 
 def resolve(
-    source: Source,
+    source: CheckpointSource,
     *,
     weights: Weights = Weights.MODEL,
     kind: str = "auto",
@@ -93,7 +93,7 @@ def resolve(
 
 
 def _resolve_official(
-    source: Source,
+    source: CheckpointSource,
     tensors: dict[str, Tensor],
     weights: Weights,
     pooling: Pooling | None,
@@ -122,7 +122,7 @@ def _resolve_official(
     return Resolved(spec, to_canonical(rows, held), metadata, choices, left_out)
 
 
-def _choices(spec: ModelSpec, source: Source, pooling: Pooling | None) -> list[str]:
+def _choices(spec: ModelSpec, source: CheckpointSource, pooling: Pooling | None) -> list[str]:
     """How everything was decided that names and shapes do not say."""
     if isinstance(spec, PretrainSpec):
         return [
@@ -146,7 +146,7 @@ def _check_mask(spec: PretrainSpec, mask: Tensor | None, choices: list[str]) -> 
         raise ValueError(f"mask: expected blocks of {spec.patches_per_cluster} tokens, lower triangular")
 
 
-def _resolve_ours(source: Source, tensors: dict[str, Tensor], weights: Weights) -> Resolved:
+def _resolve_ours(source: CheckpointSource, tensors: dict[str, Tensor], weights: Weights) -> Resolved:
     assert source.spec is not None  # every other layout states it
     spec = source.spec
     if source.layout is not Layout.CANONICAL:
@@ -160,7 +160,7 @@ def _resolve_ours(source: Source, tensors: dict[str, Tensor], weights: Weights) 
     return Resolved(spec, dict(tensors), metadata, choices, [])
 
 
-def _run_metadata(source: Source, run: Path, weights: Weights) -> dict[str, str]:
+def _run_metadata(source: CheckpointSource, run: Path, weights: Weights) -> dict[str, str]:
     """A run's metadata with where it stands, and what it measured at that step."""
     metadata = with_history(source.metadata, f"taken from run {run.name}, {source.path.name} ({weights})")
     prefix = "ema" if weights is Weights.EMA else "eval"
@@ -188,7 +188,7 @@ _TOLD_ARGS = (
 """Training arguments that a card tells; the rest are paths and machines, which are nobody's business."""
 
 
-def _new_metadata(source: Source, weights: Weights) -> dict[str, str]:
+def _new_metadata(source: CheckpointSource, weights: Weights) -> dict[str, str]:
     """What the card will say of an official checkpoint."""
     step = f"imported from {source.path.name} ({source.format}, weights: {weights})"
     metadata = {HISTORY: json.dumps([step])}
@@ -203,7 +203,7 @@ def _new_metadata(source: Source, weights: Weights) -> dict[str, str]:
 
 
 def import_model(
-    source: Source,
+    source: CheckpointSource,
     resolved: Resolved,
     out: Path,
     *,

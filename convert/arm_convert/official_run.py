@@ -15,7 +15,7 @@ from arm_convert.importing import Resolved, watch_finite
 from arm_convert.layouts import to_canonical
 from arm_convert.official import FROZEN, MASK, official_table
 from arm_convert.pickle_machine import brief
-from arm_convert.source import Source
+from arm_convert.source import CheckpointSource
 from arm_core.data.augment import RandAugment
 from arm_core.data.mixing import Mixing
 from arm_core.data.transforms import TrainTransform
@@ -53,7 +53,7 @@ class OptimizerState:
     weight_decay: float
 
 
-def optimizer_state(source: Source, spec: ModelSpec) -> OptimizerState:
+def optimizer_state(source: CheckpointSource, spec: ModelSpec) -> OptimizerState:
     """The optimizer of an official checkpoint; ValueError says what does not fit."""
     optimizer = source.entries.get("optimizer")
     if not isinstance(optimizer, dict):
@@ -105,7 +105,7 @@ def _number(value: object, owner: str = "optimizer") -> float:
     raise ValueError(f"{owner}: expected a number, found {brief(value)}")
 
 
-def official_groups(source: Source, spec: ModelSpec) -> list[list[str]]:
+def official_groups(source: CheckpointSource, spec: ModelSpec) -> list[list[str]]:
     """Official parameter names by optimizer group, in the order of the file.
 
     Pretraining: without decay, then with. Finetuning: by (layer, decay), as they first appear.
@@ -122,7 +122,7 @@ def official_groups(source: Source, spec: ModelSpec) -> list[list[str]]:
     return list(groups.values())
 
 
-def _numbers(source: Source, group: object) -> list[int]:
+def _numbers(source: CheckpointSource, group: object) -> list[int]:
     numbers = group.get("params") if isinstance(group, dict) else None
     if not isinstance(numbers, list) or not all(type(i) is int for i in numbers):
         raise ValueError(f"{source.path}: optimizer: expected groups with lists of parameter numbers")
@@ -136,7 +136,7 @@ def _step(value: object) -> int | None:
     return int(cast(float, value)) if whole else None
 
 
-def official_recipe(source: Source, spec: ModelSpec, state: OptimizerState) -> Recipe:
+def official_recipe(source: CheckpointSource, spec: ModelSpec, state: OptimizerState) -> Recipe:
     """The recipe in the checkpoint's training arguments; ValueError names one that is missing."""
     args = _Arguments(source)
     devices = args.number("world_size", 1)
@@ -176,7 +176,7 @@ def official_recipe(source: Source, spec: ModelSpec, state: OptimizerState) -> R
 class _Arguments:
     """Training arguments, each checked when it is asked for."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CheckpointSource) -> None:
         self._source = source
 
     def optional(self, name: str) -> float | None:
@@ -228,7 +228,7 @@ def _mixing(args: _Arguments) -> Mixing:
     )
 
 
-def import_run(source: Source, resolved: Resolved, out: Path) -> Recipe:
+def import_run(source: CheckpointSource, resolved: Resolved, out: Path) -> Recipe:
     """Write a run folder that `arm pretrain|finetune --resume OUT` goes on with; whole or not at all.
 
     The official code's data order is its own, so the data begins where the same number of micro-batches
@@ -259,7 +259,7 @@ def import_run(source: Source, resolved: Resolved, out: Path) -> Recipe:
     return recipe
 
 
-def _average(source: Source, spec: ModelSpec) -> dict[str, Tensor]:
+def _average(source: CheckpointSource, spec: ModelSpec) -> dict[str, Tensor]:
     average = to_canonical(official_table(spec), source.average or {})
     return {name: average[name] for name, row in parameter_table(spec).items() if row.trainable}
 

@@ -1,6 +1,6 @@
 """Whatever a user calls a model, opened: model folders, runs, official checkpoints, plain files.
 
-A `Source` knows what the file says about itself and holds its tensors unread. It is the same for
+A `CheckpointSource` knows what the file says about itself and holds its tensors unread. It is the same for
 inspecting, importing, comparing and verifying.
 """
 
@@ -42,7 +42,7 @@ class Layout(StrEnum):
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A model as it stands in a file or folder."""
 
     path: Path
@@ -66,7 +66,7 @@ class Source:
     """The folder of the run that this is a checkpoint of."""
 
 
-def open_source(name: Path | str, *, warn: Warn) -> Source:
+def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
     """Open a model of any kind; `warn` is told of damaged checkpoints that a run passes over."""
     path = hub.fetch(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     if not path.exists():
@@ -81,10 +81,10 @@ def open_source(name: Path | str, *, warn: Warn) -> Source:
     metadata = dict(file.metadata)
     layout, spec = _self_description(path, metadata)
     tensors, prefix = strip_prefix(file.tensors)
-    return Source(path, "safetensors", layout, tensors, prefix=prefix, spec=spec, metadata=metadata)
+    return CheckpointSource(path, "safetensors", layout, tensors, prefix=prefix, spec=spec, metadata=metadata)
 
 
-def _open_folder(path: Path, warn: Warn) -> Source:
+def _open_folder(path: Path, warn: Warn) -> CheckpointSource:
     folder, kind, run = path, "model folder", None
     if (path / FOLDER).is_dir():
         newest = newest_folder(path, warn)
@@ -98,7 +98,7 @@ def _open_folder(path: Path, warn: Warn) -> Source:
     average = None
     if (folder / EMA).is_file():
         average = {**model.arrays, **read_tensors(folder / EMA).tensors}
-    return Source(
+    return CheckpointSource(
         folder,
         kind,
         Layout.CANONICAL,
@@ -123,7 +123,7 @@ def _self_description(path: Path, metadata: dict[str, str]) -> tuple[Layout, Mod
     return Layout(layout), parse_config(path, config.encode())
 
 
-def _open_torch(path: Path) -> Source:
+def _open_torch(path: Path) -> CheckpointSource:
     file = read_torch(path)
     form = f"torch ({file.format})"
     if not isinstance(file.value, dict) or not file.value:
@@ -132,7 +132,7 @@ def _open_torch(path: Path) -> Source:
         )
     entries = dict(file.value)
     if any(isinstance(value, Tensor) for value in entries.values()):  # a bare state dict
-        return Source(path, form, Layout.OFFICIAL, *strip_prefix(_only_tensors(path, entries)))
+        return CheckpointSource(path, form, Layout.OFFICIAL, *strip_prefix(_only_tensors(path, entries)))
     key = next((key for key in ("model", "state_dict", "model_state_dict") if key in entries), None)
     if key is None or not isinstance(entries[key], dict):
         found = ", ".join(brief(key) for key in list(entries)[:6])
@@ -146,7 +146,7 @@ def _open_torch(path: Path) -> Source:
         raise BadFileError(f"{path}: {ABOUT}: expected strings by name")
     layout, spec = _self_description(path, about)
     args = entries.pop("args", {})
-    return Source(
+    return CheckpointSource(
         path,
         form,
         layout,

@@ -60,7 +60,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class ParityReport:
     """All comparisons of one run."""
 
     kind: str
@@ -166,7 +166,7 @@ def verify(
     device: str = "auto",
     gradients: bool = True,
     scale: float = 1.0,
-) -> Certificate:
+) -> ParityReport:
     """One model through several backends, or two models through each backend.
 
     models: (label, spec, parameters), one or two of them.  scale: factor on `TOLERANCES`.
@@ -194,4 +194,4 @@ def verify(
             for earlier in previous:
                 lines += compare(earlier, done[0], scale=scale)
             previous += done
-    return Certificate(kind_of(spec), batch_size, seed, ran, lines)
+    return ParityReport(kind_of(spec), batch_size, seed, ran, lines)

@@ -136,7 +136,7 @@ class Absent:
 
 def test_doctor_reports_a_broken_and_an_absent_backend_and_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
-        "arm_core.engine.protocol.installed_backends", lambda: {"broken": Broken(), "absent": Absent()}
+        "arm_core.engine.registry.installed_backends", lambda: {"broken": Broken(), "absent": Absent()}
     )
     result = arm("doctor")
     assert result.exit_code == 1
@@ -146,7 +146,7 @@ def test_doctor_reports_a_broken_and_an_absent_backend_and_says_what_to_install(
 
 
 def test_doctor_without_any_engine_ends_with_exit_code_1(monkeypatch):
-    monkeypatch.setattr("arm_core.engine.protocol.installed_backends", lambda: {"absent": Absent()})
+    monkeypatch.setattr("arm_core.engine.registry.installed_backends", lambda: {"absent": Absent()})
     result = arm("doctor")
     assert result.exit_code == 1
     assert "No engine can run here." in result.output

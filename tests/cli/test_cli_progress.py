@@ -2,7 +2,7 @@
 
 import pytest
 
-from arm_cli.progress import EVERY, Counter, duration
+from arm_cli.progress import EVERY, ProgressBar, duration
 
 
 @pytest.fixture
@@ -13,14 +13,14 @@ def clock(monkeypatch):
 
 
 def test_a_line_tells_rate_and_time_left_of_this_session_alone(clock):
-    with Counter("train", 100, "steps", start=40) as counter:
+    with ProgressBar("train", 100, "steps", start=40) as counter:
         clock[0] += 5
         counter.advance(10)
     assert counter.line("loss 0.5") == "train: 50/100 steps, 2 steps/s, 25 s left, loss 0.5"
 
 
 def test_plain_lines_come_now_and_then(clock, capsys):
-    with Counter("embed", 1000, "images") as counter:
+    with ProgressBar("embed", 1000, "images") as counter:
         for _ in range(100):
             clock[0] += EVERY / 10
             counter.advance(1)
@@ -36,7 +36,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with Counter("embed", 10, "images") as counter:
+    with ProgressBar("embed", 10, "images") as counter:
         counter.advance(4, "loss 0.5 [not markup]")
         counter.say("a line of its own")
     shown = capsys.readouterr().err

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from arm_cli.main import main
-from arm_cli.progress import Counter
+from arm_cli.progress import ProgressBar
 from arm_core.engine.registry import installed_backends
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.model.parameters import initial_parameters
@@ -174,7 +174,7 @@ def interrupted(place, monkeypatch):
     words = ["pretrain", "pre.toml", "--data", "train", "--backend", "cuda", "--device", "cpu"]
     assert arm(*words, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Counter, "advance", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(ProgressBar, "advance", lambda *_: signal.raise_signal(signal.SIGINT))
         return arm(*words, "--out", "halved", "--json")
 
 

@@ -15,7 +15,7 @@ from arm_convert import adapt
 from arm_convert.bicubic import interpolation_matrix, resize_table
 from arm_convert.importing import resolve
 from arm_convert.official import official_view
-from arm_convert.source import open_source
+from arm_convert.source import open_checkpoint_source
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import Tensor, as_tensors
 from arm_core.model.parameters import initial_parameters
@@ -91,7 +91,7 @@ def test_the_position_table_is_the_official_expansions():
 @pytest.mark.skipif(golden.complete() is None, reason="needs the complete official data: set ARM_GOLDEN")
 def test_the_whole_expansion_is_the_official_one():
     folder = golden.complete()
-    model = resolve(open_source(folder / "pretrain_checkpoint-40.pth", warn=print))
+    model = resolve(open_checkpoint_source(folder / "pretrain_checkpoint-40.pth", warn=print))
     target = ClassifierSpec(encoder=model.spec.encoder, classes=10)
     made = official_view(target, read(adapt.to_classifier(model.spec, model.tensors, target, seed=0)))
     with np.load(folder / "ft_gp_expanded_state.npz") as expanded:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from arm_convert.importing import resolve
 from arm_convert.official_run import optimizer_state
-from arm_convert.source import open_source
+from arm_convert.source import open_checkpoint_source
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import BadFileError, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
@@ -104,7 +104,7 @@ def mutated(seed: bytes, number: int) -> bytes:
 def try_to_read(path: Path) -> bool:
     """Read everything in a file; False where it was refused with the typed error."""
     try:
-        source = open_source(path, warn=print)
+        source = open_checkpoint_source(path, warn=print)
         for tensor in (*source.tensors.values(), *(source.average or {}).values()):
             tensor.read()
         resolved = resolve(source)
@@ -146,7 +146,7 @@ def test_the_seeds_themselves_are_read(scratch, name):
     if name in ("safetensors", "header"):
         assert set(read_tensors(scratch).tensors) == {"a", "b"}
     else:
-        assert set(open_source(scratch, warn=print).tensors) == {"a", "b"}
+        assert set(open_checkpoint_source(scratch, warn=print).tensors) == {"a", "b"}
 
 
 @pytest.mark.parametrize("name", list(SEEDS))

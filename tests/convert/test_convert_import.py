@@ -13,7 +13,7 @@ from converting import SPECS, convert, model_folder, official_checkpoint, same_b
 from arm_convert.export import SUFFIXES_OF, Format
 from arm_convert.importing import import_model, resolve
 from arm_convert.official import official_mask, official_shapes, official_view
-from arm_convert.source import open_source, strip_prefix
+from arm_convert.source import open_checkpoint_source, strip_prefix
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import Tensor, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
@@ -154,7 +154,7 @@ def test_import_after_export_gives_the_same_bytes(tmp_path, to, suffix, kind, dt
     folder = model_folder(tmp_path / "m", kind, dtype=dtype)
     out = tmp_path / f"out{suffix}"
     assert convert("export", folder, out, "--to", to).exit_code == 0
-    source = open_source(out, warn=print)
+    source = open_checkpoint_source(out, warn=print)
     import_model(source, resolve(source), tmp_path / "back")
     (tmp_path / "back/README.md").unlink()  # the first folder was written without a card
     assert same_bytes(folder, tmp_path / "back")

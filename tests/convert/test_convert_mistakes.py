@@ -17,7 +17,7 @@ from converting import convert, model_folder, names, official_checkpoint
 from arm_convert import torch_writer
 from arm_convert.export import Format, export_model
 from arm_convert.importing import Weights, resolve
-from arm_convert.source import open_source
+from arm_convert.source import open_checkpoint_source
 from arm_core.engine.protocol import TrainingState
 from arm_core.files import safetensors
 from arm_core.files.model_folder import read_model
@@ -217,7 +217,7 @@ def test_control_characters_of_a_file_never_reach_the_terminal(tmp_path):
 def test_resolving_reads_no_tensor_but_the_mask(tmp_path):
     content = foreign.torch_zip(foreign.checkpoint(foreign.CLASSIFIER))
     path = foreign.save(tmp_path / "x.pth", content)
-    source = open_source(path, warn=print)
+    source = open_checkpoint_source(path, warn=print)
     path.unlink()
     assert resolve(source, weights=Weights.MODEL).spec.classes == 3
 
@@ -269,4 +269,4 @@ def test_a_self_description_that_lies_is_refused(tmp_path):
     ):
         write_tensors(tmp_path / "y.safetensors", file.tensors, {**file.metadata, **changes})
         with pytest.raises(BadFileError, match=message):
-            resolve(open_source(tmp_path / "y.safetensors", warn=print))
+            resolve(open_checkpoint_source(tmp_path / "y.safetensors", warn=print))

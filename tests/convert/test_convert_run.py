@@ -14,7 +14,7 @@ from converting import arm
 from arm_convert.importing import resolve
 from arm_convert.official import official_view
 from arm_convert.official_run import official_groups
-from arm_convert.source import open_source
+from arm_convert.source import open_checkpoint_source
 from arm_core.engine.protocol import Precision
 from arm_core.model.parameters import parameter_table
 from arm_core.recipe.recipe import load_recipe
@@ -50,7 +50,7 @@ def with_optimizer(kind: str, path: Path, **changes) -> Path:
     if kind == "classifier":
         content["model_ema"] = foreign.official_state(spec, 4)
     foreign.save(path, foreign.torch_zip(content))
-    groups = official_groups(open_source(path, warn=print), spec)
+    groups = official_groups(open_checkpoint_source(path, warn=print), spec)
     first, second = (official_view(spec, moments(spec, seed)) for seed in (1, 2))
     state, numbered, number = {}, [], 0
     for names in groups:
@@ -195,6 +195,6 @@ def test_the_optimizer_groups_are_the_official_ones(name):
     import json
 
     folder = golden.complete()
-    source = open_source(folder / f"{name}.pth", warn=print)
+    source = open_checkpoint_source(folder / f"{name}.pth", warn=print)
     stated = json.loads((folder / f"{name.split('_checkpoint')[0]}_meta.json").read_text())["groups"]
     assert official_groups(source, resolve(source).spec) == [group["names"] for group in stated]

@@ -128,7 +128,7 @@ def test_batches_are_float32_with_targets_that_sum_to_one(uninterrupted: list[Ba
         assert batch.targets is not None
         assert batch.targets.shape == (4, 10)
         np.testing.assert_allclose(batch.targets.sum(1), 1, atol=1e-6)
-        assert batch.branch_scale is None
+        assert batch.drop_path_scale is None
 
 
 def test_no_two_batches_are_alike(uninterrupted: list[Batch]) -> None:

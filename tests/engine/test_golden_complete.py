@@ -15,7 +15,7 @@ from golden import OUR_NAMES, Golden, Sample, Steps
 from test_golden_engines import every_engine, take_steps
 
 from arm_convert.official import canonical_view, official_view, spec_from_official
-from arm_convert.source import open_source
+from arm_convert.source import open_checkpoint_source
 from arm_core.engine.protocol import Batch, EngineOptions
 from arm_core.model.parameters import parameter_table
 
@@ -78,7 +78,8 @@ def data(name: str) -> tuple[Golden, dict[str, np.ndarray]]:
         state = read(f"{name}_state")
     else:
         state = {
-            n: t.read() for n, t in open_source(FOLDER / TRAINED[name], warn=pytest.fail).tensors.items()
+            n: t.read()
+            for n, t in open_checkpoint_source(FOLDER / TRAINED[name], warn=pytest.fail).tensors.items()
         }
     spec = spec_from_official({n: a.shape for n, a in state.items()}, {"global_pool": plain == "ft_gp"})
     parameters = canonical_view(spec, state)
@@ -149,7 +150,7 @@ def test_two_optimizer_steps_lead_to_the_official_checkpoint(
     name: str, backend: Any, device: str, scan: str
 ) -> None:
     official, stored = data(name)
-    checkpoint = open_source(FOLDER / TRAINED[name], warn=pytest.fail)
+    checkpoint = open_checkpoint_source(FOLDER / TRAINED[name], warn=pytest.fail)
     pretraining = name == "pretrain"
     lr = stored["steps_lr"] if pretraining else stored["steps_group_lr"].max(1)
     trainable = {name for name, row in parameter_table(official.spec).items() if row.trainable}

@@ -9,7 +9,7 @@ import arm_cuda
 import arm_mlx
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions, Precision, TrainingState
-from arm_core.model.drop_path import branch_scale
+from arm_core.model.drop_path import drop_path_scale
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import ModelSpec, PretrainSpec
 
@@ -53,8 +53,8 @@ def batches(spec: ModelSpec, step: int) -> list[Batch]:
         targets = None
         if not isinstance(spec, PretrainSpec):
             targets = rng.dirichlet(np.ones(spec.classes), IMAGES).astype(np.float32)
-        scale = branch_scale(0.3, spec.encoder.depth, IMAGES, seed=1, position=position)
-        found.append(Batch(images=images.astype(np.float32), targets=targets, branch_scale=scale))
+        scale = drop_path_scale(0.3, spec.encoder.depth, IMAGES, seed=1, position=position)
+        found.append(Batch(images=images.astype(np.float32), targets=targets, drop_path_scale=scale))
     return found
 
 

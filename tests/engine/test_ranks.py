@@ -12,13 +12,13 @@ from arm_core.data import EvalTransform, Synthetic
 from arm_core.data.loader import EvalLoader
 from arm_core.engine import ranks as ranks_module
 from arm_core.engine.protocol import OutOfMemory, StepResult
-from arm_core.engine.ranks import ALONE, Elsewhere, RankLost, StopTogether, agree, lead, together
+from arm_core.engine.ranks import ALONE, FailedElsewhere, PeerFailed, StopTogether, agree, lead, together
 from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import evaluate
 from arm_core.training.nonfinite import NonFiniteError
-from arm_core.training.plan import Plan, WorkersLost
+from arm_core.training.plan import Plan, WorkersFailed
 from arm_core.training.run_folder import read_rows, resume_run, start_run
 from arm_core.training.trainer import Observer, Trainer
 
@@ -139,8 +139,8 @@ def test_an_error_of_one_rank_ends_a_common_block_on_all(failing):
     found = run_ranks(3, work)
     assert [type(error) for error in found] == [
         OSError if failing == 0 else ValueError,
-        Elsewhere,
-        Elsewhere,
+        FailedElsewhere,
+        FailedElsewhere,
     ]
     assert str(found[0]) == ("no such thing" if failing == 0 else "process 3 of 3: no such thing")
 
@@ -192,7 +192,7 @@ def test_ranks_share_the_micro_batches_of_every_update(world):
                     found |= dict(zip(mine, plan.next_batches(loader, start), strict=True))
         assert sorted(found) == list(range(position, position + 12))
         for offset, batch in enumerate(expected):
-            for name in ("images", "targets", "branch_scale"):
+            for name in ("images", "targets", "drop_path_scale"):
                 mine = getattr(found[position + offset], name)
                 assert mine.tobytes() == getattr(batch, name).tobytes()
 
@@ -282,7 +282,7 @@ def test_a_full_disk_ends_all_ranks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "save_checkpoint", full)
     found = run_ranks(3, lambda ranks: train(tmp_path, ranks))
-    assert [type(error) for error in found] == [OSError, Elsewhere, Elsewhere]
+    assert [type(error) for error in found] == [OSError, FailedElsewhere, FailedElsewhere]
     assert "cannot be written" in str(found[0])
 
 
@@ -296,9 +296,9 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, error):
 
     found = run_ranks(2, lambda ranks: train(tmp_path, ranks, source=Broken(43, (8, 8), classes=4)))
     kinds = {type(end) for end in found}
-    assert kinds == {WorkersLost if isinstance(error, RuntimeError) else ValueError, RankLost}
+    assert kinds == {WorkersFailed if isinstance(error, RuntimeError) else ValueError, PeerFailed}
     if isinstance(error, RuntimeError):
-        (lost,) = (end for end in found if isinstance(end, WorkersLost))
+        (lost,) = (end for end in found if isinstance(end, WorkersFailed))
         assert "go on with: arm finetune --resume" in str(lost)
         assert "saved" not in str(lost)
     assert final(tmp_path) is not None
@@ -307,11 +307,11 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, error):
 def test_all_ranks_refuse_a_folder_with_the_same_words_of_rank_0(tmp_path, whole):
     found = run_ranks(2, lambda ranks: start_run(whole, RECIPE, RECIPE.spec(4), ranks=ranks))
     assert isinstance(found[0], ValueError)
-    assert isinstance(found[1], Elsewhere)
+    assert isinstance(found[1], FailedElsewhere)
     assert "a run is there already" in str(found[0])
     (tmp_path / "empty").mkdir()
     found = run_ranks(2, lambda ranks: resume_run(tmp_path / "empty", warn=print, ranks=ranks))
-    assert [type(error) for error in found] == [ValueError, Elsewhere]
+    assert [type(error) for error in found] == [ValueError, FailedElsewhere]
 
 
 def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):

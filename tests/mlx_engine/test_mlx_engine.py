@@ -172,7 +172,7 @@ def test_an_image_whose_branches_are_dropped_adds_nothing_to_the_blocks(
     scale = np.ones((depth, 2, 2), np.float32)
     scale[:, :, 1] = 0
     engine = make(classifier_spec)
-    _, both = engine.loss_and_gradients(dataclasses.replace(data, branch_scale=scale))
+    _, both = engine.loss_and_gradients(dataclasses.replace(data, drop_path_scale=scale))
     first = Batch(images=data.images[:1], targets=data.targets[:1])
     _, alone = engine.loss_and_gradients(first)
     for name in both:

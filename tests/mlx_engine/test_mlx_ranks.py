@@ -16,7 +16,7 @@ import pytest
 
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, Compile, EngineOptions
-from arm_core.engine.ranks import ALONE, RankLost
+from arm_core.engine.ranks import ALONE, PeerFailed
 from arm_core.engine.registry import choose_backend
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import ClassifierSpec, EncoderSpec
@@ -85,7 +85,7 @@ def outlive(folder: str, compiled: str) -> None:
     ):
         try:
             action()
-        except RankLost as error:
+        except PeerFailed as error:
             print(error, flush=True)
 
 

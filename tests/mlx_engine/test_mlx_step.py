@@ -66,7 +66,7 @@ def batch(spec: ModelSpec, seed: int, images: int = 2) -> Batch:
     targets = None
     if isinstance(spec, ClassifierSpec):
         targets = rng.dirichlet(np.ones(spec.classes), images).astype(np.float32)
-    return Batch(images=pixels, targets=targets, branch_scale=scale)
+    return Batch(images=pixels, targets=targets, drop_path_scale=scale)
 
 
 def arrays_of(state: TrainingState) -> dict[str, np.ndarray]:
@@ -145,9 +145,9 @@ def test_no_step_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert traces_of_a_step(5, 3) == 3, "the first micro-batch, one between, the last with the update"
     assert [traces_of_a_step(step, count) for step, count in ((6, 3), (7, 4), (8, 1))] == [0, 0, 0]
     engine.load_state(engine.export_state())
-    engine.exchange_average()
+    engine.swap_ema()
     engine.forward(batch(CLASSIFIER, 1).images)
-    engine.exchange_average()
+    engine.swap_ema()
     assert traces_of_a_step(9, 1) == 0
     assert traces_of_a_step(10, 1, images=3) == 1, "another size of batch is another graph"
 

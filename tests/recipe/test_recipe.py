@@ -55,7 +55,7 @@ def test_shipped_recipes_load_round_trip_and_say_where_they_come_from(name):
     assert recipe.stage == {"pretrain": "pretrain"}.get(name.split("-")[0], "finetune")
     recipe.spec(classes=10)
     header = recipe_text(name).split("stage =")[0]
-    assert all(word in header for word in ("# Source:", "# Hardware:", "# Expected:"))
+    assert all(word in header for word in ("# ImageSource:", "# Hardware:", "# Expected:"))
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])

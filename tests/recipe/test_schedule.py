@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from arm_core.model.drop_path import branch_scale, drop_rates
+from arm_core.model.drop_path import drop_path_scale, drop_rates
 from arm_core.recipe.schedule import Schedule, scaled_lr
 
 
@@ -48,7 +48,7 @@ def test_drop_rates_stand_one_block_late_as_in_the_official_code():
 
 def test_branch_factors_keep_the_mean_and_drop_at_the_rate_of_their_block():
     rates = drop_rates(0.4, 6)
-    factors = branch_scale(0.4, 6, 4096, seed=3, position=0)
+    factors = drop_path_scale(0.4, 6, 4096, seed=3, position=0)
     assert factors.shape == (6, 2, 4096)
     assert factors.dtype == np.float32
     np.testing.assert_allclose((factors == 0).mean(-1), np.stack([rates, rates], 1), atol=0.03)
@@ -57,13 +57,13 @@ def test_branch_factors_keep_the_mean_and_drop_at_the_rate_of_their_block():
 
 
 def test_branch_draws_are_independent_and_depend_on_seed_and_position_alone():
-    one = branch_scale(0.9, 4, 512, seed=3, position=7)
-    np.testing.assert_array_equal(one, branch_scale(0.9, 4, 512, seed=3, position=7))
+    one = drop_path_scale(0.9, 4, 512, seed=3, position=7)
+    np.testing.assert_array_equal(one, drop_path_scale(0.9, 4, 512, seed=3, position=7))
     dropped = one[2:] == 0  # the blocks that may drop: 2, 3
     assert abs(np.corrcoef(dropped[1, 0], dropped[1, 1])[0, 1]) < 0.2  # mixer against MLP
     assert abs(np.corrcoef(dropped[0, 0], dropped[1, 0])[0, 1]) < 0.2  # block against block
     for other in (
-        branch_scale(0.9, 4, 512, seed=3, position=8),
-        branch_scale(0.9, 4, 512, seed=4, position=7),
+        drop_path_scale(0.9, 4, 512, seed=3, position=8),
+        drop_path_scale(0.9, 4, 512, seed=4, position=7),
     ):
         assert abs(np.corrcoef(dropped[1, 0], other[3, 0] == 0)[0, 1]) < 0.2

@@ -40,7 +40,7 @@ def batch(spec=SMALL, images=2) -> Batch:
     draws = np.random.default_rng(3)
     scale = draws.integers(0, 2, (spec.encoder.depth, 2, images)).astype(np.float32) * 2
     pixels = draws.standard_normal((images, *spec.image_size, 3)).astype(np.float32)
-    return Batch(images=pixels, branch_scale=scale)
+    return Batch(images=pixels, drop_path_scale=scale)
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -112,9 +112,9 @@ def test_an_average_is_exchanged_with_the_weights_and_back():
     engine = make()
     engine.train_step([batch()], step=1, lr=1e-2).result()
     before = engine.export_state()
-    engine.exchange_average()
+    engine.swap_ema()
     between = engine.export_state()
-    engine.exchange_average()
+    engine.swap_ema()
     after = engine.export_state()
     for name, average in before.ema.items():
         np.testing.assert_array_equal(between.parameters[name], average)

@@ -17,7 +17,7 @@ from arm_core.recipe.recipe import Recipe, load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint, read_weights, saved_steps
 from arm_core.training.evaluation import classes_before, cross_entropy, evaluate
 from arm_core.training.nonfinite import NonFiniteError
-from arm_core.training.plan import WorkersLost
+from arm_core.training.plan import WorkersFailed
 from arm_core.training.run_folder import RunFolder, resume_run, start_run
 from arm_core.training.trainer import Observer, Trainer
 
@@ -152,7 +152,7 @@ def test_drop_path_masks_follow_from_seed_and_position(tmp_path, recipe):
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
         Trainer(run, Watched(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer), TRAIN).train()
-    scales = [batch.branch_scale for batch in seen]
+    scales = [batch.drop_path_scale for batch in seen]
     assert {scale.shape for scale in scales} == {(6, 2, 4)}
     assert len({scale.tobytes() for scale in scales}) == len(scales) == 30
     assert 0.1 < np.mean(np.stack(scales)[:, -1] == 0) < 0.7
@@ -375,7 +375,9 @@ def test_lost_data_workers_cost_no_step(tmp_path, recipe, signalled, at):
         if signalled:
             assert trainer.train().signal == "SIGTERM"
         else:
-            with pytest.raises(WorkersLost, match=r"exit code -15.; saved step 7, go on with: arm finetune"):
+            with pytest.raises(
+                WorkersFailed, match=r"exit code -15.; saved step 7, go on with: arm finetune"
+            ):
                 trainer.train()
     train(tmp_path / "whole", recipe)
     with resume_run(tmp_path / "lost", warn=pytest.fail) as run:

@@ -14,7 +14,7 @@ from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
 
 
-class CudaBackend:
+class TorchBackend:
     """Implements `arm_core.engine.protocol.Backend`; torch is imported by the methods that need it."""
 
     name = "cuda"

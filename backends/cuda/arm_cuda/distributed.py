@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arm_core.engine.ranks import ALONE, Alone, RankLost, Ranks
+from arm_core.engine.ranks import ALONE, Alone, PeerFailed, Ranks
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -41,7 +41,7 @@ class TorchRanks:
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world
-        with naming_lost_ranks(self):
+        with peer_failures_named(self):
             dist.all_gather_object(values, value)
         return values
 
@@ -100,15 +100,15 @@ def local_device(name: str) -> torch.device:
 
 
 @contextmanager
-def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
-    """Turn what the communication libraries say of a peer that is gone into a RankLost."""
+def peer_failures_named(ranks: Ranks) -> Iterator[None]:
+    """Turn what the communication libraries say of a peer that is gone into a PeerFailed."""
     try:
         yield
     except RuntimeError as error:
         if ranks.world == 1 or not _about_a_peer(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise RankLost(f"another process of this job has ended ({reason[:200]})") from error
+        raise PeerFailed(f"another process of this job has ended ({reason[:200]})") from error
 
 
 def _about_a_peer(error: RuntimeError) -> bool:
@@ -151,7 +151,7 @@ class Placement:
         return loss, squares
 
 
-class Repeated(Placement):
+class Replicated(Placement):
     """Every rank holds the model; gradients are averaged during the backward pass."""
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
@@ -175,7 +175,7 @@ class Repeated(Placement):
         return loss, squares
 
 
-class Spread(Placement):
+class Sharded(Placement):
     """Every rank holds a part of each tensor; blocks are put together while they compute."""
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
@@ -229,4 +229,4 @@ def place(ranks: Ranks, *, shard: bool) -> Placement:
         if shard:
             raise ValueError("--shard spreads a model over several processes; start them with torchrun")
         return Placement(ranks)
-    return Spread(ranks) if shard else Repeated(ranks)
+    return Sharded(ranks) if shard else Replicated(ranks)

@@ -34,7 +34,7 @@ from arm_core.engine.scans import choose_scan
 from arm_core.model.cost import step_memory
 from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ModelSpec
-from arm_cuda.distributed import local_device, naming_lost_ranks, place
+from arm_cuda.distributed import local_device, peer_failures_named, place
 from arm_cuda.execution import check_execution, execute
 from arm_cuda.model import build_model, soft_cross_entropy
 from arm_cuda.scan import scans
@@ -71,7 +71,7 @@ class PendingStep:
     ranks: Ranks
 
     def result(self) -> StepResult:
-        with naming_lost_ranks(self.ranks):
+        with peer_failures_named(self.ranks):
             loss, grad_norm = self.values.tolist()
         return StepResult(loss=loss, grad_norm=grad_norm)
 
@@ -168,7 +168,7 @@ class TorchEngine:
             return PendingStep(torch.stack([loss, norm]), self._ranks)
 
     @torch.no_grad()
-    def exchange_average(self) -> None:
+    def swap_ema(self) -> None:
         for name, average in self._ema.items():
             before = self._weights[name].clone()
             self._weights[name].copy_(average)
@@ -185,7 +185,7 @@ class TorchEngine:
     def _on_rank_0(self, parts: Mapping[str, Tensor]) -> dict[str, Array]:
         """Whole tensors in host memory, one after the other; the other ranks only lend their parts."""
         arrays: dict[str, Array] = {}
-        with naming_lost_ranks(self._ranks), torch.no_grad():
+        with peer_failures_named(self._ranks), torch.no_grad():
             for name, part in parts.items():
                 whole = self._placement.whole(part, self._all[name])
                 if self._ranks.rank == 0:
@@ -247,7 +247,7 @@ class TorchEngine:
     def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
         """Around work on a batch: an exhausted device and lost peers are reported as such."""
         try:
-            with naming_lost_ranks(self._ranks):
+            with peer_failures_named(self._ranks):
                 yield
         except torch.OutOfMemoryError as error:
             self._forget_gradients()
@@ -270,7 +270,7 @@ class TorchEngine:
         return share
 
     def _loss(self, batch: Batch) -> Tensor:
-        scale = None if batch.branch_scale is None else self._put(batch.branch_scale)
+        scale = None if batch.drop_path_scale is None else self._put(batch.drop_path_scale)
         with self._autocast():
             outputs = self._forward(self._put(batch.images), scale)
         if "loss" in outputs:

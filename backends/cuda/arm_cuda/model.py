@@ -120,11 +120,11 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(encoder, spec.directions, scan) for _ in range(encoder.depth))
         self.register_buffer("order", torch.from_numpy(direction_orders(spec)), persistent=False)
 
-    def blocks(self, x: Tensor, branch_scale: Tensor | None, seen: Seen) -> list[Tensor]:
+    def blocks(self, x: Tensor, drop_path_scale: Tensor | None, seen: Seen) -> list[Tensor]:
         """Run all blocks on tokens (B, T, D) and return the output of each."""
         outputs = [note(seen, "tokens", x)]
         for i, layer in enumerate(self.layers):
-            scale = None if branch_scale is None else branch_scale[i]
+            scale = None if drop_path_scale is None else drop_path_scale[i]
             outputs.append(layer(outputs[-1], self.order, scale, f"layers.{i}", seen))
         return outputs[1:]
 
@@ -202,12 +202,12 @@ class PretrainModel(Trunk):
             self.register_buffer(name, torch.from_numpy(table), persistent=False)
 
     def forward(
-        self, images: Tensor, branch_scale: Tensor | None = None, seen: Seen = None
+        self, images: Tensor, drop_path_scale: Tensor | None = None, seen: Seen = None
     ) -> dict[str, Tensor]:
         spec = self.spec
         patches = unfold_patches(images, spec.encoder.patch)
         tokens = self.patch_embed(patches[:, self.encoder_patches]) + self.pos_embed[self.encoder_patches]
-        outputs = self.blocks(tokens, branch_scale, seen)
+        outputs = self.blocks(tokens, drop_path_scale, seen)
 
         taps = [norm(outputs[i - 1]) for norm, i in zip(self.tap_norms, spec.taps, strict=True)]
         joined = note(seen, "taps_to_decoder", self.taps_to_decoder(torch.cat(taps, dim=-1)))
@@ -243,13 +243,13 @@ class Classifier(Trunk):
         self.head = nn.Linear(width, spec.classes)
 
     def forward(
-        self, images: Tensor, branch_scale: Tensor | None = None, seen: Seen = None
+        self, images: Tensor, drop_path_scale: Tensor | None = None, seen: Seen = None
     ) -> dict[str, Tensor]:
         middle = self.spec.class_position
         x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
         token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + self.pos_embed
-        x = note(seen, "norm_f", self.norm_f(self.blocks(x, branch_scale, seen)[-1]))
+        x = note(seen, "norm_f", self.norm_f(self.blocks(x, drop_path_scale, seen)[-1]))
         if self.spec.pooling is Pooling.MEAN:
             features = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
         else:

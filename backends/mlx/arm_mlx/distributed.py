@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from arm_core.engine.ranks import ALONE, RankLost, Ranks
+from arm_core.engine.ranks import ALONE, PeerFailed, Ranks
 
 PIECE = 8 << 20
 """Numbers that are sent together: fewer, larger messages, at the price of copies of this size."""
@@ -45,7 +45,7 @@ class MlxRanks:
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def _gather(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        with mx.stream(mx.cpu), self.noticing_losses():
+        with mx.stream(mx.cpu), self.peer_failures_named():
             return np.array(mx.distributed.all_gather(mx.array(row)[None], group=self._group))
 
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -60,8 +60,8 @@ class MlxRanks:
         return found
 
     @contextmanager
-    def noticing_losses(self) -> Iterator[None]:
-        """Around everything that may wait for other ranks: MLX's error about a connection as RankLost.
+    def peer_failures_named(self) -> Iterator[None]:
+        """Around everything that may wait for other ranks: MLX's error about a connection as PeerFailed.
 
         The first loss is remembered, since MLX would wait for ever at the next message.
         """
@@ -73,7 +73,7 @@ class MlxRanks:
                 if "[ring]" not in str(error):
                     raise
                 self._lost = str(error)
-        raise RankLost(f"another process of the job has ended ({self._lost})")
+        raise PeerFailed(f"another process of the job has ended ({self._lost})")
 
     def close(self) -> None:
         self.gather(None)  # the ring ends with the first process that leaves it

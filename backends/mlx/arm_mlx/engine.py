@@ -89,10 +89,10 @@ class PendingStep:
 
     loss: mx.array
     grad_norm: mx.array
-    noticing_losses: Callable[[], AbstractContextManager[None]]
+    peer_failures_named: Callable[[], AbstractContextManager[None]]
 
     def result(self) -> StepResult:
-        with self.noticing_losses():
+        with self.peer_failures_named():
             return StepResult(loss=to_float(self.loss), grad_norm=to_float(self.grad_norm))
 
 
@@ -138,7 +138,7 @@ class MlxEngine:
         products = mx.bfloat16 if options.precision is Precision.BFLOAT16 else mx.float32
         self._model = build_model(spec, self.scan, products, recompute=options.recompute)
         self._ranks = ranks if isinstance(ranks, MlxRanks) else None
-        self._noticing_losses = nullcontext if self._ranks is None else self._ranks.noticing_losses
+        self._peer_failures_named = nullcontext if self._ranks is None else self._ranks.peer_failures_named
         self._groups = parameter_groups(spec, optimizer)
         self._moments = Moments()
         self._share_of_loss = nn.value_and_grad(self._model, lambda batch, share: self._loss(batch) * share)
@@ -165,7 +165,7 @@ class MlxEngine:
         self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
     ) -> PendingStep:
         self._refuse_quantized()
-        with mx.stream(self._device), self._noticing_losses():
+        with mx.stream(self._device), self._peer_failures_named():
             share = mx.array(1.0 / (of or len(batches)))
             loss, gradients = mx.zeros(()), cast(Arrays, {})
             for batch in batches[:-1]:
@@ -175,9 +175,9 @@ class MlxEngine:
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
             del gradients  # what nobody holds any more, the update's results may overwrite
             mx.async_eval(loss, norm, self._state)
-        return PendingStep(loss, norm, self._noticing_losses)
+        return PendingStep(loss, norm, self._peer_failures_named)
 
-    def exchange_average(self) -> None:
+    def swap_ema(self) -> None:
         weights, ema = self._trainable, self._moments.ema
         self._model.update(tree_unflatten(list(ema.items())))
         ema.update({name: weights[name] for name in ema})
@@ -228,7 +228,7 @@ class MlxEngine:
         """The arrays of a batch that has everything this model trains on."""
         if batch.targets is None and isinstance(self.spec, ClassifierSpec):
             raise ValueError("a classifier trains on batches with targets (B, classes), found None")
-        arrays = {"images": batch.images, "targets": batch.targets, "branch_scale": batch.branch_scale}
+        arrays = {"images": batch.images, "targets": batch.targets, "drop_path_scale": batch.drop_path_scale}
         return {name: put(array) for name, array in arrays.items() if array is not None}
 
     @property
@@ -246,7 +246,7 @@ class MlxEngine:
         )
 
     def _loss(self, batch: Arrays) -> mx.array:
-        outputs = self._model(batch["images"], batch.get("branch_scale"))
+        outputs = self._model(batch["images"], batch.get("drop_path_scale"))
         if "loss" in outputs:
             return outputs["loss"]
         return soft_cross_entropy(outputs["logits"], batch["targets"])

@@ -222,11 +222,11 @@ class Trunk(nn.Module):
         self.layers = [Block(encoder, spec.directions, scan) for _ in range(encoder.depth)]
         self._order = mx.array(direction_orders(spec))  # the underscore keeps tables out of the parameters
 
-    def blocks(self, x: mx.array, branch_scale: mx.array | None, seen: Seen) -> list[mx.array]:
+    def blocks(self, x: mx.array, drop_path_scale: mx.array | None, seen: Seen) -> list[mx.array]:
         """Run all blocks on tokens (B, T, D) and return the output of each."""
         outputs = [note(seen, "tokens", x)]
         for i, layer in enumerate(self.layers):
-            scale = None if branch_scale is None else branch_scale[i]
+            scale = None if drop_path_scale is None else drop_path_scale[i]
             run = partial(layer, order=self._order, scale=scale, name=f"layers.{i}", seen=seen)
             if self.recompute and self.training:
                 run = nn.utils.checkpoint(layer, run)
@@ -299,12 +299,12 @@ class PretrainModel(Trunk):
         self._mask = mx.array(decoder_mask(spec))
 
     def __call__(
-        self, images: mx.array, branch_scale: mx.array | None = None, seen: Seen = None
+        self, images: mx.array, drop_path_scale: mx.array | None = None, seen: Seen = None
     ) -> dict[str, mx.array]:
         spec, read = self.spec, self._encoder_patches
         patches = unfold_patches(images, spec.encoder.patch)
         tokens = self.patch_embed(patches[:, read]) + self.pos_embed[read]
-        outputs = self.blocks(tokens, branch_scale, seen)
+        outputs = self.blocks(tokens, drop_path_scale, seen)
 
         taps = [norm(outputs[i - 1]) for norm, i in zip(self.tap_norms, spec.taps, strict=True)]
         joined = note(seen, "taps_to_decoder", self.taps_to_decoder(mx.concatenate(taps, axis=-1)))
@@ -341,13 +341,13 @@ class Classifier(Trunk):
         self.head = Linear(width, spec.classes)
 
     def __call__(
-        self, images: mx.array, branch_scale: mx.array | None = None, seen: Seen = None
+        self, images: mx.array, drop_path_scale: mx.array | None = None, seen: Seen = None
     ) -> dict[str, mx.array]:
         middle = self.spec.class_position
         x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
         token = mx.broadcast_to(self.cls_token.astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = mx.concatenate([x[:, :middle], token, x[:, middle:]], axis=1) + self.pos_embed
-        x = note(seen, "norm_f", self.norm_f(self.blocks(x, branch_scale, seen)[-1]))
+        x = note(seen, "norm_f", self.norm_f(self.blocks(x, drop_path_scale, seen)[-1]))
         if self.spec.pooling is Pooling.MEAN:
             features = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
         else:

@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from arm_convert.importing import Resolved
-    from arm_convert.source import Source
+    from arm_convert.source import CheckpointSource
     from arm_core.files.safetensors import Tensor
     from arm_core.model.spec import ModelSpec
 
@@ -82,11 +82,11 @@ def open_model(name: str, weights: str = "model") -> Resolved:
     return resolve(open_named(name), weights=Weights(weights))
 
 
-def open_named(name: str) -> Source:
+def open_named(name: str) -> CheckpointSource:
     """Open whatever the user named; warnings go to stderr."""
-    from arm_convert.source import open_source
+    from arm_convert.source import open_checkpoint_source
 
-    return open_source(name, warn=lambda text: click.echo(f"Warning: {name}: {text}", err=True))
+    return open_checkpoint_source(name, warn=lambda text: click.echo(f"Warning: {name}: {text}", err=True))
 
 
 def write_changed(

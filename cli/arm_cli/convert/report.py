@@ -49,12 +49,12 @@ def report_change(
 def _accuracy(runner: Engine, out: str, data: str) -> float:
     from arm_cli.evaluate import open_data
     from arm_cli.models import open_model
-    from arm_cli.progress import Counter
+    from arm_cli.progress import ProgressBar
     from arm_core.data.loader import EvalLoader
     from arm_core.training.evaluation import evaluate
 
     opened = open_model(out)
     source = open_data(data, opened)
     loader = EvalLoader(source, opened.transform, size=opened.spec.image_size, batch_size=64, workers=0)
-    with Counter("evaluate", len(source), "images") as counter:
+    with ProgressBar("evaluate", len(source), "images") as counter:
         return evaluate(runner, loader, seen=counter.advance).top1 or 0.0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from arm_cli.demo.report.demonstration import Comparison, Parity
     from arm_cli.demo.runs import Job, Rows
-    from arm_core.data.sources import Source
+    from arm_core.data.sources import ImageSource
     from arm_core.engine.protocol import Array, Engine
     from arm_core.recipe.recipe import Recipe
 
@@ -249,7 +249,7 @@ def _difference(a: Array, b: Array) -> float:
     return float(abs(a - b).max() / max(abs(a).max(), 1e-30))
 
 
-def _images(source: Source, recipe: Recipe, indices: range) -> tuple[Array, npt.NDArray[np.int64]]:
+def _images(source: ImageSource, recipe: Recipe, indices: range) -> tuple[Array, npt.NDArray[np.int64]]:
     """Images as the evaluation prepares them, (B, H, W, 3), and their labels."""
     import numpy as np
 
@@ -259,7 +259,7 @@ def _images(source: Source, recipe: Recipe, indices: range) -> tuple[Array, npt.
     return images, np.array([item.label for item in items])
 
 
-def _baselines(train: Source, test: Source, recipe: Recipe, visits: int) -> dict[str, float]:
+def _baselines(train: ImageSource, test: ImageSource, recipe: Recipe, visits: int) -> dict[str, float]:
     """Accuracy in percent of methods on raw pixels, given `visits` drawings of every training image."""
     import numpy as np
 

@@ -94,7 +94,7 @@ def run_all(
 ) -> dict[Path, Rows]:
     """Run `first` and all `jobs`, those that start from it after it; rows by folder.
 
-    `done` is told of each run as it ends. Elsewhere than on a CPU they run one after the other.
+    `done` is told of each run as it ends. FailedElsewhere than on a CPU they run one after the other.
     """
     processes = min(os.cpu_count() or 1, MOST_PROCESSES) if on_cpu(backend, options) else 1
     results: dict[Path, Rows] = {}
