@@ -44,7 +44,7 @@ class EncoderChoice:
         size = None if self.preset is None else preset(self.preset)
         if size is None and (self.width is None or self.depth is None):
             raise ValueError("model: name a preset, or give both width and depth")
-        chosen = {} if size is None else {"width": size.width, "depth": size.depth}
+        chosen = {} if size is None else {name: getattr(size, name) for name in ("width", "depth", "patch")}
         return EncoderSpec(**{**chosen, **_given(self, EncoderSpec)})
 
 
@@ -65,7 +65,9 @@ class PretrainModel(EncoderChoice):
     def spec(self) -> PretrainSpec:
         chosen: dict[str, Any] = _given(self, PretrainSpec)
         if self.preset is not None:
-            chosen.setdefault("decoder_width", preset(self.preset).decoder_width)
+            size = preset(self.preset)
+            defaults = {name: getattr(size, name) for name in ("cluster", "decoder_width", "decoder_depth")}
+            chosen = {**defaults, "image_size": size.pretrain_size, **chosen}
         if width := chosen.get("decoder_width"):
             chosen.setdefault("decoder_heads", max(1, width // DECODER_HEAD_WIDTH))
         return PretrainSpec(encoder=self.encoder(), **chosen)
@@ -93,6 +95,8 @@ class ClassifierModel(EncoderChoice):
         if count is None:
             raise ValueError("model.classes: neither the recipe nor the data says how many classes there are")
         chosen: dict[str, Any] = {**_given(self, ClassifierSpec), "classes": count}
+        if self.preset is not None:
+            chosen.setdefault("image_size", preset(self.preset).image_size)
         if self.directions is not None:
             if self.directions not in DIRECTIONS:
                 raise ValueError(f"model.directions: expected 1, 2 or 4, found {self.directions}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from arm_core.engine.protocol import Backend
     from arm_core.engine.scan_timing import ScanShape, ScanTimer, ScanTimes
 
-SIZES = ("tiny", "small", "base", "large", "huge")
+SIZES = ("digits", "tiny", "small", "base", "large", "huge")
 STAGES = ("pretrain", "finetune")
 
 

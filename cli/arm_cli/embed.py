@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from arm_cli.options import EngineChoice, ema_option, engine_options
+from arm_cli.options import EngineChoice, batch_size_option, engine_options, weights_option
 
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Array
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--array", metavar="X.NPY", help="Normalised float32 images (B, 3, H, W) instead of files.")
 @click.option("--out", required=True, metavar="OUT.NPZ", help="File to write.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@ema_option
+@batch_size_option(32)
+@weights_option
 @engine_options
 def embed(
     model: str,
@@ -28,7 +28,7 @@ def embed(
     array: str | None,
     out: str,
     batch_size: int,
-    ema: bool,
+    weights: str,
     engine: EngineChoice,
 ) -> None:
     """Write what MODEL computes from images to OUT.NPZ.
@@ -49,7 +49,7 @@ def embed(
         raise ValueError("give either IMAGE... or --array X.NPY")
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"{out}: no folder {Path(out).parent} to write it in")
-    opened = open_model(model, ema=ema)
+    opened = open_model(model, weights=weights)
     size = opened.spec.image_size
     if array is not None:
         pixels = read_array(array, size, opened.spec.encoder.channels)

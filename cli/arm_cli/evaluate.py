@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from arm_cli.options import EngineChoice, ema_option, engine_options, json_option
+from arm_cli.options import EngineChoice, batch_size_option, engine_options, json_option, weights_option
 
 if TYPE_CHECKING:
     from arm_cli.models import Opened
@@ -21,9 +21,9 @@ DIGITS = "digits"
 @click.command(short_help="Measure a model on a folder of images.")
 @click.argument("model")
 @click.option("--data", metavar="FOLDER", help="Images to evaluate on, or `digits` for its test split.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="At a time.")
+@batch_size_option(64)
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that read images.")
-@ema_option
+@weights_option
 @engine_options
 @json_option
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     data: str | None,
     batch_size: int,
     workers: int,
-    ema: bool,
+    weights: str,
     engine: EngineChoice,
     as_json: bool,
 ) -> None:
@@ -49,7 +49,7 @@ def evaluate(
 
     with engine.join() as (_, ranks):
         with together(ranks):
-            opened = open_model(model, ema=ema)
+            opened = open_model(model, weights=weights)
             source = open_data(data or _data_of_run(opened), opened)
             runner = engine.create(opened.spec, opened.parameters, ranks)
             loader = EvalLoader(

@@ -68,13 +68,13 @@ def read_folder(name: str) -> Model:
     return read_model(find_model(name))
 
 
-def open_model(name: str, *, ema: bool = False) -> Opened:
-    """Read a model; `ema` takes the average of the weights that its run kept."""
+def open_model(name: str, *, weights: str = "raw") -> Opened:
+    """Read a model; weights: `raw`, or `ema` for the moving average that its run kept."""
     from arm_core.model.spec import ClassifierSpec
     from arm_core.training.checkpoint import read_weights
 
     model = read_folder(name)
-    parameters = read_weights(model.path, ema=True)[1] if ema else model.load()
+    parameters = read_weights(model.path, ema=True)[1] if weights == "ema" else model.load()
     classes = class_names(model, model.spec) if isinstance(model.spec, ClassifierSpec) else ()
     return Opened(
         spec=model.spec,

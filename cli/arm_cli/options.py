@@ -134,7 +134,36 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
 
 
-def ema_option(command: F) -> F:
-    """Add --ema."""
-    text = "Use the average of the weights that a run kept (optimizer.ema_decay)."
-    return click.option("--ema", is_flag=True, help=text)(command)
+class WeightsChoice(click.Choice[str]):
+    """`raw` or `ema`; `model`, the earlier word for `raw`, is still accepted."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert("raw" if value == "model" else value, param, ctx)
+
+
+def weights_option(command: F) -> F:
+    """Add --weights; the command receives `weights`, `raw` or `ema`. --ema is a hidden alias."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, weights: str, ema: bool, **others: Any) -> Any:
+        return command(*args, weights="ema" if ema else weights, **others)
+
+    choice = click.option(
+        "--weights",
+        type=WeightsChoice(("raw", "ema")),
+        default="raw",
+        show_default=True,
+        help="The trained weights, or their moving average (optimizer.ema_decay).",
+    )
+    return choice(click.option("--ema", is_flag=True, hidden=True)(wrapped))  # type: ignore[return-value]
+
+
+def batch_size_option(default: int) -> Callable[[F], F]:
+    """Add --batch-size."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="Images at a time.",
+    )

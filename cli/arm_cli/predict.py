@@ -1,4 +1,4 @@
-"""`arm predict`: the classes that a classifier sees in images."""
+"""`arm predict`: the most likely classes of images."""
 
 from __future__ import annotations
 
@@ -6,37 +6,41 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arm_cli.options import EngineChoice, ema_option, engine_options, json_option
+from arm_cli.options import EngineChoice, batch_size_option, engine_options, json_option, weights_option
 
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Array
 
 
-@click.command(short_help="Name the likeliest classes of images.")
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("--model", required=True, help="A classifier: model folder, run or checkpoint.")
+@click.command(short_help="Print the most likely classes of images.")
+@click.argument("words", metavar="MODEL IMAGE...", nargs=-1, required=True)
+@click.option("--model", hidden=True)  # the earlier form: arm predict IMAGE... --model MODEL
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to show.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@ema_option
+@batch_size_option(32)
+@weights_option
 @engine_options
 @json_option
 def predict(
-    images: tuple[str, ...],
-    model: str,
+    words: tuple[str, ...],
+    model: str | None,
     top: int,
     batch_size: int,
-    ema: bool,
+    weights: str,
     engine: EngineChoice,
     as_json: bool,
 ) -> None:
-    """Name the likeliest classes of each IMAGE, a file or a folder of them."""
+    """Print the most likely classes of each IMAGE.
+
+    MODEL is a classifier: a model folder, a run or a checkpoint. IMAGE is a file or a folder of images.
+    """
     from arm_cli.images import image_batches, image_files
     from arm_cli.models import open_model
     from arm_cli.progress import ProgressBar
     from arm_cli.show import print_json
     from arm_core.model.spec import ClassifierSpec
 
-    opened = open_model(model, ema=ema)
+    model, images = _model_and_images(model, words)
+    opened = open_model(model, weights=weights)
     if not isinstance(opened.spec, ClassifierSpec):
         raise ValueError(
             f"{model}: a pretraining model has no classes; finetune it first: arm finetune --from"
@@ -58,8 +62,16 @@ def predict(
         click.echo(f"{result['image']}: {shown}")
 
 
+def _model_and_images(model: str | None, words: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    if model is not None:
+        return model, words
+    if len(words) == 1:
+        raise ValueError(f"expected MODEL IMAGE..., found only {words[0]!r}")
+    return words[0], words[1:]
+
+
 def best(logits: Array, classes: tuple[str, ...], top: int) -> list[dict[str, Any]]:
-    """The `top` likeliest classes of one image, likeliest first."""
+    """The `top` most likely classes of one image, most likely first."""
     import numpy as np
 
     exponentials = np.exp(logits.astype(np.float64) - logits.max())

@@ -125,8 +125,8 @@ def test_embed_reads_image_files_and_folders(tmp_path, classifier, classifier_sp
         near(found["logits"], forward(classifier_spec, classifier, pixels)["logits"])
 
 
-def test_predict_lists_the_likeliest_classes_by_name(tmp_path, classifier, classifier_spec, images):
-    words = ["predict", *images, "--model", tmp_path / "classifier", "--top", 3]
+def test_predict_lists_the_most_likely_classes_by_name(tmp_path, classifier, classifier_spec, images):
+    words = ["predict", tmp_path / "classifier", *images, "--top", 3]
     found = json.loads(arm(*words, "--json").stdout)
     logits = forward(classifier_spec, classifier, np.stack([load_image(file, (24, 24)) for file in images]))[
         "logits"
@@ -140,6 +140,8 @@ def test_predict_lists_the_likeliest_classes_by_name(tmp_path, classifier, class
     text = arm(*words).stdout.splitlines()
     assert text[0].startswith(f"{images[0]}: {found[0]['top'][0]['class']} ")
     assert len(text) == 3
+    earlier = arm("predict", *images, "--model", tmp_path / "classifier", "--top", 3)
+    assert earlier.stdout.splitlines() == text
 
 
 def test_images_go_through_the_transform_that_the_model_carries(tmp_path, classifier_spec, images):
@@ -153,9 +155,7 @@ def test_images_go_through_the_transform_that_the_model_carries(tmp_path, classi
 
 def test_classes_without_names_are_numbers_and_top_may_exceed_them(tmp_path, classifier_spec, images):
     model_folder(tmp_path / "nameless", classifier_spec)
-    (row,) = json.loads(
-        arm("predict", images[0], "--model", tmp_path / "nameless", "--top", 99, "--json").stdout
-    )
+    (row,) = json.loads(arm("predict", tmp_path / "nameless", images[0], "--top", 99, "--json").stdout)
     assert sorted(best["class"] for best in row["top"]) == sorted(str(i) for i in range(10))
 
 
@@ -177,25 +177,26 @@ def broken(tmp_path, classifier, pretrained, images):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("predict images/a.png --model missing", "missing: no such model; expected"),
-        ("predict images/a.png --model base", "base: no such model; a preset has no weights"),
+        ("predict missing images/a.png", "missing: no such model; expected"),
+        ("predict base images/a.png", "base: no such model; a preset has no weights"),
         (
-            "predict images/a.png --model weights.pth",
+            "predict weights.pth images/a.png",
             "bring it in first: arm convert import weights.pth weights",
         ),
-        ("predict images/a.png --model classifier/model.safetensors", "pass classifier"),
-        ("predict images/a.png --model images", "found no config.json"),
-        ("predict images/a.png --model pretrained", "a pretraining model has no classes"),
-        ("predict images/z.png --model classifier", "images/z.png: no such image"),
-        ("predict empty --model classifier", "empty: no images in this folder"),
-        ("predict broken.png --model classifier", "broken.png: cannot be decoded"),
-        ("predict images/notes.txt --model classifier", "images/notes.txt: cannot be decoded"),
-        ("predict images/a.png --model classifier --ema", "classifier"),
-        ("predict images/a.png --model classifier --scan warp", "unknown scan 'warp'"),
-        ("predict images/a.png --model classifier --device tpu", "tpu"),
-        ("predict images/a.png --model classifier --backend jax", "unknown backend 'jax'; known are auto, "),
-        ("predict images/a.png --model classifier --top 0", "0 is not in the range"),
-        ("predict --model classifier", "Missing argument 'IMAGE...'"),
+        ("predict classifier/model.safetensors images/a.png", "pass classifier"),
+        ("predict images images/a.png", "found no config.json"),
+        ("predict pretrained images/a.png", "a pretraining model has no classes"),
+        ("predict classifier images/z.png", "images/z.png: no such image"),
+        ("predict classifier empty", "empty: no images in this folder"),
+        ("predict classifier broken.png", "broken.png: cannot be decoded"),
+        ("predict classifier images/notes.txt", "images/notes.txt: cannot be decoded"),
+        ("predict classifier images/a.png --ema", "classifier"),
+        ("predict classifier images/a.png --scan warp", "unknown scan 'warp'"),
+        ("predict classifier images/a.png --device tpu", "tpu"),
+        ("predict classifier images/a.png --backend jax", "unknown backend 'jax'; known are auto, "),
+        ("predict classifier images/a.png --top 0", "0 is not in the range"),
+        ("predict", "Missing argument 'MODEL IMAGE...'"),
+        ("predict classifier", "expected MODEL IMAGE..., found only 'classifier'"),
         ("embed classifier --out o.npz", "give either IMAGE... or --array"),
         ("embed classifier images/a.png --array nan.npy --out o.npz", "give either IMAGE... or --array"),
         ("embed classifier images/a.png --out nowhere/o.npz", "no folder nowhere"),

@@ -110,7 +110,7 @@ def test_pretraining_finetuning_and_evaluation_follow_each_other(place):
     )
     assert arm("evaluate", "run2", "--data", "val").stdout.startswith(f"top-1 {100 * found['top1']:.2f} %")
 
-    (prediction,) = json.loads(arm("predict", "val/dark/0.png", "--model", "run2", "--json").stdout)
+    (prediction,) = json.loads(arm("predict", "run2", "val/dark/0.png", "--json").stdout)
     assert {best["class"] for best in prediction["top"]} == {"dark", "light"}
 
 
@@ -288,6 +288,8 @@ def mistakes(prepared, monkeypatch):
         ("evaluate small", "small: is not in a run"),
         ("evaluate classifier --data train", "train: 2 classes, the model has 10"),
         ("evaluate run --data train --ema", "holds no average of the weights"),
+        ("evaluate run --data train --weights ema", "holds no average of the weights"),
+        ("evaluate run --data train --weights eam", "'eam' is not one of 'raw', 'ema'"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run(mistakes, words, message):

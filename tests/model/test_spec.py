@@ -88,7 +88,7 @@ def test_json_round_trip_keeps_every_choice():
         ),
         (lambda: classifier(scan_directions=("row", "row")), "may stand once"),
         (lambda: classifier(image_size=(4, 4)), "two patches or more"),
-        (lambda: pretrain_preset("giant"), "unknown model 'giant'; known are tiny, small, base, large, huge"),
+        (lambda: pretrain_preset("giant"), "unknown model 'giant'; known are digits, tiny, small, base"),
     ],
 )
 def test_invalid_combinations_are_refused_with_a_sentence(build, sentence):

@@ -14,7 +14,14 @@ from arm_core.data.mixing import OFFICIAL_MIXING, Mixing
 from arm_core.data.transforms import FINETUNE, PRETRAIN, TrainTransform
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Precision
-from arm_core.model.spec import Direction, Pooling, PredictionOrder, classifier_preset, pretrain_preset
+from arm_core.model.spec import (
+    PRESETS,
+    Direction,
+    Pooling,
+    PredictionOrder,
+    classifier_preset,
+    pretrain_preset,
+)
 from arm_core.recipe.recipe import (
     Recipe,
     Stage,
@@ -55,7 +62,15 @@ def test_shipped_recipes_load_round_trip_and_say_where_they_come_from(name):
     assert recipe.stage == {"pretrain": "pretrain"}.get(name.split("-")[0], "finetune")
     recipe.spec(classes=10)
     header = recipe_text(name).split("stage =")[0]
-    assert all(word in header for word in ("# ImageSource:", "# Hardware:", "# Expected:"))
+    assert all(word in header for word in ("# Source:", "# Hardware:", "# Expected:"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_has_both_recipes_of_its_model(name):
+    assert load_recipe(f"pretrain-{name}").spec() == pretrain_preset(name)
+    assert load_recipe(f"finetune-{name}").spec(PRESETS[name].classes) == classifier_preset(name)
+    assert PretrainModel(preset=name).spec() == pretrain_preset(name)
+    assert ClassifierModel(preset=name).spec(10) == classifier_preset(name, classes=10)
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])

@@ -119,7 +119,7 @@ class _Demo:
         page.write(report)
         click.echo(f"\n{time.monotonic() - began:.0f} s in all. The report: ", nl=False)
         click.secho(str(report.resolve()), bold=True)
-        click.echo(f"One of the classifiers: arm predict IMAGE --model {self._classifier()}")
+        click.echo(f"One of the classifiers: arm predict {self._classifier()} IMAGE")
 
     def _keys(self) -> list[tuple[str, int, int]]:
         """Arm, labels per class and seed of every finetuning run."""

@@ -82,7 +82,7 @@ def write_up(demo: Demonstration) -> Page:
     page.code(
         "arm pretrain tiny --data path/to/images --out runs/pretrain\n"
         "arm finetune tiny --data path/to/images --from runs/pretrain --out runs/classifier\n"
-        "arm predict photo.jpg --model runs/classifier"
+        "arm predict runs/classifier photo.jpg"
     )
     page.section("This run")
     page.table(["", ""], demo.facts.items())
