@@ -32,7 +32,7 @@ from arm_core.engine.registry import choose_backend
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import pretrain_preset
 
-ENGINES = ("cuda", "mlx")
+ENGINES = ("torch", "mlx")
 WARM_UP = 3
 """Steps until kernels are compiled and the process has its memory."""
 STEP_TARGET, SCAN_TARGET = 2.5, 8.0
@@ -82,12 +82,12 @@ def step(process: subprocess.Popen[str]) -> tuple[float, float]:
 def compare_steps(batch: int, threads: int | None, repeats: int) -> dict[str, Any]:
     """Seconds of each engine's steps, and MLX's over torch's, turn by turn."""
     times: dict[str, list[float]] = {name: [] for name in ENGINES}
-    with served("cuda", batch, threads) as torch, served("mlx", batch, threads) as mlx:
+    with served("torch", batch, threads) as torch, served("mlx", batch, threads) as mlx:
         for turn in range(WARM_UP + repeats):
             (torch_seconds, torch_loss), (mlx_seconds, mlx_loss) = step(torch), step(mlx)
             assert abs(mlx_loss - torch_loss) < TOLERANCE * torch_loss, "the engines disagree"
             if turn >= WARM_UP:
-                times["cuda"].append(torch_seconds)
+                times["torch"].append(torch_seconds)
                 times["mlx"].append(mlx_seconds)
     return {"seconds": times, "ratios": [b / a for a, b in zip(*times.values(), strict=True)]}
 

@@ -72,7 +72,7 @@ def train(
     )
     with run:
         weights = run.resumed.state.parameters if run.resumed else initial_parameters(run.spec, 0)
-        engine = choose_backend("cuda").create_engine(
+        engine = choose_backend("torch").create_engine(
             run.spec,
             weights,
             optimizer=recipe.optimizer,
@@ -86,7 +86,7 @@ def train(
 
 def run_tasks(tasks: list[dict[str, object]]) -> None:
     ranks_module.PACE = 0.0  # ask after each step
-    ranks = choose_backend("cuda").join("cpu")
+    ranks = choose_backend("torch").join("cpu")
     for task in tasks:
         train(ranks=ranks, **task)
     ranks.close()

@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
     from arm_core.engine.registry import choose_backend, installed_backends
 
     # MLX first: it takes the CPU's matrix products from a library that stands in the process before it.
-    backends = {name: _backend(found) for name, found in sorted(installed_backends().items(), reverse=True)}
+    backends = {name: _backend(found) for name, found in sorted(installed_backends().items())}
     try:
         auto = choose_backend("auto").name
     except ValueError:

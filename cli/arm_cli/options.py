@@ -104,7 +104,7 @@ def engine_options(command: F) -> F:
     """Add the options of an engine; the command receives them as one argument, `engine`."""
     options = (
         # No fixed choice: a package of its own may bring a further backend.
-        click.option("--backend", metavar="mlx|cuda|auto", default="auto", help="Engine that computes."),
+        click.option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine that computes."),
         click.option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch)."),
         click.option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them."),
         click.option("--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products."),

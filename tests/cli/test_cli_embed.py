@@ -75,7 +75,7 @@ def test_embed_array_of_a_classifier_equals_the_reference(tmp_path, classifier, 
         batch_size,
     )
     assert result.exit_code == 0, result.output
-    assert "backend cuda" in result.stderr or "backend mlx" in result.stderr
+    assert "backend torch" in result.stderr or "backend mlx" in result.stderr
     assert ", scan " in result.stderr
     expected = forward(classifier_spec, classifier, batch().transpose(0, 2, 3, 1))
     with np.load(out) as found:
@@ -193,7 +193,7 @@ def broken(tmp_path, classifier, pretrained, images):
         ("predict classifier images/a.png --ema", "classifier"),
         ("predict classifier images/a.png --scan warp", "unknown scan 'warp'"),
         ("predict classifier images/a.png --device tpu", "tpu"),
-        ("predict classifier images/a.png --backend jax", "unknown backend 'jax'; known are auto, "),
+        ("predict classifier images/a.png --backend jax", "unknown backend 'jax'; expected auto, "),
         ("predict classifier images/a.png --top 0", "0 is not in the range"),
         ("predict", "Missing argument 'MODEL IMAGE...'"),
         ("predict classifier", "expected MODEL IMAGE..., found only 'classifier'"),

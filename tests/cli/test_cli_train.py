@@ -171,7 +171,7 @@ def test_set_and_precision_change_the_recipe_that_the_run_keeps(place):
 @pytest.fixture
 def interrupted(place, monkeypatch):
     """A run that was stopped after its first of four steps, beside one that was not."""
-    words = ["pretrain", "pre.toml", "--data", "train", "--backend", "cuda", "--device", "cpu"]
+    words = ["pretrain", "pre.toml", "--data", "train", "--backend", "torch", "--device", "cpu"]
     assert arm(*words, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "advance", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -187,7 +187,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_an_uninterrupted_one(p
     assert json.loads(interrupted.stdout)["signal"] == "SIGINT"
     said = "stopped by SIGINT after step 1 of 4; go on with: arm pretrain --resume halved"
     assert said in interrupted.stderr
-    result = arm("pretrain", "--resume", "halved", "--backend", "cuda", "--device", "cpu")
+    result = arm("pretrain", "--resume", "halved", "--backend", "torch", "--device", "cpu")
     assert result.exit_code == 0, result.output
     whole = parameters(place / "whole")
     for name, value in parameters(place / "halved").items():
@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_the_other_engine(place, interrupted):
     result = arm("pretrain", "--resume", "halved", "--backend", "mlx", "--device", "cpu")
     assert result.exit_code == 0, result.output
     sessions = [json.loads(line) for line in (place / "halved/sessions.jsonl").read_text().splitlines()]
-    assert [(row["backend"], row["step"]) for row in sessions] == [("cuda", 0), ("mlx", 1)]
+    assert [(row["backend"], row["step"]) for row in sessions] == [("torch", 0), ("mlx", 1)]
     losses = [[row["loss"] for row in rows(place / run) if "loss" in row] for run in ("halved", "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 

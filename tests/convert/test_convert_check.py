@@ -18,7 +18,7 @@ from arm_core.files.safetensors import Tensor
 from arm_core.model.parameters import initial_parameters
 
 SPECS = {"pretrain": foreign.PRETRAIN, "classifier": foreign.CLASSIFIER}
-ENGINES = [name for name in ("cuda", "mlx") if installed_backends()[name].missing() is None]
+ENGINES = [name for name in ("torch", "mlx") if installed_backends()[name].missing() is None]
 
 
 def strange(spec, seed=0):

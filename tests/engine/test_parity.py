@@ -109,7 +109,7 @@ def test_five_steps_are_the_same_run_on_both_engines(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("first", "second"),
     [(arm_cuda.backend, arm_mlx.backend), (arm_mlx.backend, arm_cuda.backend)],
-    ids=["cuda to mlx", "mlx to cuda"],
+    ids=["torch to mlx", "mlx to torch"],
 )
 def test_a_run_goes_on_in_the_other_engine(first: Any, second: Any, spec: ModelSpec) -> None:
     whole = engine(first, spec)

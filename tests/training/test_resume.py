@@ -175,9 +175,9 @@ def test_the_number_of_data_workers_changes_nothing(tmp_path):
 
 def test_a_killed_run_of_the_torch_engine_ends_bit_identical_on_the_cpu(tmp_path):
     pytest.importorskip("torch")
-    train(tmp_path / "whole", "cuda")
-    process = in_another_process(tmp_path / "killed", "cuda", 5)
+    train(tmp_path / "whole", "torch")
+    process = in_another_process(tmp_path / "killed", "torch", 5)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    train(tmp_path / "killed", "cuda")
+    train(tmp_path / "killed", "torch")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -17,10 +17,10 @@ from arm_core.model.spec import ModelSpec
 class TorchBackend:
     """Implements `arm_core.engine.protocol.Backend`; torch is imported by the methods that need it."""
 
-    name = "cuda"
+    name = "torch"
 
     def missing(self) -> str | None:
-        return None if find_spec("torch") else "torch is not installed; pip install 'arm-vision[cuda]'"
+        return None if find_spec("torch") else "torch is not installed; pip install 'arm-vision[torch]'"
 
     def version(self) -> str:
         return f"torch {version('torch')}"

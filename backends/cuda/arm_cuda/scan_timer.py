@@ -61,4 +61,4 @@ class TorchScanTimer:
         return ScanTimes(forward=repeat(forward, repeats), both=repeat(both, repeats))
 
     def tune(self, shape: ScanShape, *, repeats: int) -> Iterator[tuple[str, ScanTimes]]:
-        raise ValueError("backend 'cuda' has no constants to search; --tune is for the scan 'metal' of MLX")
+        raise ValueError("backend 'torch' has no constants to search; --tune is for the scan 'metal' of MLX")

@@ -75,7 +75,7 @@ class MlxBackend:
     ) -> Engine:
         options = options or EngineOptions()
         if options.shard:
-            raise ValueError("backend 'mlx' does not offer shard; --backend cuda does")
+            raise ValueError("backend 'mlx' cannot shard; use --backend torch")
         blas.load()
         from arm_mlx.engine import MlxEngine
 

@@ -11,7 +11,7 @@ from arm_cli.show import print_json, print_table
 
 @click.command()
 @click.argument("models", metavar="A [B]", nargs=-1, required=True)
-@click.option("--backends", help="Comma-separated: reference, mlx, cuda. [default: all that can run here]")
+@click.option("--backends", help="Comma-separated: reference, mlx, torch. [default: all that can run here]")
 @click.option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch).")
 @click.option(
     "--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Images in the batch."
