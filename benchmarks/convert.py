@@ -30,7 +30,7 @@ from arm_convert.official import to_official
 from arm_convert.torch_writer import write_torch
 from arm_core.files.safetensors import Tensor
 from arm_core.model.parameters import Parameter, initial_value, parameter_table
-from arm_core.model.spec import PRESETS, pretrain_preset
+from arm_core.model.presets import PRESETS, pretrain_preset
 
 BYTES_OVER, FACTOR = 300e6, 1.3
 """Memory target: FACTOR times the largest tensor plus BYTES_OVER."""

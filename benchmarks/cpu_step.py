@@ -39,7 +39,8 @@ from arm_core import cpu_kernels
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions
 from arm_core.model.parameters import initial_parameters
-from arm_core.model.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
+from arm_core.model.presets import classifier_preset, pretrain_preset
+from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_cuda import scan
 from arm_cuda.engine import TorchEngine, keep_freed_memory
 

@@ -27,14 +27,8 @@ from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Array, Batch, Compile, EngineOptions, OutOfMemory, Precision
 from arm_core.model.cost import cost_table
 from arm_core.model.parameters import initial_parameters
-from arm_core.model.spec import (
-    ClassifierSpec,
-    EncoderSpec,
-    ModelSpec,
-    PretrainSpec,
-    classifier_preset,
-    pretrain_preset,
-)
+from arm_core.model.presets import classifier_preset, pretrain_preset
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec
 from arm_cuda import scan as scans
 from arm_cuda.engine import TorchEngine
 

@@ -28,7 +28,8 @@ from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions, Precision
 from arm_core.engine.scan_timing import ScanShape, ScanTimes, median
 from arm_core.model.parameters import initial_parameters
-from arm_core.model.spec import ClassifierSpec, ModelSpec, classifier_preset, pretrain_preset
+from arm_core.model.presets import classifier_preset, pretrain_preset
+from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_mlx import backend
 
 WARM_UP, STEPS = 3, 10

@@ -30,7 +30,7 @@ from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions
 from arm_core.engine.registry import choose_backend
 from arm_core.model.parameters import initial_parameters
-from arm_core.model.spec import pretrain_preset
+from arm_core.model.presets import pretrain_preset
 
 ENGINES = ("torch", "mlx")
 WARM_UP = 3

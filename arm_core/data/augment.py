@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageEnhance, ImageOps
 
+from arm_core.model.checks import NOT_NEGATIVE, PART, Range, check_ranges, check_whole
 from arm_core.model.rng import KeyedRng
 
 LEVELS = 10
@@ -43,14 +44,14 @@ class RandAugment:
     """Of applying a drawn operation."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "operations": isinstance(self.operations, int) and self.operations >= 1,
-            "magnitude": 0 <= self.magnitude <= LEVELS,
-            "magnitude_std": self.magnitude_std >= 0,
-            "probability": 0 <= self.probability <= 1,
-        }
-        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
-            raise ValueError(f"rand-augment out of range: {', '.join(bad)}")
+        check_whole("rand_augment", Range(low=1, high=100), operations=self.operations)
+        check_ranges(
+            "rand_augment",
+            self,
+            magnitude=Range(low=0, high=LEVELS),
+            magnitude_std=NOT_NEGATIVE,
+            probability=PART,
+        )
 
 
 def rand_augment(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.model.checks import NOT_NEGATIVE, PART, Range, check_ranges
 from arm_core.model.rng import KeyedRng
 
 Array = npt.NDArray[np.float32]
@@ -28,14 +29,14 @@ class Mixing:
     """Part of each target spread evenly over all classes."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "mixup": self.mixup >= 0,
-            "cutmix": self.cutmix >= 0,
-            "cutmix_probability": 0 <= self.cutmix_probability <= 1,
-            "smoothing": 0 <= self.smoothing < 1,
-        }
-        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
-            raise ValueError(f"mixing out of range: {', '.join(bad)}")
+        check_ranges(
+            "mixing",
+            self,
+            mixup=NOT_NEGATIVE,
+            cutmix=NOT_NEGATIVE,
+            cutmix_probability=PART,
+            smoothing=Range(low=0, below=1),
+        )
 
 
 OFFICIAL_MIXING = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from arm_core.data.augment import RandAugment, rand_augment
 from arm_core.data.sources import Item, Pixels, read_file
+from arm_core.model.checks import PART, POSITIVE, Range, check_ranges, shortened
 from arm_core.model.rng import KeyedRng
 
 Array = npt.NDArray[np.float32]
@@ -38,8 +39,17 @@ ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 """Erased part of the image, and its height over width."""
 
 
-def _color_checks(mean: Color, std: Color) -> dict[str, bool]:
-    return {"mean": len(mean) == 3 and all(0 <= m <= 1 for m in mean), "std": len(std) == 3 and min(std) > 0}
+CROP_FRACTIONS = Range(low=0.05, high=1)
+"""Of a centre crop; the image is first resized to 1 / fraction of the crop."""
+
+
+def _check_lengths(owner: str, settings: object, **lengths: int) -> None:
+    """Turn lists into tuples; ValueError names one of another length."""
+    for name, length in lengths.items():
+        values = tuple(getattr(settings, name))
+        if len(values) != length:
+            raise ValueError(f"{owner}.{name}: expected {length} numbers, found {shortened(values)}")
+        object.__setattr__(settings, name, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +73,21 @@ class TrainTransform:
     std: Color = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("crop_scale", "crop_ratio", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        checks = {
-            "crop_scale": len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            "crop_ratio": len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1],
-            "flip": 0 <= self.flip <= 1,
-            "erase": 0 <= self.erase <= 1,
-            **_color_checks(self.mean, self.std),
-        }
-        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
-            raise ValueError(f"train transform out of range: {', '.join(bad)}")
+        _check_lengths("augmentation", self, crop_scale=2, crop_ratio=2, mean=3, std=3)
+        check_ranges(
+            "augmentation",
+            self,
+            crop_scale=Range(above=0, high=1),
+            crop_ratio=POSITIVE,
+            flip=PART,
+            erase=PART,
+            mean=PART,
+            std=POSITIVE,
+        )
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"augmentation.{name}: expected the lower limit first, found {low}, {high}")
 
     def __call__(self, item: Item, size: Size, rng: KeyedRng) -> Array:
         """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
@@ -105,14 +119,8 @@ class EvalTransform:
     std: Color = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        checks = {
-            "crop_fraction": self.crop_fraction is None or 0 < self.crop_fraction <= 1,
-            **_color_checks(self.mean, self.std),
-        }
-        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
-            raise ValueError(f"evaluation transform out of range: {', '.join(bad)}")
+        _check_lengths("eval_transform", self, mean=3, std=3)
+        check_ranges("eval_transform", self, crop_fraction=CROP_FRACTIONS, mean=PART, std=POSITIVE)
 
     def __call__(self, item: Item, size: Size) -> Array:
         """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arm_core.model.checks import NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ModelSpec
 
@@ -34,16 +35,18 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        checks = {
-            "betas": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "eps": self.eps > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip is None or self.clip > 0,
-            "layer_decay": 0 < self.layer_decay <= 1,
-            "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1,
-        }
-        if bad := [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]:
-            raise ValueError(f"optimizer settings out of range: {', '.join(bad)}")
+        if len(self.betas) != 2:
+            raise ValueError(f"optimizer.betas: expected two numbers, found {self.betas}")
+        check_ranges(
+            "optimizer",
+            self,
+            betas=Range(low=0, below=1),
+            eps=POSITIVE,
+            weight_decay=NOT_NEGATIVE,
+            clip=POSITIVE,
+            layer_decay=Range(above=0, high=1),
+            ema_decay=Range(above=0, below=1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.model.presets import PRESETS
 from arm_core.model.rng import KeyedRng
 from arm_core.model.spec import TAP_DEPTHS, ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec
 from arm_core.model.tokens import sincos_positions
@@ -235,8 +236,6 @@ def _first(problems: Iterable[str], limit: int = 5) -> str:
 
 def _likely_preset(arrays: Arrays) -> str:
     """A hint when the arrays are those of another preset."""
-    from arm_core.model.spec import PRESETS
-
     embed = arrays.get("patch_embed.weight")
     depth = sum(name.endswith(".mixer.D") for name in arrays)
     for name, size in PRESETS.items():

@@ -1,8 +1,8 @@
-"""What an ARM model is: sizes, token layout and the choices of the paper, as plain frozen values.
+"""Model specifications: sizes, token layout and the options of the paper, as frozen plain values.
 
 Two models share one encoder (ARM, arXiv:2406.07537): `PretrainSpec` predicts an image cluster by
-cluster, `ClassifierSpec` reads it in several directions and names its class. Everything that a
-backend, a converter or a checkpoint must agree on follows from a spec alone.
+cluster, `ClassifierSpec` scans it in several directions and predicts its class. Everything that
+backends, converters and checkpoints must agree on is derived from the spec.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
+
+from arm_core.model.checks import Range, check_keys, check_ranges, check_whole, near_match, shortened
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 FORMAT = "arm-vision/1"
-"""Value of the `format` key in `config.json`; the number changes when old readers would be wrong."""
+"""Value of the `format` key in `config.json`; the number increases when old readers would misread a file."""
+
+MAX_WIDTH, MAX_DEPTH, MAX_SIDE, MAX_PATCHES, MAX_CLASSES = 16_384, 512, 16_384, 65_536, 10_000_000
+"""Largest sizes that a spec accepts, so that a mistyped or hostile config cannot exhaust the memory."""
 
 
 class Direction(StrEnum):
-    """One token order of the 2-D patch grid, scanned one way."""
+    """A token order of the 2-D patch grid: by row or by column, forwards or in reverse."""
 
     ROW = "row"
     ROW_REVERSE = "row_reverse"
@@ -28,7 +35,7 @@ class Direction(StrEnum):
 
 
 class PredictionOrder(StrEnum):
-    """The order in which clusters are predicted (the paper's ablation; `row` is the official one)."""
+    """The order in which clusters are predicted (an ablation of the paper; the official order is `row`)."""
 
     ROW = "row"
     ROW_REVERSE = "row_reverse"
@@ -38,14 +45,14 @@ class PredictionOrder(StrEnum):
 
 
 class Target(StrEnum):
-    """What the decoder regresses: pixels normalised per patch, or the pixels as they are."""
+    """What the decoder regresses: pixels normalised per patch, or raw pixels."""
 
     NORMALIZED = "normalized"
     RAW = "raw"
 
 
 class Pooling(StrEnum):
-    """How a classifier reduces its tokens: the mean of both halves, or the class token."""
+    """How a classifier pools its tokens: mean pooling, or the class token."""
 
     MEAN = "mean"
     CLS = "cls"
@@ -56,10 +63,10 @@ DIRECTIONS: dict[int, tuple[Direction, ...]] = {
     2: (Direction.ROW, Direction.ROW_REVERSE),
     4: tuple(Direction),
 }
-"""The scan directions meant by a count."""
+"""Scan directions by their number."""
 
 TAP_DEPTHS = ((1, 2), (2, 3), (5, 6), (1, 1))
-"""Encoder depths read by the decoder, as fractions of the whole: layers 6, 8, 10, 12 of 12."""
+"""Encoder depths that the decoder reads, as fractions: layers 6, 8, 10 and 12 of 12."""
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -67,46 +74,51 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def _require_positive(owner: str, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{owner}: {name} must be a whole number of 1 or more, found {value!r}")
+def _choice(owner: str, options: type[Choice], value: Any) -> Choice:
+    """A member of an enumeration; ValueError names the nearest one."""
+    if not isinstance(value, str) or value not in list(options):
+        hint = near_match(value, list(options)) if isinstance(value, str) else "; expected a name"
+        raise ValueError(f"{owner}: unknown {shortened(value)}{hint}")
+    return options(value)
+
+
+def _pair(owner: str, value: Any, limit: int) -> tuple[int, int]:
+    """(height, width) as whole numbers from 1 to `limit`."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{owner}: expected two whole numbers, height and width, found {shortened(value)}")
+    check_whole(owner, Range(low=1, high=limit), height=value[0], width=value[1])
+    return value[0], value[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """The Vision Mamba trunk that both models share.
+    """The Vision Mamba encoder that both models share.
 
     A block is `x + mixer(norm1(x))`, then `x + swiglu(norm2(x))`; the mixer is Mamba-1 with as many
-    channels as the trunk is wide (`expand=1`).
+    channels as the encoder (`expand=1`).
     """
 
     width: int
-    """Channels D of the trunk and of the mixer."""
+    """Channels D of the encoder and of the mixer."""
     depth: int
     """Blocks."""
     patch: int = 16
     """Side of a patch, pixels."""
     channels: int = 3
-    """Colours of a pixel."""
+    """Colour channels of a pixel."""
     state: int = 16
     """States N per channel of the scan."""
     conv_width: int = 4
-    """Taps of the depthwise causal convolution, tokens."""
+    """Kernel size of the depthwise causal convolution, tokens."""
     norm_eps: float = 1e-5
     """Added to the variance in every LayerNorm."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "encoder",
-            width=self.width,
-            depth=self.depth,
-            patch=self.patch,
-            channels=self.channels,
-            state=self.state,
-            conv_width=self.conv_width,
-        )
-        _require(self.norm_eps > 0, f"encoder: norm_eps must be above 0, found {self.norm_eps!r}")
+        check_whole("encoder", Range(low=1, high=MAX_WIDTH), width=self.width)
+        check_whole("encoder", Range(low=1, high=MAX_DEPTH), depth=self.depth)
+        small = {name: getattr(self, name) for name in ("patch", "channels", "state", "conv_width")}
+        check_whole("encoder", Range(low=1, high=1024), **small)
+        check_ranges("encoder", self, norm_eps=Range(above=0, below=1))
 
     @property
     def dt_rank(self) -> int:
@@ -120,26 +132,30 @@ class EncoderSpec:
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one patch, ordered (row, column, channel)."""
+        """Values in one patch, ordered (row, column, channel)."""
         return self.patch * self.patch * self.channels
 
 
 class _Patched:
-    """An image cut into patches: what both models know of it."""
+    """The patch grid of an image, for both models."""
 
     encoder: EncoderSpec
     image_size: tuple[int, int]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; a ValueError where they do not tile the image."""
-        (height, width), patch = self.image_size, self.encoder.patch
-        _require_positive("image_size", height=height, width=width)
+        """Rows and columns of patches; ValueError where the image is not divisible into patches."""
+        (height, width), patch = _pair("image_size", self.image_size, MAX_SIDE), self.encoder.patch
         nearest = [max(1, round(side / patch)) * patch for side in (height, width)]
         _require(
-            [height, width] == [side // patch * patch for side in (height, width)],
-            f"image_size {height}x{width} is not a whole number of {patch}-pixel patches; "
-            f"the nearest is {nearest[0]}x{nearest[1]}",
+            height % patch == 0 and width % patch == 0,
+            f"image_size {height}x{width} is not divisible into patches of {patch}x{patch} pixels; "
+            f"the nearest divisible size is {nearest[0]}x{nearest[1]}",
+        )
+        _require(
+            height * width // patch**2 <= MAX_PATCHES,
+            f"image_size {height}x{width} has more than {MAX_PATCHES} patches of {patch}x{patch} pixels; "
+            "choose larger patches or a smaller image",
         )
         return height // patch, width // patch
 
@@ -166,45 +182,40 @@ class PretrainSpec(_Patched):
     target: Target = Target.NORMALIZED
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "cluster", tuple(self.cluster))
-        object.__setattr__(self, "prediction_order", PredictionOrder(self.prediction_order))
-        object.__setattr__(self, "target", Target(self.target))
+        object.__setattr__(self, "image_size", _pair("image_size", self.image_size, MAX_SIDE))
+        object.__setattr__(self, "cluster", _pair("cluster", self.cluster, MAX_SIDE))
+        object.__setattr__(
+            self, "prediction_order", _choice("prediction_order", PredictionOrder, self.prediction_order)
+        )
+        object.__setattr__(self, "target", _choice("target", Target, self.target))
         rows, columns = self.grid
-        _require_positive("cluster", height=self.cluster[0], width=self.cluster[1])
         _require(
             rows % self.cluster[0] == 0 and columns % self.cluster[1] == 0,
-            f"clusters of {self.cluster[0]}x{self.cluster[1]} patches do not tile "
-            f"the grid of {rows}x{columns} patches",
+            f"the grid of {rows}x{columns} patches is not divisible into clusters of "
+            f"{self.cluster[0]}x{self.cluster[1]} patches",
         )
         _require(
             self.clusters >= 2,
-            f"one cluster of {self.cluster[0]}x{self.cluster[1]} patches covers the whole image: "
-            "there is nothing to predict, choose smaller clusters or a larger image",
+            f"one cluster of {self.cluster[0]}x{self.cluster[1]} patches covers the whole image, so there is "
+            "nothing to predict; choose smaller clusters or a larger image",
         )
         _require(
             self.encoder.depth % 6 == 0,
-            f"pretraining taps the encoder at 1/2, 2/3, 5/6 and all of its depth: "
-            f"depth must be a multiple of 6, found {self.encoder.depth}",
+            "in pretraining the decoder reads the encoder at 1/2, 2/3, 5/6 and all of its depth: "
+            f"depth must be divisible by 6, found {self.encoder.depth}",
         )
-        _require(
-            isinstance(self.order_seed, int) and self.order_seed >= 0,
-            f"order_seed must be a whole number of 0 or more, found {self.order_seed!r}",
-        )
-        _require_positive(
-            "decoder",
-            decoder_width=self.decoder_width,
-            decoder_depth=self.decoder_depth,
-            decoder_heads=self.decoder_heads,
-        )
+        check_whole("pretrain", Range(low=0, below=2**63), order_seed=self.order_seed)
+        check_whole("pretrain", Range(low=1, high=MAX_WIDTH), decoder_width=self.decoder_width)
+        check_whole("pretrain", Range(low=1, high=MAX_DEPTH), decoder_depth=self.decoder_depth)
+        check_whole("pretrain", Range(low=1, high=MAX_WIDTH), decoder_heads=self.decoder_heads)
         _require(
             self.decoder_width % self.decoder_heads == 0,
-            f"decoder_width {self.decoder_width} is not a multiple of decoder_heads {self.decoder_heads}",
+            f"decoder_width {self.decoder_width} is not divisible by decoder_heads {self.decoder_heads}",
         )
         for name, width in (("encoder width", self.encoder.width), ("decoder_width", self.decoder_width)):
             _require(
                 width % 4 == 0,
-                f"the 2-D sin-cos position table needs a multiple of 4 channels, found {name} {width}",
+                f"{name} must be divisible by 4 for the 2-D sin-cos position table, found {width}",
             )
 
     @property
@@ -217,23 +228,23 @@ class PretrainSpec(_Patched):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the encoder reads and the decoder predicts: all clusters but one."""
+        """Tokens that the encoder reads and the decoder predicts: those of all clusters but one."""
         return self.patches - self.patches_per_cluster
 
     @property
     def directions(self) -> int:
-        """Scan directions K: prediction reads its tokens in their one order."""
+        """Scan directions K; pretraining scans its tokens in prediction order only."""
         return 1
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Blocks (counted from 1) whose output the decoder reads."""
+        """Blocks (numbered from 1) whose output the decoder reads."""
         return tuple(self.encoder.depth * a // b for a, b in TAP_DEPTHS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSpec(_Patched):
-    """Classification: the trunk with one set of scan parameters per direction, pooled to a head."""
+    """Classification: the encoder with one set of scan parameters per direction, pooling and a head."""
 
     encoder: EncoderSpec
     classes: int
@@ -243,21 +254,17 @@ class ClassifierSpec(_Patched):
     pooling: Pooling = Pooling.MEAN
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "scan_directions", tuple(Direction(name) for name in self.scan_directions))
-        object.__setattr__(self, "pooling", Pooling(self.pooling))
-        _require_positive("classifier", classes=self.classes)
-        _require(
-            len(self.scan_directions) in DIRECTIONS,
-            f"a classifier scans in 1, 2 or 4 directions, found {len(self.scan_directions)}",
-        )
-        _require(
-            len(set(self.scan_directions)) == len(self.scan_directions),
-            f"each scan direction may stand once, found {', '.join(self.scan_directions)}",
-        )
+        object.__setattr__(self, "image_size", _pair("image_size", self.image_size, MAX_SIDE))
+        names = tuple(_choice("scan_directions", Direction, name) for name in self.scan_directions)
+        object.__setattr__(self, "scan_directions", names)
+        object.__setattr__(self, "pooling", _choice("pooling", Pooling, self.pooling))
+        check_whole("classifier", Range(low=1, high=MAX_CLASSES), classes=self.classes)
+        _require(len(names) in DIRECTIONS, f"a classifier scans in 1, 2 or 4 directions, found {len(names)}")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        _require(twice is None, f"scan direction {twice} appears twice")
         _require(
             self.patches >= 2,
-            "a classifier needs two patches or more: its class token stands in their middle",
+            "a classifier needs at least two patches; its class token is between them",
         )
 
     @property
@@ -267,7 +274,7 @@ class ClassifierSpec(_Patched):
 
     @property
     def class_position(self) -> int:
-        """Index of the class token among the tokens: the middle of the raster order."""
+        """Index of the class token: the middle of the tokens in raster order."""
         return self.patches // 2
 
     @property
@@ -290,7 +297,7 @@ def kind_of(spec: ModelSpec) -> str:
 
 
 def to_json(spec: ModelSpec) -> dict[str, Any]:
-    """The content of `config.json`: plain values that `from_json` turns back into an equal spec."""
+    """The content of `config.json`: plain values from which `from_json` restores an equal spec."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -302,17 +309,17 @@ def to_json(spec: ModelSpec) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> ModelSpec:
-    """Rebuild a spec from `to_json`; unknown, missing and misplaced keys are refused by name."""
+    """Restore a spec from `to_json`; ValueError names an unknown, missing or invalid key."""
     if data.get("format") != FORMAT:
-        raise ValueError(f"config: expected format {FORMAT!r}, found {data.get('format')!r}")
+        raise ValueError(f"config: expected format {FORMAT!r}, found {shortened(data.get('format'))}")
     kind = data.get("kind")
-    if kind not in _KINDS:
-        raise ValueError(f"config: expected kind {' or '.join(_KINDS)}, found {kind!r}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"config: expected kind {' or '.join(_KINDS)}, found {shortened(kind)}")
     fields = {k: v for k, v in data.items() if k not in ("format", "kind")}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     encoder = values.pop("encoder", None)
     if not isinstance(encoder, Mapping):
-        raise ValueError(f"config: expected 'encoder' to be an object, found {encoder!r}")
+        raise ValueError(f"config: expected 'encoder' to be an object, found {shortened(encoder)}")
     cls = _KINDS[kind]
     _check_keys("config.encoder", encoder, EncoderSpec)
     _check_keys("config", {**values, "encoder": encoder}, cls)
@@ -325,81 +332,7 @@ def _shallow(spec: ModelSpec | EncoderSpec) -> dict[str, Any]:
 
 def _check_keys(owner: str, data: Mapping[str, Any], cls: type[Any]) -> None:
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(data) - set(fields)):
-        raise ValueError(f"{owner}: unknown {', '.join(unknown)}; known are {', '.join(fields)}")
+    check_keys(owner, data, fields)
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     if missing := sorted(required - set(data)):
         raise ValueError(f"{owner}: missing {', '.join(missing)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A named model: the official sizes, two for development, and the one of the built-in digits."""
-
-    width: int
-    depth: int
-    decoder_width: int
-    decoder_depth: int = 4
-    patch: int = 16
-    cluster: tuple[int, int] = (4, 4)
-    pretrain_size: tuple[int, int] = (192, 192)
-    """Image size in pretraining, pixels."""
-    image_size: tuple[int, int] = (224, 224)
-    """Image size of the classifier, pixels."""
-    classes: int = 1000
-
-
-PRESETS: dict[str, Preset] = {
-    "digits": Preset(
-        width=64,
-        depth=6,
-        decoder_width=64,
-        decoder_depth=2,
-        patch=4,
-        cluster=(2, 2),
-        pretrain_size=(24, 24),
-        image_size=(24, 24),
-        classes=10,
-    ),
-    "tiny": Preset(width=192, depth=12, decoder_width=256),
-    "small": Preset(width=384, depth=12, decoder_width=512),
-    "base": Preset(width=768, depth=12, decoder_width=512),
-    "large": Preset(width=1024, depth=24, decoder_width=512),
-    "huge": Preset(width=1536, depth=24, decoder_width=512),
-}
-"""Each has the recipes `pretrain-NAME` and `finetune-NAME`."""
-
-DECODER_HEAD_WIDTH = 64
-"""Channels of a decoder attention head in the presets (and in the official code at any width)."""
-
-
-def preset(name: str) -> Preset:
-    """The preset of that name; a ValueError lists the known ones."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def pretrain_preset(name: str, **changes: Any) -> PretrainSpec:
-    """The pretraining model of a preset; `changes` replace fields of `PretrainSpec`."""
-    size = preset(name)
-    fields: dict[str, Any] = {
-        "encoder": EncoderSpec(width=size.width, depth=size.depth, patch=size.patch),
-        "image_size": size.pretrain_size,
-        "cluster": size.cluster,
-        "decoder_width": size.decoder_width,
-        "decoder_depth": size.decoder_depth,
-        "decoder_heads": size.decoder_width // DECODER_HEAD_WIDTH,
-    }
-    return PretrainSpec(**{**fields, **changes})
-
-
-def classifier_preset(name: str, *, classes: int | None = None, **changes: Any) -> ClassifierSpec:
-    """The classifier of a preset; `changes` replace fields of `ClassifierSpec`."""
-    size = preset(name)
-    fields: dict[str, Any] = {
-        "encoder": EncoderSpec(width=size.width, depth=size.depth, patch=size.patch),
-        "classes": size.classes if classes is None else classes,
-        "image_size": size.image_size,
-    }
-    return ClassifierSpec(**{**fields, **changes})

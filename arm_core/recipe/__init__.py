@@ -1,1 +1,1 @@
-"""Everything that decides how a run turns out, as TOML; the shipped recipes. Imports data and below."""
+"""Recipes: the settings of a run as TOML, and the shipped ones. May import data, engine, files and model."""

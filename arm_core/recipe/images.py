@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from arm_core.data.digits import Digits, Split
 from arm_core.data.sources import ImageFolder, ImageSource, Synthetic
+from arm_core.model.checks import near_match
 from arm_core.recipe.recipe import Recipe, Stage
 from arm_core.recipe.sections import ClassifierModel
-from arm_core.recipe.toml import near_match
 
 SYNTHETIC_IMAGES = {"train": 1024, "eval": 128}
 

@@ -1,7 +1,7 @@
-"""A recipe: everything that decides how a run turns out, as plain values in one TOML file.
+"""A recipe: all settings that determine the result of a run, as plain values in one TOML file.
 
-What a recipe leaves to the machine (backend, device, scan implementation, threads) is chosen when a run
-is started or resumed, and recorded by session in the run folder.
+Settings of the machine (backend, device, scan implementation, threads) are chosen when a run is started or
+resumed, and are recorded per session in the run folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from arm_core.data.mixing import Mixing
 from arm_core.data.transforms import EvalTransform, TrainTransform
 from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.model.checks import check_keys, near_match, shortened
 from arm_core.model.spec import ModelSpec
 from arm_core.recipe.schedule import scaled_lr
 from arm_core.recipe.sections import (
@@ -27,11 +28,14 @@ from arm_core.recipe.sections import (
     ScheduleSettings,
     TrainingSettings,
 )
-from arm_core.recipe.toml import assign, dump, field_types, from_table, near_match, to_table
+from arm_core.recipe.toml import assign, dump, field_types, from_table, read_value, to_table
+
+MAX_CHARACTERS, MAX_DOTS = 100_000, 100
+"""Of a recipe, and of one of its lines."""
 
 
 class Stage(StrEnum):
-    """What a run trains; its name is that of the command."""
+    """What a run trains; also the name of the command."""
 
     PRETRAIN = "pretrain"
     FINETUNE = "finetune"
@@ -39,7 +43,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run, on any machine. `stage` decides between the two model classes."""
+    """One run, on any machine. `stage` selects the model class."""
 
     stage: Stage
     model: PretrainModel | ClassifierModel
@@ -52,7 +56,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.stage is Stage.PRETRAIN and self.mixing != Mixing():
-            raise ValueError(f"mixing: pretraining has no labels to mix or smooth, found {self.mixing}")
+            raise ValueError("mixing: pretraining has no labels to mix or smooth; remove the section")
 
     @property
     def lr(self) -> float:
@@ -61,12 +65,12 @@ class Recipe:
 
     @property
     def eval_transform(self) -> EvalTransform:
-        """What is done to images in evaluation."""
+        """The transform of evaluation images."""
         augmentation = self.augmentation
         return EvalTransform(crop_fraction=self.data.eval_crop, mean=augmentation.mean, std=augmentation.std)
 
     def spec(self, classes: int | None = None) -> ModelSpec:
-        """The model; classes: number of classes in the data, for a classifier that does not say."""
+        """The model. classes: number of classes in the data, for a classifier without `model.classes`."""
         return self.model.spec() if isinstance(self.model, PretrainModel) else self.model.spec(classes)
 
 
@@ -80,20 +84,27 @@ _BOOKKEEPING = {
     "data": ("path", "eval_path", "workers"),
     "training": ("log_every", "save_every", "keep", "evaluate_every"),
 }
-"""Settings that may differ between machines and sessions without changing what is computed."""
+"""Settings that do not change what is computed and may differ between machines and sessions."""
 
 
 def from_toml(text: str) -> Recipe:
-    """Read a recipe; a ValueError names an unknown, missing or mistyped key."""
+    """Read a recipe; ValueError names an unknown, missing or invalid key."""
+    # Python's parser takes memory that grows with the square of the parts of a dotted key.
+    if len(text) > MAX_CHARACTERS or any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        raise ValueError(
+            f"not a recipe: expected at most {MAX_CHARACTERS} characters, and {MAX_DOTS} dots in a line"
+        )
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"no TOML: {error}") from None
+    except RecursionError:
+        raise ValueError("not valid TOML: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        raise ValueError(f"not valid TOML: {error}") from None
     return _from_table(table)
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe with every value written out; `from_toml` gives an equal one."""
+    """The recipe with every value; `from_toml` restores an equal one."""
     return dump(to_table(recipe))
 
 
@@ -104,13 +115,13 @@ def shipped_recipes() -> list[str]:
 
 
 def recipe_text(name_or_path: str | Path) -> str:
-    """TOML text, comments included, of a shipped recipe (`pretrain-base`) or of a file (`my/recipe.toml`)."""
+    """TOML text with comments of a shipped recipe (`pretrain-base`) or of a file (`my/recipe.toml`)."""
     name, path = str(name_or_path), Path(name_or_path)
     if path.suffix != ".toml":
         if name not in shipped_recipes():
             hint = near_match(name, shipped_recipes())
             raise ValueError(
-                f"unknown recipe {name!r}{hint} A recipe of your own is a path that ends in .toml."
+                f"unknown recipe {shortened(name)}{hint} To use a file, pass a path that ends in .toml."
             )
         return (resources.files("arm_core.recipe") / f"{name}.toml").read_text("utf-8")
     try:
@@ -120,7 +131,7 @@ def recipe_text(name_or_path: str | Path) -> str:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A shipped recipe by name, or one from a `.toml` file; a ValueError says what is wrong where."""
+    """A shipped recipe by name, or one from a `.toml` file; ValueError names the recipe and the key."""
     text = recipe_text(name_or_path)
     try:
         return from_toml(text)
@@ -131,22 +142,22 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """The recipe with `section.key=value` assignments applied, in order, each typed as its field is.
 
-    `none` empties a setting that may be empty; lists are written `0.2,1.0`, sizes `192x192` or `192`.
-    Raises ValueError on an unknown key (with a near match), a mistyped value, or an invalid outcome.
+    `none` unsets an optional setting; lists are written `0.2,1.0`, sizes `192x192` or `192`.
+    Raises ValueError on an unknown key (naming the nearest), an invalid value, or an invalid recipe.
     """
     table = to_table(recipe)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         path = key.strip().split(".")
         if not equals or len(path) < 2:
-            raise ValueError(f"expected section.key=value, found {assignment!r}")
+            raise ValueError(f"expected section.key=value, found {shortened(assignment)}")
         hints = {**field_types(Recipe), "model": type(recipe.model)}
         assign(table, {name: hint for name, hint in hints.items() if name != "stage"}, path, text)
     return _from_table(table)
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """A hash of what decides the numbers of a run: equal for recipes that differ in bookkeeping only."""
+    """A hash of all settings that change the result: equal for recipes that differ only in `_BOOKKEEPING`."""
     table = to_table(recipe)
     for section, names in _BOOKKEEPING.items():
         for name in names:
@@ -156,17 +167,15 @@ def fingerprint(recipe: Recipe) -> str:
 
 def _from_table(table: dict[str, Any]) -> Recipe:
     if table.get("stage") not in list(Stage):
-        raise ValueError(f"stage: expected 'pretrain' or 'finetune', found {table.get('stage')!r}")
+        raise ValueError(f"stage: expected 'pretrain' or 'finetune', found {shortened(table.get('stage'))}")
     if not isinstance(model := table.get("model"), dict):
-        raise ValueError(f"model: expected a table [model], found {model!r}")
+        raise ValueError(f"model: expected a table [model], found {shortened(model)}")
     stage = Stage(table["stage"])
     choice = from_table(_MODELS[stage], model, "model")
     rest = {key: value for key, value in table.items() if key not in ("stage", "model")}
     hints = field_types(Recipe)
-    for key, value in rest.items():
-        if key not in hints:
-            raise ValueError(f"unknown section {key!r}{near_match(key, hints)}")
-        rest[key] = from_table(hints[key], value, key) if isinstance(value, dict) else value
+    check_keys("", rest, hints)
+    rest = {key: read_value(hints[key], value, key) for key, value in rest.items()}
     if missing := [name for name in ("schedule", "training") if name not in rest]:
         raise ValueError(f"missing section {', '.join(f'[{name}]' for name in missing)}")
     return Recipe(stage=stage, model=choice, **rest)

@@ -6,29 +6,29 @@ import math
 from dataclasses import dataclass
 
 REFERENCE_BATCH = 256
-"""Images per update that a recipe's `base_lr` is quoted for."""
+"""Images per update to which `base_lr` of a recipe refers."""
 
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:
-    """The linear scaling rule: `base_lr` times images per update / 256."""
+    """Linear scaling rule: `base_lr` * images per update / 256."""
     return base_lr * batch_size / REFERENCE_BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate at a moment t of a run that lasts `length`, in epochs or in steps alike.
+    """Learning rate at time t of a run of `length`, both in steps or both in epochs.
 
         t < warmup:  lr t / warmup
         after that:  min_lr + (lr - min_lr) (1 + cos(pi (t - warmup) / (length - warmup))) / 2
 
-    As in MAE (arXiv:2111.06377) and ARM, t is the fractional moment at which an update begins: the first
-    update of a run with warm-up has rate 0.
+    As in MAE (arXiv:2111.06377) and ARM, t is the time at which an update begins, so with a warm-up the
+    first update has learning rate 0.
     """
 
     lr: float
-    """Rate at the end of the warm-up."""
+    """Learning rate at the end of the warm-up."""
     min_lr: float
-    """Rate at the end of the run."""
+    """Learning rate at the end of the run."""
     warmup: float
     length: float
 
@@ -38,10 +38,10 @@ class Schedule:
                 f"schedule: expected 0 <= min_lr <= lr, found min_lr {self.min_lr:g} and lr {self.lr:g}"
             )
         if not 0 <= self.warmup <= self.length:
-            raise ValueError(f"schedule: a warm-up of {self.warmup:g} does not fit a run of {self.length:g}")
+            raise ValueError(f"schedule: expected a warm-up of 0 to {self.length:g}, found {self.warmup:g}")
 
     def at(self, t: float) -> float:
-        """Learning rate at moment t, 0 <= t; past the end it stays at `min_lr`."""
+        """Learning rate at time t >= 0; after the end it stays at `min_lr`."""
         if t < self.warmup:
             return self.lr * t / self.warmup
         if t >= self.length:

@@ -1,7 +1,7 @@
-"""The sections of a recipe: what may stand in its TOML tables, checked one by one.
+"""The sections of a recipe, each with its keys and their valid ranges.
 
-`arm_core.recipe.recipe` puts them together with those that stand beside what they set: `OptimizerSettings`,
-`TrainTransform` and `Mixing`.
+`arm_core.recipe.recipe` combines them with those that are defined next to the code that they configure:
+`OptimizerSettings`, `TrainTransform` and `Mixing`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from arm_core.data.transforms import CROP_FRACTIONS
 from arm_core.engine.protocol import Precision
+from arm_core.model.checks import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from arm_core.model.drop_path import drop_rates
+from arm_core.model.presets import DECODER_HEAD_WIDTH, preset
 from arm_core.model.spec import (
-    DECODER_HEAD_WIDTH,
     DIRECTIONS,
     ClassifierSpec,
     EncoderSpec,
@@ -21,9 +23,11 @@ from arm_core.model.spec import (
     PredictionOrder,
     PretrainSpec,
     Target,
-    preset,
 )
 from arm_core.recipe.toml import Span
+
+MAX_BATCH, MAX_WORKERS = 2**24, 1024
+"""Images per update, and data workers; larger numbers are mistakes."""
 
 NO_TIME = Span(0, "epochs")
 ONE_EPOCH = Span(1, "epochs")
@@ -31,7 +35,7 @@ ONE_EPOCH = Span(1, "epochs")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
-    """Size of the trunk: a preset, single fields changed, or width and depth by value."""
+    """Size of the encoder: a preset, a preset with some fields changed, or a width and a depth."""
 
     preset: str | None = None
     width: int | None = None
@@ -43,14 +47,14 @@ class EncoderChoice:
     def encoder(self) -> EncoderSpec:
         size = None if self.preset is None else preset(self.preset)
         if size is None and (self.width is None or self.depth is None):
-            raise ValueError("model: name a preset, or give both width and depth")
+            raise ValueError("model: set a preset, or both width and depth")
         chosen = {} if size is None else {name: getattr(size, name) for name in ("width", "depth", "patch")}
         return EncoderSpec(**{**chosen, **_given(self, EncoderSpec)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainModel(EncoderChoice):
-    """Model of a pretraining recipe: what is not given is the preset's, or `PretrainSpec`'s default."""
+    """Model of a pretraining recipe; a key that is not set comes from the preset or from `PretrainSpec`."""
 
     image_size: tuple[int, int] | None = None
     cluster: tuple[int, int] | None = None
@@ -59,7 +63,7 @@ class PretrainModel(EncoderChoice):
     decoder_width: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
-    """By default one head for each 64 channels."""
+    """Default: one head per 64 channels."""
     target: Target | None = None
 
     def spec(self) -> PretrainSpec:
@@ -75,25 +79,27 @@ class PretrainModel(EncoderChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierModel(EncoderChoice):
-    """Model of a finetuning recipe: what is not given is the preset's, or `ClassifierSpec`'s default."""
+    """Model of a finetuning recipe; a key that is not set comes from the preset or from `ClassifierSpec`."""
 
     classes: int | None = None
-    """None for as many as the training data has."""
+    """None for the number of classes in the training data."""
     image_size: tuple[int, int] | None = None
     directions: int | None = None
     """1, 2 or 4."""
     pooling: Pooling | None = None
     head_std: float | None = None
-    """Standard deviation of a new head's weights on a pretrained trunk; None for the official 2e-5. From
-    scratch every head starts alike (`arm_core.model.parameters.HEAD_STD`)."""
+    """Standard deviation of a new head's weights on a pretrained encoder; None for the official 2e-5.
+    Training from scratch always uses `arm_core.model.parameters.HEAD_STD`."""
 
     def spec(self, classes: int | None = None) -> ClassifierSpec:
-        """classes: number in the data; a ValueError says so where it differs from the recipe's."""
+        """classes: number of classes in the data; ValueError if the recipe states another number."""
         if self.classes is not None and classes is not None and self.classes != classes:
-            raise ValueError(f"model.classes: the recipe says {self.classes}, the data has {classes} classes")
+            raise ValueError(
+                f"model.classes: the recipe has {self.classes} classes, but the data has {classes} classes"
+            )
         count = self.classes if classes is None else classes
         if count is None:
-            raise ValueError("model.classes: neither the recipe nor the data says how many classes there are")
+            raise ValueError("model.classes: the data has no classes; pass --set model.classes=N")
         chosen: dict[str, Any] = {**_given(self, ClassifierSpec), "classes": count}
         if self.preset is not None:
             chosen.setdefault("image_size", preset(self.preset).image_size)
@@ -117,23 +123,23 @@ class DataSettings:
     source: str = "folder"
     """Name of the source: `folder` (images by class), `digits` (built in) or `synthetic`."""
     path: str | None = None
-    """Training images of a `folder`."""
+    """Folder of training images, for the source `folder`."""
     eval_path: str | None = None
-    """Images to evaluate on; None for no evaluation on a `folder`."""
+    """Folder of evaluation images, for the source `folder`; None for no evaluation."""
     labels_per_class: int | None = None
-    """Labelled images of each class to train on, of the `digits`; None for all."""
+    """Labelled training images per class, for the source `digits`; None for all."""
     eval_crop: float | None = None
-    """Part of an image that evaluation keeps (`EvalTransform.crop_fraction`); None for the official rule."""
+    """Centre crop in evaluation (`EvalTransform.crop_fraction`); None for the official rule."""
     workers: int = 4
-    """Processes that decode and augment; 0 does it in the training process. No effect on the result."""
+    """Processes that decode and augment images; 0 uses the training process. Does not change the result."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_ranges(
             "data",
             self,
-            labels_per_class=self.labels_per_class is None or self.labels_per_class >= 1,
-            eval_crop=self.eval_crop is None or 0 < self.eval_crop <= 1,
-            workers=self.workers >= 0,
+            labels_per_class=AT_LEAST_ONE,
+            eval_crop=CROP_FRACTIONS,
+            workers=Range(low=0, high=MAX_WORKERS),
         )
 
 
@@ -142,53 +148,54 @@ class ScheduleSettings:
     """Warm-up and half cosine; see `arm_core.recipe.schedule`."""
 
     base_lr: float
-    """Peak learning rate for 256 images per update; scaled with the batch."""
+    """Peak learning rate for 256 images per update; scaled linearly with the batch size."""
     min_lr: float = 0.0
-    """Learning rate at the end, not scaled."""
+    """Final learning rate; not scaled."""
     warmup: Span = NO_TIME
 
     def __post_init__(self) -> None:
-        _check("schedule", self, base_lr=self.base_lr > 0, min_lr=self.min_lr >= 0)
+        check_ranges("schedule", self, base_lr=POSITIVE, min_lr=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Length, batch and bookkeeping of a run."""
+    """Length, batch size, logging and checkpoints of a run."""
 
     length: Span
     batch_size: int
-    """Images per update, over all devices."""
+    """Images per update, over all processes."""
     accumulation: int = 1
-    """Micro-batches that an update is made of; batch_size / accumulation images pass at a time.
-    Several processes share them out, so neither number depends on the machine."""
+    """Micro-batches per update, of batch_size / accumulation images each. Several processes share them,
+    so neither number depends on the machine."""
     drop_path: float = 0.0
-    """Rate of the deepest block (`arm_core.model.drop_path`)."""
+    """Drop-path rate of the deepest block (`arm_core.model.drop_path`)."""
     precision: Precision = Precision.FLOAT32
     seed: int = 0
     log_every: int = 20
     """Steps between rows in `metrics.jsonl`."""
     save_every: Span = ONE_EPOCH
     keep: int = 2
-    """Newest checkpoints that are kept, besides the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     evaluate_every: Span | None = None
-    """None evaluates at the end only."""
+    """None for an evaluation at the end only."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_ranges(
             "training",
             self,
-            length=self.length.amount > 0,
-            batch_size=self.batch_size >= 1,
-            accumulation=self.accumulation >= 1,
-            seed=self.seed >= 0,
-            log_every=self.log_every >= 1,
-            save_every=self.save_every.amount > 0,
-            keep=self.keep >= 1,
-            evaluate_every=self.evaluate_every is None or self.evaluate_every.amount > 0,
+            batch_size=Range(low=1, high=MAX_BATCH),
+            accumulation=Range(low=1, high=MAX_BATCH),
+            seed=Range(low=0, below=2**63),
+            log_every=AT_LEAST_ONE,
+            keep=AT_LEAST_ONE,
         )
+        for name in ("length", "save_every", "evaluate_every"):
+            span: Span | None = getattr(self, name)
+            if span is not None and span.amount <= 0:
+                raise ValueError(f"training.{name}: expected more than 0 {span.unit}, found '{span}'")
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"training: batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}"
+                f"training: batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}"
             )
         drop_rates(self.drop_path, 1)
 
@@ -196,8 +203,3 @@ class TrainingSettings:
     def micro_batch(self) -> int:
         """Images in one micro-batch."""
         return self.batch_size // self.accumulation
-
-
-def _check(owner: str, settings: Any, **good: bool) -> None:
-    if bad := [f"{name} = {getattr(settings, name)}" for name, ok in good.items() if not ok]:
-        raise ValueError(f"{owner} out of range: {', '.join(bad)}")

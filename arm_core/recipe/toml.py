@@ -1,36 +1,42 @@
 """Frozen dataclasses to TOML and back, checked against their annotations.
 
-A settings class is a keyword-only dataclass whose fields are whole numbers, floats, booleans, strings,
-enums, `Span`s, tuples of those, other settings classes, or `None` as an alternative. TOML has no null:
-a field that may be None has None as its default, and is left out.
+The fields of a settings class (a keyword-only dataclass) are ints, floats, booleans, strings, enums,
+`Span`s, tuples of those, other settings classes, or one of these or None. TOML has no null: a field that
+may be None has None as its default, and is omitted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from arm_core.model.checks import check_keys, shortened
+
 T = TypeVar("T")
+
+
+MAX_SPAN = 1e12
+"""Epochs or steps; no run is longer."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a run in epochs or in steps: `40 epochs`, `0.5 epochs`, `100 steps`."""
+    """A part of a run in epochs or in steps: `40 epochs`, `0.5 epochs`, `100 steps`."""
 
     amount: float
     unit: str
 
     def __post_init__(self) -> None:
-        if self.unit not in ("epochs", "steps") or not (math.isfinite(self.amount) and self.amount >= 0):
+        if self.unit not in ("epochs", "steps") or not 0 <= self.amount <= MAX_SPAN:
             raise ValueError(f"expected '40 epochs' or '100 steps', found '{self.amount} {self.unit}'")
         if self.unit == "steps" and self.amount != int(self.amount):
             raise ValueError(f"expected a whole number of steps, found {self.amount}")
@@ -41,24 +47,16 @@ class Span:
         try:
             return cls(float(amount), unit.strip() if unit.endswith("s") else f"{unit.strip()}s")
         except ValueError:
-            raise ValueError(f"expected '40 epochs' or '100 steps', found {text!r}") from None
+            raise ValueError(f"expected '40 epochs' or '100 steps', found {shortened(text)}") from None
 
     def steps(self, steps_per_epoch: Fraction) -> Fraction:
-        """The stretch in steps, exactly."""
+        """Its length in steps, exactly."""
         amount = Fraction(str(self.amount))
         return amount * steps_per_epoch if self.unit == "epochs" else amount
 
     def __str__(self) -> str:
         amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit[:-1] if amount == 1 else self.unit}"
-
-
-def near_match(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where something alike is known, else what is known."""
-    names = list(known)
-    if close := difflib.get_close_matches(word, names, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(names)}"
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
@@ -68,11 +66,9 @@ def field_types(cls: type[Any]) -> dict[str, Any]:
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
-    """Build a settings class from a TOML table; a ValueError names the key, `where` leads to it."""
+    """Create a settings class from a TOML table; ValueError names a wrong key. where: path of the table."""
     known = field_types(cls)
-    for key in table:
-        if key not in known:
-            raise ValueError(f"unknown key {_path(where, key)}{near_match(key, known)}")
+    check_keys(where, table, known)
     values = {key: read_value(known[key], value, _path(where, key)) for key, value in table.items()}
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     absent = [
@@ -88,13 +84,13 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
 
 
 def to_table(settings: Any) -> dict[str, Any]:
-    """The TOML table of a settings class; fields that are None are left out."""
+    """The TOML table of a settings class; fields that are None are omitted."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def dump(table: Mapping[str, Any], section: str = "") -> str:
-    """TOML text of a table: its own values first, then one section for each table inside it."""
+    """TOML text of a table: first its own values, then a section for each table in it."""
     inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
     lines = [f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner]
     own = "\n".join([f"[{section}]"] * bool(section) + lines) + "\n"
@@ -109,12 +105,12 @@ def assign(
     hints: annotation of each key of `table`.  Raises ValueError on an unknown key or a mistyped value.
     """
     name, here = path[0], _path(where, path[0])
-    if name not in hints:
-        raise ValueError(f"unknown key {here}{near_match(name, hints)}")
+    check_keys(where, [name], hints)
     hint = _strip_none(hints[name])
     if len(path) > 1:
         if not _is_settings(hint):
-            raise ValueError(f"{here} holds {_name(hint)}, it has no {'.'.join(path[1:])}")
+            rest = shortened(".".join(path[1:]), quote=False)
+            raise ValueError(f"{here} is {_name(hint)} and has no key {rest}")
         assign(table.setdefault(name, {}), field_types(hint), path[1:], text, here)
     elif (value := parse_text(hints[name], text, here)) is None:
         table.pop(name, None)
@@ -123,28 +119,28 @@ def assign(
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """`value`, as TOML gives it, turned into the annotated type; a ValueError names `where`."""
+    """Convert a TOML value to the annotated type; ValueError names `where`."""
     hint = _strip_none(hint)
     if _is_settings(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected a table, found {value!r}")
+            raise ValueError(f"{where}: expected a table [{where}], found {shortened(value)}")
         return from_table(hint, value, where)
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         # A side length alone means a square.
         value = [value, value] if items == (int, int) and isinstance(value, int) else value
         if not isinstance(value, list | tuple) or (items[-1] is not ... and len(value) != len(items)):
-            raise ValueError(f"{where}: expected {_name(hint)}, found {value!r}")
+            raise ValueError(f"{where}: expected {_name(hint)}, found {shortened(value)}")
         kinds = items[:1] * len(value) if items[-1] is ... else items
         return tuple(read_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     try:
         return _scalar(hint, value)
-    except (ValueError, TypeError):
-        raise ValueError(f"{where}: expected {_name(hint)}, found {value!r}") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{where}: expected {_name(hint)}, found {shortened(value)}") from None
 
 
 def parse_text(hint: Any, text: str, where: str) -> Any:
-    """The value that a command line means by `text`, as TOML would give it; None for `none`."""
+    """Convert command-line text to the value that TOML would give; None for `none`."""
     plain = _strip_none(hint)
     text = text.strip()
     if text.lower() == "none" and plain is not hint:
@@ -156,18 +152,16 @@ def parse_text(hint: Any, text: str, where: str) -> Any:
         return values[0] if items == (int, int) and len(values) == 1 else values
     if _is_settings(plain):
         keys = ", ".join(f"{where}.{name}" for name in field_types(plain))
-        raise ValueError(f"{where}: set its values one by one: {keys}")
+        raise ValueError(f"{where} is a table; set one of its keys: {keys}")
     if plain in (str, Span) or (isinstance(plain, type) and issubclass(plain, StrEnum)):
         return text.strip("'\"")
     try:
         return json.loads(text.lower() if plain is bool else text)
-    except json.JSONDecodeError:
-        if plain is float:  # 1e-3, .5 and 5. are no JSON
-            try:
+    except (ValueError, RecursionError):
+        with suppress(ValueError):
+            if plain is float:  # .5 and 5. are not JSON
                 return float(text)
-            except ValueError:
-                pass
-    raise ValueError(f"{where}: expected {_name(plain)}, found {text!r}")
+    raise ValueError(f"{where}: expected {_name(plain)}, found {shortened(text)}")
 
 
 def _is_settings(hint: Any) -> bool:
@@ -176,6 +170,8 @@ def _is_settings(hint: Any) -> bool:
 
 def _scalar(hint: Any, value: Any) -> Any:
     if hint is Span:
+        if not isinstance(value, str | Span):
+            raise TypeError
         return value if isinstance(value, Span) else Span.parse(value)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return hint(value)
@@ -212,9 +208,9 @@ def _strip_none(hint: Any) -> Any:
 
 
 def _name(hint: Any) -> str:
-    """A type in words, for messages."""
+    """Name of a type, for messages."""
     if hint is Span:
-        return "a stretch such as '40 epochs' or '100 steps'"
+        return "a length such as '40 epochs' or '100 steps'"
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return " or ".join(repr(str(item)) for item in hint)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

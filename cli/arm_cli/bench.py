@@ -77,7 +77,7 @@ def scan(
 
 def _shape(model: str, stage: str, batch: int, bfloat16: bool) -> ScanShape:
     from arm_core.engine.scan_timing import ScanShape
-    from arm_core.model.spec import classifier_preset, pretrain_preset
+    from arm_core.model.presets import classifier_preset, pretrain_preset
 
     spec = pretrain_preset(model) if stage == "pretrain" else classifier_preset(model)
     return ScanShape(spec=spec, batch=batch, bfloat16=bfloat16)

@@ -71,7 +71,7 @@ def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...
 
 
 def _words(encoder: EncoderSpec) -> str:
-    from arm_core.model.spec import PRESETS
+    from arm_core.model.presets import PRESETS
 
     named = [
         name for name, size in PRESETS.items() if (size.width, size.depth) == (encoder.width, encoder.depth)

@@ -44,8 +44,8 @@ def info(name: str, as_json: bool) -> None:
 
 def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
     from arm_cli.models import read_folder
-    from arm_core.model.spec import PRESETS, classifier_preset, pretrain_preset
-    from arm_core.recipe.toml import near_match
+    from arm_core.model.checks import near_match
+    from arm_core.model.presets import PRESETS, classifier_preset, pretrain_preset
 
     if name in PRESETS:
         return None, [pretrain_preset(name), classifier_preset(name)]

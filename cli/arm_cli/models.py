@@ -37,7 +37,7 @@ class Opened:
 def find_model(name: str) -> Path:
     """The model folder that is meant: of a run, its newest sound checkpoint. ValueError where none is."""
     from arm_core.files.model_folder import CONFIG
-    from arm_core.model.spec import PRESETS
+    from arm_core.model.presets import PRESETS
     from arm_core.training.checkpoint import FOLDER, MANIFEST, newest_folder, verify
 
     path = Path(name)

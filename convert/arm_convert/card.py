@@ -8,7 +8,8 @@ from typing import Any
 from arm_convert.source import CheckpointSource
 from arm_core.files.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
 from arm_core.model.parameters import count_parameters
-from arm_core.model.spec import PRESETS, ClassifierSpec, ModelSpec, PretrainSpec
+from arm_core.model.presets import PRESETS
+from arm_core.model.spec import ClassifierSpec, ModelSpec, PretrainSpec
 
 
 def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | None = None) -> str:

@@ -18,15 +18,8 @@ from arm_convert.source import CONFIG_KEY, FRAMEWORK_KEY, LAYOUT_KEY
 from arm_convert.torch_writer import write_torch
 from arm_core.files.atomic import new_file
 from arm_core.files.safetensors import Tensor, write_tensors
-from arm_core.model.spec import (
-    DECODER_HEAD_WIDTH,
-    ClassifierSpec,
-    ModelSpec,
-    PredictionOrder,
-    PretrainSpec,
-    Target,
-    to_json,
-)
+from arm_core.model.presets import DECODER_HEAD_WIDTH
+from arm_core.model.spec import ClassifierSpec, ModelSpec, PredictionOrder, PretrainSpec, Target, to_json
 
 
 class Format(StrEnum):

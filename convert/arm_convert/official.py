@@ -24,8 +24,8 @@ from arm_convert.layouts import (
 )
 from arm_core.files.safetensors import AnyArray, Shape, Tensor
 from arm_core.model.parameters import Parameter, parameter_table
+from arm_core.model.presets import DECODER_HEAD_WIDTH
 from arm_core.model.spec import (
-    DECODER_HEAD_WIDTH,
     DIRECTIONS,
     ClassifierSpec,
     Direction,

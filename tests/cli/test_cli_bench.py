@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from arm_cli.main import main
 from arm_core.engine.scan_timing import ScanShape, median, repeat
-from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec, classifier_preset
+from arm_core.model.presets import classifier_preset
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec
 
 QUICK = ("--model", "tiny", "--stage", "pretrain", "--batch", "1", "--repeats", "2", "--device", "cpu")
 

@@ -12,7 +12,8 @@ from arm_core.engine.protocol import Precision
 from arm_core.engine.registry import installed_backends
 from arm_core.files.model_folder import write_model
 from arm_core.model.parameters import initial_parameters
-from arm_core.model.spec import PRESETS, from_json
+from arm_core.model.presets import PRESETS
+from arm_core.model.spec import from_json
 
 
 def arm(*words):

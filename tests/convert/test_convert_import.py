@@ -197,7 +197,7 @@ def test_the_official_export_refuses_what_the_official_code_cannot_build(tmp_pat
 
 
 def test_the_official_base_names_are_the_ones_a_base_model_is_exported_with():
-    from arm_core.model.spec import classifier_preset, pretrain_preset
+    from arm_core.model.presets import classifier_preset, pretrain_preset
 
     assert official_shapes(pretrain_preset("base")) == golden.official_names("pretrain")
     assert official_shapes(classifier_preset("base")) == golden.official_names("classifier")

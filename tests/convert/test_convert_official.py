@@ -18,16 +18,9 @@ from arm_convert.official import (
 )
 from arm_core.files.safetensors import Tensor, as_tensors
 from arm_core.model.parameters import initial_parameters, parameter_table
+from arm_core.model.presets import classifier_preset, pretrain_preset
 from arm_core.model.reference.model import forward
-from arm_core.model.spec import (
-    ClassifierSpec,
-    Direction,
-    EncoderSpec,
-    Pooling,
-    PretrainSpec,
-    classifier_preset,
-    pretrain_preset,
-)
+from arm_core.model.spec import ClassifierSpec, Direction, EncoderSpec, Pooling, PretrainSpec
 
 TINY = EncoderSpec(width=8, depth=6, patch=4)
 PRETRAIN = PretrainSpec(encoder=TINY, image_size=(24, 24), cluster=(2, 2), decoder_width=8, decoder_heads=1)

@@ -203,24 +203,26 @@ def test_the_official_transforms_are_what_the_recipes_say() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"crop_scale": (0.5, 0.2)}, "crop_scale=(0.5, 0.2)"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale: expected the lower limit first, found 0.5, 0.2"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
-        ({"flip": 1.5}, "flip=1.5"),
-        ({"erase": -0.1}, "erase=-0.1"),
-        ({"std": (1.0, 0.0, 1.0)}, "std="),
-        ({"mean": (0.5, 0.5)}, "mean="),
+        ({"flip": 1.5}, "flip: expected 0 to 1, found 1.5"),
+        ({"erase": -0.1}, "erase: expected 0 to 1, found -0.1"),
+        ({"std": (1.0, 0.0, 1.0)}, "std: expected above 0"),
+        ({"mean": (0.5, 0.5)}, "mean: expected 3 numbers"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings: dict, named: str) -> None:
-    with pytest.raises(ValueError, match="train transform out of range") as caught:
+    with pytest.raises(ValueError, match=r"^augmentation\.") as caught:
         TrainTransform(**settings)
     assert named in str(caught.value)
 
 
 def test_an_evaluation_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"crop_fraction=1\.2"):
+    with pytest.raises(ValueError, match=r"crop_fraction: expected 0.05 to 1, found 1\.2"):
         EvalTransform(crop_fraction=1.2)
+    with pytest.raises(ValueError, match=r"crop_fraction: expected 0.05 to 1, found 1e-05"):
+        EvalTransform(crop_fraction=1e-5)
 
 
 # Decoding

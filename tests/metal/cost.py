@@ -24,7 +24,7 @@ from emulator.strict import NEEDED, compiler
 from emulator.translate import HERE, strict_program
 
 from arm_core.model.cost import cost_table
-from arm_core.model.spec import classifier_preset, pretrain_preset
+from arm_core.model.presets import classifier_preset, pretrain_preset
 from arm_mlx.metal import launch
 from arm_mlx.metal.operators import scan_function
 from arm_mlx.metal.tuning import TABLE, Tuning

@@ -6,7 +6,7 @@ import pytest
 
 from arm_core.model.cost import cost_table
 from arm_core.model.parameters import count_parameters, initial_parameters
-from arm_core.model.spec import classifier_preset, pretrain_preset
+from arm_core.model.presets import classifier_preset, pretrain_preset
 
 OFFICIAL = {
     "base": (99_243_008, 99_427_328, 85_031_656),

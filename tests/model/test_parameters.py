@@ -14,7 +14,8 @@ from arm_core.model.parameters import (
     initial_value,
     parameter_table,
 )
-from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec, classifier_preset, pretrain_preset
+from arm_core.model.presets import classifier_preset, pretrain_preset
+from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec
 
 ENCODER = EncoderSpec(width=64, depth=6, patch=4)
 PRETRAIN = PretrainSpec(

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from arm_core.model.presets import PRESETS, classifier_preset, pretrain_preset
 from arm_core.model.spec import (
     DIRECTIONS,
-    PRESETS,
     ClassifierSpec,
     Direction,
     EncoderSpec,
@@ -14,9 +14,7 @@ from arm_core.model.spec import (
     PredictionOrder,
     PretrainSpec,
     Target,
-    classifier_preset,
     from_json,
-    pretrain_preset,
     to_json,
 )
 
@@ -68,27 +66,63 @@ def test_json_round_trip_keeps_every_choice():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: EncoderSpec(width=0, depth=6), "width must be a whole number of 1 or more, found 0"),
-        (lambda: EncoderSpec(width=8, depth=6, norm_eps=0.0), "norm_eps must be above 0"),
+        (
+            lambda: EncoderSpec(width=0, depth=6),
+            r"encoder\.width: expected a whole number, 1 to 16384, found 0",
+        ),
+        (
+            lambda: EncoderSpec(width=8, depth=6, norm_eps=0.0),
+            "norm_eps: expected above 0 and below 1, found 0.0",
+        ),
         (
             lambda: pretrain(image_size=(25, 24)),
-            "whole number of 4-pixel patches; the nearest is 24x24",
+            "not divisible into patches of 4x4 pixels; the nearest divisible size is 24x24",
         ),
-        (lambda: pretrain(cluster=(4, 4)), "do not tile the grid of 6x6 patches"),
+        (
+            lambda: pretrain(cluster=(4, 4)),
+            "the grid of 6x6 patches is not divisible into clusters of 4x4 patches",
+        ),
         (lambda: pretrain(cluster=(6, 6)), "nothing to predict"),
-        (lambda: pretrain(encoder=EncoderSpec(width=32, depth=8, patch=4)), "multiple of 6, found 8"),
-        (lambda: pretrain(decoder_heads=3), "not a multiple of decoder_heads 3"),
-        (lambda: pretrain(decoder_width=30), "multiple of 4 channels, found decoder_width 30"),
-        (lambda: pretrain(order_seed=-1), "order_seed must be a whole number"),
-        (lambda: pretrain(prediction_order="spiral"), "spiral"),
-        (lambda: classifier(classes=0), "classes must be a whole number"),
+        (lambda: pretrain(encoder=EncoderSpec(width=32, depth=8, patch=4)), "divisible by 6, found 8"),
+        (lambda: pretrain(decoder_heads=3), "not divisible by decoder_heads 3"),
+        (lambda: pretrain(decoder_width=30), "decoder_width must be divisible by 4 .* found 30"),
+        (
+            lambda: pretrain(order_seed=-1),
+            "order_seed: expected a whole number, 0 or more and below 2\\*\\*63, found -1",
+        ),
+        (
+            lambda: pretrain(prediction_order="spiral"),
+            "prediction_order: unknown 'spiral'; expected one of: row,",
+        ),
+        (lambda: pretrain(target="normalised"), "target: unknown 'normalised'; did you mean 'normalized'"),
+        (lambda: classifier(classes=0), "classes: expected a whole number, 1 to 10000000, found 0"),
         (
             lambda: classifier(scan_directions=tuple(Direction)[:3]),
             "1, 2 or 4 directions, found 3",
         ),
-        (lambda: classifier(scan_directions=("row", "row")), "may stand once"),
-        (lambda: classifier(image_size=(4, 4)), "two patches or more"),
-        (lambda: pretrain_preset("giant"), "unknown model 'giant'; known are digits, tiny, small, base"),
+        (lambda: classifier(scan_directions=("row", "row")), "scan direction row appears twice"),
+        (lambda: classifier(image_size=(4, 4)), "at least two patches"),
+        (
+            lambda: pretrain_preset("giant"),
+            "unknown preset 'giant'; expected one of: digits, tiny, small, base",
+        ),
+        (lambda: pretrain_preset("bsae"), "unknown preset 'bsae'; did you mean 'base'"),
+        (
+            lambda: EncoderSpec(width=65536, depth=6),
+            "width: expected a whole number, 1 to 16384, found 65536",
+        ),
+        (lambda: EncoderSpec(width=8, depth=600_000), "depth: expected a whole number, 1 to 512"),
+        (lambda: EncoderSpec(width=10**400, depth=6), "found a whole number of more than 60 digits"),
+        (lambda: EncoderSpec(width=True, depth=6), "found True"),
+        (
+            lambda: pretrain(image_size=(65536, 65536)),
+            "image_size.height: expected a whole number, 1 to 16384",
+        ),
+        (lambda: pretrain(image_size=(16384, 16384)), "has more than 65536 patches of 4x4 pixels"),
+        (lambda: pretrain(cluster=(1,)), r"cluster: expected two whole numbers, .* found \(1,\)"),
+        (lambda: pretrain(image_size=24), "image_size: expected two whole numbers"),
+        (lambda: classifier(classes=10**11), "classes: expected a whole number"),
+        (lambda: classifier(scan_directions=("row", 5)), "scan_directions: unknown 5; expected a name"),
     ],
 )
 def test_invalid_combinations_are_refused_with_a_sentence(build, sentence):
@@ -101,8 +135,10 @@ def test_invalid_combinations_are_refused_with_a_sentence(build, sentence):
     [
         ({"format": "arm-vision/9"}, "expected format 'arm-vision/1', found 'arm-vision/9'"),
         ({"kind": "detector"}, "expected kind pretrain or classifier, found 'detector'"),
-        ({"colour": 1}, "config: unknown colour"),
+        ({"colour": 1}, r"unknown key config\.colour; expected one of: encoder, classes"),
         ({"encoder": {"width": 8}}, "config.encoder: missing depth"),
+        ({"imagesize": [8, 8]}, r"unknown key config\.imagesize; did you mean 'image_size'"),
+        ({"kind": []}, "expected kind pretrain or classifier"),
         ({"encoder": None}, "expected 'encoder' to be an object"),
     ],
 )

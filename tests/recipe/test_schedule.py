@@ -29,20 +29,20 @@ def test_learning_rate_without_warm_up_starts_at_its_peak():
     assert Schedule(lr=1.0, min_lr=0.0, warmup=0, length=10).at(0) == 1.0
 
 
-def test_base_learning_rate_is_quoted_for_256_images_per_update():
+def test_base_learning_rate_refers_to_256_images_per_update():
     assert scaled_lr(1.5e-4, 2048) == pytest.approx(1.2e-3)
 
 
 @pytest.mark.parametrize(("warmup", "min_lr"), [(11, 0.0), (0, 2.0), (-1, 0.0)])
-def test_a_schedule_that_makes_no_sense_is_refused(warmup, min_lr):
+def test_an_invalid_schedule_is_refused(warmup, min_lr):
     with pytest.raises(ValueError, match="schedule: "):
         Schedule(lr=1.0, min_lr=min_lr, warmup=warmup, length=10)
 
 
-def test_drop_rates_stand_one_block_late_as_in_the_official_code():
+def test_drop_rates_are_shifted_by_one_block_as_in_the_official_code():
     np.testing.assert_allclose(drop_rates(0.3, 4), [0.0, 0.0, 0.1, 0.2])
     np.testing.assert_array_equal(drop_rates(0.0, 3), 0.0)
-    with pytest.raises(ValueError, match=r"below 1, found 1.0"):
+    with pytest.raises(ValueError, match=r"drop_path: expected 0 or more and below 1, found 1.0"):
         drop_rates(1.0, 4)
 
 
@@ -56,7 +56,7 @@ def test_branch_factors_keep_the_mean_and_drop_at_the_rate_of_their_block():
     np.testing.assert_array_equal(factors[:2], 1.0)
 
 
-def test_branch_draws_are_independent_and_depend_on_seed_and_position_alone():
+def test_branch_draws_are_independent_and_depend_only_on_seed_and_position():
     one = drop_path_scale(0.9, 4, 512, seed=3, position=7)
     np.testing.assert_array_equal(one, drop_path_scale(0.9, 4, 512, seed=3, position=7))
     dropped = one[2:] == 0  # the blocks that may drop: 2, 3
