@@ -250,30 +250,11 @@ def remove_drafts(run: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def read_weights(folder: Path, *, ema: bool = False) -> tuple[ModelSpec, dict[str, Array]]:
-    """Spec and parameters of a checkpoint, for inference; `ema` takes the average where one was kept."""
-    files = verify(folder)
-    parameters = _read_arrays(folder / MODEL)
-    if ema:
-        if EMA not in files:
-            raise ValueError(f"{folder}: holds no average of the weights; its run had no optimizer.ema_decay")
-        parameters |= _read_arrays(folder / EMA)  # fixed tables stand in the model alone
-    spec = read_config(folder)
-    check_parameters(spec, parameters, source=str(folder))
-    return spec, parameters
-
-
 def _set_aside(folder: Path) -> Path:
     """Rename a checkpoint so that it is none any more: half removed, it must not look like a damaged one."""
     aside = folder.with_name(f"{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     return folder.rename(aside)
-
-
-def _read_arrays(path: Path) -> dict[str, Array]:
-    return {
-        name: np.asarray(tensor.read(), np.float32) for name, tensor in read_tensors(path).tensors.items()
-    }
 
 
 def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

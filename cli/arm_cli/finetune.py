@@ -42,14 +42,14 @@ def finetune(request: Request, origin: str | None) -> None:
 
 def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...]) -> Mapping[str, Array]:
     """The classifier's weights grown from the model at `origin`."""
-    from arm_cli.models import class_names, read_folder
+    from arm_cli.models import class_names, find_model
     from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
     from arm_core.model.spec import ClassifierSpec
     from arm_core.recipe.sections import ClassifierModel
 
     assert isinstance(spec, ClassifierSpec)
     assert isinstance(recipe.model, ClassifierModel)
-    model = read_folder(origin)
+    model = find_model(origin).model
     if model.spec.encoder != spec.encoder:
         raise ValueError(
             f"{origin}: its trunk is {_words(model.spec.encoder)}, the recipe's {_words(spec.encoder)}; "

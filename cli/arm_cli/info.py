@@ -43,7 +43,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
-    from arm_cli.models import read_folder
+    from arm_cli.models import find_model
     from arm_core.model.checks import near_match
     from arm_core.model.presets import PRESETS, classifier_preset, pretrain_preset
 
@@ -51,7 +51,7 @@ def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
         return None, [pretrain_preset(name), classifier_preset(name)]
     if not Path(name).exists():
         raise ValueError(f"{name!r} is neither a preset nor a model on disk{near_match(name, PRESETS)}")
-    model = read_folder(name)
+    model = find_model(name).model
     return model, [model.spec]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from arm_core.engine.protocol import Array
     from arm_core.files.model_folder import Model
     from arm_core.model.spec import ClassifierSpec, ModelSpec
+    from arm_core.training.model_source import ModelSource
 
 FOREIGN = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 """Files that `arm convert import` reads."""
@@ -34,11 +35,11 @@ class Opened:
     folder: Path
 
 
-def find_model(name: str) -> Path:
-    """The model folder that is meant: of a run, its newest sound checkpoint. ValueError where none is."""
+def find_model(name: str) -> ModelSource:
+    """Open a model folder, a run or a checkpoint; ValueError says what else `name` is."""
     from arm_core.files.model_folder import CONFIG
     from arm_core.model.presets import PRESETS
-    from arm_core.training.checkpoint import FOLDER, MANIFEST, newest_folder, verify
+    from arm_core.training.model_source import open_folder
 
     path = Path(name)
     if not path.exists():
@@ -48,33 +49,19 @@ def find_model(name: str) -> Path:
         if path.suffix == ".safetensors" and (path.parent / CONFIG).exists():
             raise ValueError(f"{name}: expected the model folder, found one of its files; pass {path.parent}")
         if path.suffix in FOREIGN:
-            raise ValueError(f"{name}: bring it in first: arm convert import {name} {path.stem}")
+            raise ValueError(f"{name}: import it first: arm convert import {name} {path.stem}")
         raise ValueError(f"{name}: expected a model folder, a run or a checkpoint, found a file")
-    if (path / MANIFEST).exists():
-        verify(path)  # a checkpoint
-        return path
-    if not (path / FOLDER).is_dir():
-        return path  # a model folder; reading it says what is missing
-    folder = newest_folder(path, warn=lambda text: click.echo(f"Warning: {path}: {text}", err=True))
-    if folder is None:
-        raise ValueError(f"{name}: this run has saved no checkpoint yet")
-    return folder
-
-
-def read_folder(name: str) -> Model:
-    """The model's spec and metadata; its tensors are read on demand."""
-    from arm_core.files.model_folder import read_model
-
-    return read_model(find_model(name))
+    return open_folder(path, warn=lambda text: click.echo(f"Warning: {path}: {text}", err=True))
 
 
 def open_model(name: str, *, weights: str = "raw") -> Opened:
-    """Read a model; weights: `raw`, or `ema` for the moving average that its run kept."""
+    """Read a model with all its values; weights: `raw`, or `ema` for their moving average."""
     from arm_core.model.spec import ClassifierSpec
-    from arm_core.training.checkpoint import read_weights
+    from arm_core.training.model_source import Weights
 
-    model = read_folder(name)
-    parameters = read_weights(model.path, ema=True)[1] if weights == "ema" else model.load()
+    source = find_model(name)
+    model = source.model
+    parameters = source.load(Weights(weights))
     classes = class_names(model, model.spec) if isinstance(model.spec, ClassifierSpec) else ()
     return Opened(
         spec=model.spec,

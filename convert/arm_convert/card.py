@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arm_convert.source import CheckpointSource
+from arm_convert.checkpoint_source import CheckpointSource
 from arm_core.files.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
 from arm_core.model.parameters import count_parameters
 from arm_core.model.presets import PRESETS

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from arm_convert.checkpoint_source import CheckpointSource
 from arm_convert.importing import Resolved, resolve
-from arm_convert.source import CheckpointSource
 from arm_core.model.parameters import count_parameters
 from arm_core.model.presets import PRESETS
 from arm_core.model.spec import kind_of, to_json

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
+from arm_convert.checkpoint_source import CONFIG_KEY, FRAMEWORK_KEY, LAYOUT_KEY
 from arm_convert.layouts import to_foreign
 from arm_convert.official import SUFFIXES, to_official
 from arm_convert.plain import Framework, plain_table
-from arm_convert.source import CONFIG_KEY, FRAMEWORK_KEY, LAYOUT_KEY
 from arm_convert.torch_writer import write_torch
 from arm_core.files.atomic import new_file
 from arm_core.files.safetensors import Tensor, write_tensors

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from arm_convert.card import model_card, run_recipe
+from arm_convert.checkpoint_source import CheckpointSource, Layout
 from arm_convert.layouts import to_canonical
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
-from arm_convert.source import CheckpointSource, Layout
 from arm_core.files.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_core.files.model_folder import check_new, write_model
 from arm_core.files.quantized import QuantizedTensor
@@ -27,14 +26,8 @@ from arm_core.files.safetensors import FLOATS, AnyArray, BadFileError, Tensor
 from arm_core.model.parameters import initial_value, parameter_table
 from arm_core.model.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.training.checkpoint import step_name
+from arm_core.training.model_source import Weights
 from arm_core.training.run_folder import METRICS, read_rows
-
-
-class Weights(StrEnum):
-    """Which weights of a checkpoint are meant."""
-
-    MODEL = "model"
-    EMA = "ema"
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Resolved:
 def resolve(
     source: CheckpointSource,
     *,
-    weights: Weights = Weights.MODEL,
+    weights: Weights = Weights.RAW,
     kind: str = "auto",
     pooling: Pooling | None = None,
     image_size: tuple[int, int] | None = None,
@@ -67,7 +60,7 @@ def resolve(
     tensors = source.tensors
     if weights is Weights.EMA:
         if source.average is None:
-            raise ValueError(f"{source.path}: holds no moving average of the weights; pass --weights model")
+            raise ValueError(f"{source.path}: holds no moving average of the weights; pass --weights raw")
         tensors = source.average
     try:
         if source.layout is Layout.OFFICIAL:
@@ -87,7 +80,7 @@ def resolve(
         *resolved.left_out,
         *(f"{brief(name)}: {brief(value)}" for name, value in source.entries.items()),
     ]
-    if weights is Weights.MODEL and source.average is not None:
+    if weights is Weights.RAW and source.average is not None:
         left_out.append("the moving average of the weights (--weights ema takes it)")
     return replace(resolved, tensors=stored, left_out=left_out)
 
@@ -162,7 +155,9 @@ def _resolve_ours(source: CheckpointSource, tensors: dict[str, Tensor], weights:
 
 def _run_metadata(source: CheckpointSource, run: Path, weights: Weights) -> dict[str, str]:
     """A run's metadata with where it stands, and what it measured at that step."""
-    metadata = with_history(source.metadata, f"taken from run {run.name}, {source.path.name} ({weights})")
+    metadata = with_history(
+        source.metadata, f"taken from run {run.name}, {source.path.name} ({_ENTRIES[weights]})"
+    )
     prefix = "ema" if weights is Weights.EMA else "eval"
     for row in read_rows(run / METRICS):
         if step_name(row.get("step", -1)) == source.path.name and f"{prefix}_loss" in row:
@@ -188,9 +183,13 @@ _TOLD_ARGS = (
 """Training arguments that a card tells; the rest are paths and machines, which are nobody's business."""
 
 
+_ENTRIES = {Weights.RAW: "model", Weights.EMA: "ema"}
+"""How histories name the weights; equal models must keep giving equal files."""
+
+
 def _new_metadata(source: CheckpointSource, weights: Weights) -> dict[str, str]:
     """What the card will say of an official checkpoint."""
-    step = f"imported from {source.path.name} ({source.format}, weights: {weights})"
+    step = f"imported from {source.path.name} ({source.format}, weights: {_ENTRIES[weights]})"
     metadata = {HISTORY: json.dumps([step])}
     told = {k: source.args[k] for k in _TOLD_ARGS if k in source.args}
     plain = {k: v for k, v in told.items() if isinstance(v, (str, int, float, bool, type(None)))}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from arm_convert.checkpoint_source import CheckpointSource
 from arm_convert.importing import Resolved, watch_finite
 from arm_convert.layouts import to_canonical
 from arm_convert.official import FROZEN, MASK, official_table
 from arm_convert.pickle_machine import brief
-from arm_convert.source import CheckpointSource
 from arm_core.data.augment import RandAugment
 from arm_core.data.mixing import Mixing
 from arm_core.data.transforms import TrainTransform

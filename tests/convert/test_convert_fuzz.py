@@ -20,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.importing import resolve
 from arm_convert.official_run import optimizer_state
-from arm_convert.source import open_checkpoint_source
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import BadFileError, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters

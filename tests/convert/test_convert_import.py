@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from converting import SPECS, convert, model_folder, official_checkpoint, same_bytes
 
+from arm_convert.checkpoint_source import open_checkpoint_source, strip_prefix
 from arm_convert.export import SUFFIXES_OF, Format
 from arm_convert.importing import import_model, resolve
 from arm_convert.official import official_mask, official_shapes, official_view
-from arm_convert.source import open_checkpoint_source, strip_prefix
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import Tensor, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters

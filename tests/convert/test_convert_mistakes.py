@@ -15,15 +15,16 @@ import pytest
 from converting import convert, model_folder, names, official_checkpoint
 
 from arm_convert import torch_writer
+from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.export import Format, export_model
-from arm_convert.importing import Weights, resolve
-from arm_convert.source import open_checkpoint_source
+from arm_convert.importing import resolve
 from arm_core.engine.protocol import TrainingState
 from arm_core.files import safetensors
 from arm_core.files.model_folder import read_model
 from arm_core.files.safetensors import BadFileError, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
 from arm_core.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from arm_core.training.model_source import Weights
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_a_run_gives_its_weights_or_their_average(tmp_path, place):
     folder = save_checkpoint(
         tmp_path / "run", Checkpoint(spec=foreign.CLASSIFIER, progress=progress, state=state)
     )
-    for weights, expected in (("model", first), ("ema", second)):
+    for weights, expected in (("raw", first), ("ema", second), ("model", first)):
         assert convert("import", tmp_path / place, tmp_path / weights, "--weights", weights).exit_code == 0
         loaded = read_model(tmp_path / weights).load()
         assert all(np.array_equal(loaded[name], value) for name, value in expected.items())
@@ -219,7 +220,7 @@ def test_resolving_reads_no_tensor_but_the_mask(tmp_path):
     path = foreign.save(tmp_path / "x.pth", content)
     source = open_checkpoint_source(path, warn=print)
     path.unlink()
-    assert resolve(source, weights=Weights.MODEL).spec.classes == 3
+    assert resolve(source, weights=Weights.RAW).spec.classes == 3
 
 
 def test_inspect_shows_what_would_be_imported(tmp_path, official):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from converting import arm
 
+from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.importing import resolve
 from arm_convert.official import official_view
 from arm_convert.official_run import official_groups
-from arm_convert.source import open_checkpoint_source
 from arm_core.engine.protocol import Precision
 from arm_core.model.parameters import parameter_table
 from arm_core.recipe.recipe import load_recipe

@@ -230,7 +230,7 @@ BOMBS = (
     ids=BOMBS,
 )
 def test_a_pickle_bomb_is_refused_at_once(tmp_path, attack, message):
-    from arm_convert.source import open_checkpoint_source
+    from arm_convert.checkpoint_source import open_checkpoint_source
 
     path = foreign.save(tmp_path / "file.pth", foreign.zip_of(attack, []))
     with pytest.raises(BadFileError, match=message):

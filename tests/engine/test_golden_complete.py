@@ -14,8 +14,8 @@ import pytest
 from golden import OUR_NAMES, Golden, Sample, Steps
 from test_golden_engines import every_engine, take_steps
 
+from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.official import canonical_view, official_view, spec_from_official
-from arm_convert.source import open_checkpoint_source
 from arm_core.engine.protocol import Batch, EngineOptions
 from arm_core.model.parameters import parameter_table
 

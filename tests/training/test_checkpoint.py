@@ -15,6 +15,7 @@ from arm_core.files.safetensors import BadFileError, read_tensors
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec
 from arm_core.training import checkpoint as ck
+from arm_core.training.model_source import Weights, open_folder
 
 SMALL = ClassifierSpec(encoder=EncoderSpec(width=4, depth=1, patch=4, state=2), classes=3, image_size=(8, 8))
 WITH_TABLES = PretrainSpec(
@@ -105,14 +106,15 @@ def test_a_checkpoint_is_a_model_folder_and_gives_its_average(tmp_path):
     folder = ck.save_checkpoint(tmp_path, saved)
     model = read_model(folder)
     assert model.spec == WITH_TABLES
-    spec, average = ck.read_weights(folder, ema=True)
-    assert spec == WITH_TABLES
+    source = open_folder(folder, warn=print)
+    assert source.model.spec == WITH_TABLES
+    average = source.load(Weights.EMA)
     for name, row in parameter_table(WITH_TABLES).items():
         expected = saved.state.ema[name] if row.trainable else saved.state.parameters[name]
         np.testing.assert_array_equal(average[name], expected)
     plain = ck.save_checkpoint(tmp_path, make_checkpoint(3, ema=False))
-    with pytest.raises(ValueError, match=r"no average of the weights; its run had no optimizer\.ema_decay"):
-        ck.read_weights(plain, ema=True)
+    with pytest.raises(ValueError, match=r"no moving average of the weights .*optimizer\.ema_decay"):
+        open_folder(plain, warn=print).load(Weights.EMA)
 
 
 @pytest.mark.parametrize(

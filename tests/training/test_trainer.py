@@ -14,8 +14,9 @@ from arm_core.engine.protocol import Batch
 from arm_core.files.model_folder import read_model
 from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import Recipe, load_recipe, override
-from arm_core.training.checkpoint import newest_checkpoint, read_weights, saved_steps
+from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import classes_before, cross_entropy, evaluate
+from arm_core.training.model_source import Weights, open_folder
 from arm_core.training.nonfinite import NonFiniteError
 from arm_core.training.plan import WorkersFailed
 from arm_core.training.run_folder import RunFolder, resume_run, start_run
@@ -189,7 +190,8 @@ def test_the_average_is_evaluated_and_the_weights_come_back(tmp_path, recipe):
     for name, value in plain.parameters.items():
         assert value.tobytes() == engine.parameters[name].tobytes(), name
     row = [row for row in run.metrics() if "eval_loss" in row][-1]
-    spec, parameters = read_weights(tmp_path / "ema" / "checkpoints" / "step-00000015", ema=True)
+    source = open_folder(tmp_path / "ema" / "checkpoints" / "step-00000015", warn=print)
+    spec, parameters = source.model.spec, source.load(Weights.EMA)
     loader = EvalLoader(HELD_OUT, recipe.eval_transform, size=(8, 8), batch_size=11)
     assert row["ema_loss"] == pytest.approx(evaluate(ToyEngine(spec, parameters), loader).loss)
     assert row["ema_loss"] != row["eval_loss"]

@@ -7,12 +7,11 @@ import click
 from arm_cli.convert.options import (
     changes_model,
     image_size_option,
-    open_model,
-    weights_option,
+    resolve_model,
     write_changed,
     writing_options,
 )
-from arm_cli.options import EngineChoice, engine_options
+from arm_cli.options import EngineChoice, engine_options, weights_option
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -58,7 +57,7 @@ def to_classifier(
     from arm_core.files.metadata import CLASSES, with_history, without
     from arm_core.model.spec import DIRECTIONS, ClassifierSpec, Pooling
 
-    found = open_model(model, weights)
+    found = resolve_model(model, weights)
     changes = {
         "classes": classes,
         "image_size": image_size,
@@ -107,7 +106,7 @@ def resize(
 
     if image_size is None:
         raise ValueError("say the new size with --image-size")
-    found = open_model(model, weights)
+    found = resolve_model(model, weights)
     spec, tensors = adapt.resize(found.spec, found.tensors, image_size)
     metadata = with_history(found.metadata, f"resized to {image_size[0]}x{image_size[1]} pixels")
     write_changed(out, spec, tensors, metadata, force=force, shard_size=shard_size)
@@ -128,7 +127,7 @@ def cast(model: str, out: str, dtype: str, weights: str, force: bool, shard_size
     from arm_convert import adapt
     from arm_core.files.metadata import with_history
 
-    found = open_model(model, weights)
+    found = resolve_model(model, weights)
     tensors = adapt.cast(found.tensors, TYPES[dtype])
     metadata = with_history(found.metadata, f"stored as {dtype}")
     write_changed(out, found.spec, tensors, metadata, force=force, shard_size=shard_size)
@@ -171,7 +170,7 @@ def quantize(
 
     if data is not None and data != DIGITS and not Path(data).is_dir():
         raise ValueError(f"{data}: no such folder of images")
-    found = open_model(model, weights)
+    found = resolve_model(model, weights)
     spec = found.spec
     tensors, done = quantize_model(spec, found.tensors, bits=int(bits), group_size=int(group_size))
     metadata = with_history(found.metadata, f"quantized to {bits} bits in groups of {group_size}")
@@ -197,7 +196,7 @@ def average(models: tuple[str, ...], out: str, weights: str, force: bool, shard_
 
     if len(models) < 2:
         raise ValueError("an average needs two models or more, and OUT after them")
-    found = [open_model(name, weights) for name in models]
+    found = [resolve_model(name, weights) for name in models]
     for name, other in zip(models[1:], found[1:], strict=True):
         if other.spec != found[0].spec:
             raise ValueError(f"{name} is another model than {models[0]}: {other.spec} and {found[0].spec}")

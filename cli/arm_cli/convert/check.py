@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from arm_cli.convert.options import open_model, open_named, weights_option
-from arm_cli.options import json_option
+from arm_cli.convert.options import open_named, resolve_model
+from arm_cli.options import json_option, weights_option
 from arm_cli.show import print_json, print_table
 
 
@@ -52,7 +52,7 @@ def verify(
     names = [name.strip() for name in backends.split(",")] if backends else usable_backends()
     opened = []
     for name in models:
-        found = open_model(name, weights)
+        found = resolve_model(name, weights)
         parameters = {key: np.asarray(tensor.read(), np.float32) for key, tensor in found.tensors.items()}
         opened.append((name, found.spec, parameters))
     certificate = run(
@@ -159,7 +159,8 @@ def diff(ctx: click.Context, first: str, second: str, top: int, weights: str, as
 
 def _tensors(name: str, weights: str):  # type: ignore[no-untyped-def]
     """The tensors of a model by our names and True, or those of another file by its own and False."""
-    from arm_convert.importing import Weights, resolve
+    from arm_convert.importing import resolve
+    from arm_core.training.model_source import Weights
 
     source = open_named(name)
     try:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from arm_convert.checkpoint_source import CheckpointSource
     from arm_convert.importing import Resolved
-    from arm_convert.source import CheckpointSource
     from arm_core.files.safetensors import Tensor
     from arm_core.model.spec import ModelSpec
 
@@ -52,13 +52,6 @@ class FileSize(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
-weights_option = click.option(
-    "--weights",
-    type=click.Choice(("model", "ema")),
-    default="model",
-    show_default=True,
-    help="The weights, or their moving average.",
-)
 force_option = click.option("--force", is_flag=True, help="Replace an OUT that is a model.")
 shard_option = click.option(
     "--shard-size",
@@ -75,16 +68,17 @@ def writing_options(command: F) -> F:
     return force_option(shard_option(command))
 
 
-def open_model(name: str, weights: str = "model") -> Resolved:
-    """A model of any kind, by our names; its tensors are read on demand."""
-    from arm_convert.importing import Weights, resolve
+def resolve_model(name: str, weights: str = "raw") -> Resolved:
+    """A model in any format, under the names of the parameter table; its tensors are read on demand."""
+    from arm_convert.importing import resolve
+    from arm_core.training.model_source import Weights
 
     return resolve(open_named(name), weights=Weights(weights))
 
 
 def open_named(name: str) -> CheckpointSource:
     """Open whatever the user named; warnings go to stderr."""
-    from arm_convert.source import open_checkpoint_source
+    from arm_convert.checkpoint_source import open_checkpoint_source
 
     return open_checkpoint_source(name, warn=lambda text: click.echo(f"Warning: {name}: {text}", err=True))
 

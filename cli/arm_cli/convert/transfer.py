@@ -9,12 +9,12 @@ import click
 from arm_cli.convert.options import (
     force_option,
     image_size_option,
-    open_model,
     open_named,
+    resolve_model,
     shard_option,
-    weights_option,
     writing_options,
 )
+from arm_cli.options import weights_option
 
 
 @click.command("import")
@@ -53,8 +53,9 @@ def import_command(
     `arm convert export` wrote, a run, a model folder, or hf://user/name. No pickle is executed and torch is
     not needed. Whatever the file holds beyond the model is listed.
     """
-    from arm_convert.importing import Weights, import_model, resolve
+    from arm_convert.importing import import_model, resolve
     from arm_core.model.spec import Pooling
+    from arm_core.training.model_source import Weights
 
     opened = open_named(source)
     resolved = resolve(
@@ -83,7 +84,7 @@ def import_command(
 def _import_run(opened, resolved, out: str, *, weights: str, force: bool) -> None:  # type: ignore[no-untyped-def]
     from arm_convert.official_run import import_run
 
-    if weights != "model" or force:
+    if weights != "raw" or force:
         raise ValueError(
             "--with-optimizer takes neither --weights ema nor --force: a run has its own weights"
         )
@@ -129,7 +130,7 @@ def export_command(model: str, out: str, to: str, weights: str, force: bool) -> 
     """
     from arm_convert.export import Format, export_model
 
-    resolved = open_model(model, weights)
+    resolved = resolve_model(model, weights)
     export_model(resolved.spec, resolved.tensors, resolved.metadata, Path(out), Format(to), force=force)
     click.echo(f"{out}: written for {to}")
 
@@ -152,8 +153,9 @@ def push(model: str, target: str, weights: str, private: bool, message: str, sha
     from arm_convert.card import model_card, run_recipe
     from arm_convert.hub import parse_address
     from arm_convert.hub import push as upload
-    from arm_convert.importing import Weights, resolve
+    from arm_convert.importing import resolve
     from arm_core.files.model_folder import write_model
+    from arm_core.training.model_source import Weights
 
     parse_address(target)
     source = open_named(model)

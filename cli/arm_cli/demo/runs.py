@@ -74,7 +74,7 @@ def training_digits(recipe: Recipe) -> Digits:
 
 def first_weights(job: Job, spec: ModelSpec) -> Mapping[str, Array]:
     """Weights that a job starts from."""
-    from arm_cli.models import read_folder
+    from arm_cli.models import find_model
     from arm_convert.adapt import to_classifier
     from arm_core.model.parameters import HEAD_STD, initial_parameters
     from arm_core.model.spec import ClassifierSpec
@@ -84,7 +84,7 @@ def first_weights(job: Job, spec: ModelSpec) -> Mapping[str, Array]:
         return initial_parameters(spec, seed)
     assert isinstance(spec, ClassifierSpec)
     head_std = getattr(job.recipe.model, "head_std", None) or HEAD_STD
-    model = read_folder(str(job.start))
+    model = find_model(str(job.start)).model
     made = to_classifier(model.spec, model.arrays, spec, seed=seed, head_std=head_std)
     return {name: tensor.read() for name, tensor in made.items()}
 

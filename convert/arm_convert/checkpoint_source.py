@@ -6,7 +6,7 @@ inspecting, importing, comparing and verifying.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any
 from arm_convert import hub
 from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
-from arm_core.files.model_folder import parse_config, read_model
+from arm_core.files.model_folder import parse_config
 from arm_core.files.safetensors import BadFileError, Tensor, check_names, read_tensors
 from arm_core.model.spec import ModelSpec
-from arm_core.training.checkpoint import EMA, FOLDER, MANIFEST, newest_folder, verify
+from arm_core.training.checkpoint import Warn
+from arm_core.training.model_source import open_folder
 
 LAYOUT_KEY, CONFIG_KEY = "arm.layout", "arm.config"
 """Metadata by which a file that we exported says what it holds."""
@@ -28,8 +29,6 @@ FRAMEWORK_KEY = "format"
 
 ABOUT = "arm_vision"
 """Entry of a `.pth` that we exported, with the same keys."""
-
-Warn = Callable[[str], None]
 
 
 class Layout(StrEnum):
@@ -72,7 +71,7 @@ def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
-        return _open_folder(path, warn)
+        return _from_folder(path, warn)
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor a folder")
     if is_torch_file(path):
@@ -84,29 +83,17 @@ def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
     return CheckpointSource(path, "safetensors", layout, tensors, prefix=prefix, spec=spec, metadata=metadata)
 
 
-def _open_folder(path: Path, warn: Warn) -> CheckpointSource:
-    folder, kind, run = path, "model folder", None
-    if (path / FOLDER).is_dir():
-        newest = newest_folder(path, warn)
-        if newest is None:
-            raise ValueError(f"{path}: this run has saved no checkpoint yet")
-        folder, kind, run = newest, f"run, {newest.name}", path
-    elif (path / MANIFEST).is_file():
-        verify(path)
-        kind, run = f"checkpoint {path.name}", path.absolute().parent.parent
-    model = read_model(folder)
-    average = None
-    if (folder / EMA).is_file():
-        average = {**model.arrays, **read_tensors(folder / EMA).tensors}
+def _from_folder(path: Path, warn: Warn) -> CheckpointSource:
+    found = open_folder(path, warn=warn)
     return CheckpointSource(
-        folder,
-        kind,
+        found.model.path,
+        found.kind,
         Layout.CANONICAL,
-        model.arrays,
-        average=average,
-        spec=model.spec,
-        metadata=model.metadata,
-        run=run,
+        found.model.arrays,
+        average=found.average,
+        spec=found.model.spec,
+        metadata=found.model.metadata,
+        run=found.run,
     )
 
 
