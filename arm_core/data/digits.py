@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from arm_core.data.sources import Item, Pixels
+from arm_core.data.decode import Pixels
+from arm_core.data.sources import Item
 from arm_core.model.rng import KeyedRng
 
 INK = 16

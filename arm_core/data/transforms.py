@@ -6,7 +6,6 @@ Sizes are (height, width) in pixels; images between the steps are Pillow's, 8-bi
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
 from arm_core.data.augment import RandAugment, rand_augment
-from arm_core.data.sources import Item, Pixels, read_file
+from arm_core.data.decode import Pixels, decode
+from arm_core.data.sources import Item
+from arm_core.data.walk import read_file
 from arm_core.model.checks import PART, POSITIVE, Range, check_ranges, shortened
 from arm_core.model.rng import KeyedRng
 
@@ -32,6 +33,9 @@ EVAL_FRACTION = 224 / 256
 """Part of the resized image that the official evaluation keeps, for sizes up to `EVAL_MARGIN_LIMIT`."""
 EVAL_MARGIN_LIMIT = 224
 """Larger sizes are evaluated without a margin."""
+
+MAX_RESIZED = 2**23
+"""Pixels of a resized image whose centre is then cut; of a larger one only the centre is made."""
 
 CROP_TRIES = 10
 ERASE_TRIES = 10
@@ -130,59 +134,6 @@ class EvalTransform:
         return normalize(center_crop(decode(item.image, item.name), size, fraction), self.mean, self.std)
 
 
-def decode(image: bytes | Pixels, name: str) -> Image.Image:
-    """An upright 8-bit RGB image; transparent parts become white, 16-bit greys keep their high byte.
-
-    Raises ValueError, with `name`, for what is no complete image.
-    """
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            opened.load()
-            return _to_rgb(_upright(opened))
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken file raises whatever its format's parser stumbled over
-        reason = "no image format that is known here" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}: cannot be decoded as an image ({reason})") from error
-
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each EXIF orientation."""
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block says nothing about the pixels, which are whole
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, also where Pillow widens it to 32 bits
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise ValueError(f"32-bit greys from {grey.min()} to {grey.max()}; save it with 8 or 16 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
 def random_resized_crop(
     image: Image.Image, size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: KeyedRng
 ) -> Image.Image:
@@ -217,11 +168,18 @@ def center_crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
     """Resize (bicubic) until the image just covers `size / fraction`, then cut `size` from its centre."""
     height, width = int(size[0] / fraction), int(size[1] / fraction)
     if image.width * height >= image.height * width:  # the height is the tight side
-        resized = image.resize((image.width * height // image.height, height), Image.Resampling.BICUBIC)
+        width = image.width * height // image.height
     else:
-        resized = image.resize((width, image.height * width // image.width), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
-    return resized.crop((left, top, left + size[1], top + size[0]))
+        height = image.height * width // image.width
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
+    right, bottom = left + size[1], top + size[0]
+    if width * height <= MAX_RESIZED:
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, right, bottom))
+    # The same resampling of the centre alone; not used for all, since a coefficient may round differently.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, right * x, bottom * y)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
 
 
 def normalize(image: Image.Image, mean: Color, std: Color) -> Array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from arm_core.data.digits import Digits, Split
-from arm_core.data.sources import ImageFolder, ImageSource, Synthetic
+from arm_core.data.folder import ImageFolder
+from arm_core.data.sources import ImageSource, Synthetic
 from arm_core.model.checks import near_match
 from arm_core.recipe.recipe import Recipe, Stage
 from arm_core.recipe.sections import ClassifierModel

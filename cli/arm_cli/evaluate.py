@@ -88,7 +88,7 @@ def _report(opened: Opened, found: Evaluation, as_json: bool) -> None:
 def open_data(data: str, opened: Opened) -> ImageSource:
     """The images to evaluate on, their labels in the order of the model's classes."""
     from arm_core.data.digits import Digits, Split
-    from arm_core.data.sources import ImageFolder
+    from arm_core.data.folder import ImageFolder
     from arm_core.model.spec import ClassifierSpec
 
     spec = opened.spec

@@ -15,21 +15,17 @@ if TYPE_CHECKING:
 
 def image_files(names: Sequence[str]) -> list[Path]:
     """The files named, and of a folder all images in it at any depth. ValueError where there are none."""
-    from arm_core.data.sources import IMAGE_SUFFIXES
+    from arm_core.data.walk import find_images, looked_for
 
     files: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in IMAGE_SUFFIXES
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            if not found:
-                raise ValueError(f"{name}: no images in this folder (looked for {' '.join(IMAGE_SUFFIXES)})")
-            files += found
+            found = find_images(path)
+            found.warn(path)
+            if not found.images:
+                raise ValueError(f"{name}: no images in this folder ({looked_for()})")
+            files += [path / image for image in found.images]
         elif path.exists():
             files.append(path)
         else:

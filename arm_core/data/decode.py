@@ -1,0 +1,151 @@
+"""From an encoded image to upright 8-bit RGB, with limits that hold before any pixel is decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Parsers of Pillow that are tried, whatever a file is called. Others stay out: that of EPS starts
+Ghostscript, and nobody trains on most of them."""
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, 9459x9459; decoded, such an image takes 341 MiB."""
+MAX_SIDES = 100
+"""Largest ratio of the sides: what is resized by its short side must not become a mile long."""
+
+BAND = 2**22
+"""Pixels converted at a time: the steps on the way to RGB take up to 16 bytes each."""
+
+
+class BadImage(ValueError):  # noqa: N818
+    """An image that cannot be decoded; the message names it."""
+
+
+def decode(image: bytes | Pixels, name: str) -> Image.Image:
+    """An upright 8-bit RGB image; transparent parts become white, 16-bit greys keep their high byte.
+
+    Raises BadImage, with `name`, for what is not a complete image, or is one beyond `MAX_PIXELS` or
+    `MAX_SIDES`.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image).convert("RGB")
+    try:
+        with open_image(image) as opened:
+            opened.load()
+            return to_rgb(upright(opened))
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file raises whatever its format's parser stumbled over
+        raise BadImage(f"{name}: cannot be decoded as an image ({reason(error)})") from error
+
+
+def open_image(image: bytes) -> Image.Image:
+    """The image with its header read and checked, its pixels not decoded."""
+    size = _webp_size(image)
+    if size is not None:  # Pillow's parser of WebP makes room for the pixels at once
+        _check_size(*size)
+    opened = Image.open(io.BytesIO(image), formats=FORMATS)
+    _check_size(*opened.size)
+    return opened
+
+
+def reason(error: Exception) -> str:
+    """In words, why an image was refused."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a known image format"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than the {MAX_PIXELS} pixels that are accepted; resize it"
+    return str(error)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, at most {MAX_PIXELS} are accepted; resize it")
+    if max(width, height) > MAX_SIDES * min(width, height):
+        raise ValueError(
+            f"{width}x{height} pixels, sides up to {MAX_SIDES}:1 are accepted; cut it into pieces"
+        )
+
+
+def _webp_size(image: bytes) -> tuple[int, int] | None:
+    """Width and height in the header of a WebP file (RFC 9649), None for other data."""
+    head = bytes(image[:30])
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block says nothing about the pixels, which are whole
+        return 1
+    return found if found in _UPRIGHT else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it shown."""
+    turn = _UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode that has a known range; ValueError for others."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey, also where Pillow widens it to 32 bits
+        return _by_bands(image, _high_byte)
+    if image.has_transparency_data:
+        return _by_bands(image, _on_white)
+    return image.convert("RGB")
+
+
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`convert` of the image, a band of rows at a time, so that its intermediate steps stay small."""
+    rows = max(1, BAND // image.width)
+    if rows >= image.height:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        whole.paste(convert(image.crop(box)), box)
+    return whole
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 0xFFFF:
+        raise ValueError(f"32-bit greys from {grey.min()} to {grey.max()}; save it with 8 or 16 bits")
+    return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
