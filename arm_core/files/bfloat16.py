@@ -1,4 +1,4 @@
-"""bfloat16 for NumPy, which has no such type: its bits as uint16, the upper half of a float32."""
+"""bfloat16 for NumPy, which lacks the type: its bits as uint16, the upper half of a float32."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def encode(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
     nan = np.isnan(values)
     if nan.any():
         kept = (bits >> np.uint32(16)).astype(np.uint16)
-        # A payload that lies in the lost half alone would leave the bits of infinity: set the quiet bit.
+        # Dropping a payload in the lower half would give the bits of infinity: set the quiet bit.
         upper = np.where(nan, np.where(kept & np.uint16(0x7F), kept, kept | np.uint16(0x40)), upper)
     return upper.reshape(np.shape(values))

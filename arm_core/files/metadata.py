@@ -1,4 +1,7 @@
-"""The strings that a model folder carries in the header of its weights, and that its card is made from."""
+"""Keys of the metadata in safetensors headers, and how their JSON values are read.
+
+The model card is made from the same metadata. Values are strings; those below hold JSON unless noted.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,45 @@ from collections.abc import Mapping
 from typing import Any
 
 HISTORY = "history"
-"""JSON list: one sentence for each step from the original file to this one."""
+"""List: a sentence for each step from the original file to this one."""
 TRAINING_ARGS = "training_args"
-"""JSON object: the training arguments of an official checkpoint."""
+"""Object: the training arguments of an official checkpoint."""
 RESULTS = "results"
-"""JSON object: what was measured, by name."""
+"""Object: measured results by name."""
 CLASSES = "classes"
-"""JSON list: class names in the order of the logits."""
+"""List: class names in the order of the logits."""
+EVAL_TRANSFORM = "eval_transform"
+"""Object: fields of `EvalTransform`, the preprocessing of images for evaluation."""
+QUANTIZATION = "quantization"
+"""Plain text, in files of quantized weights: `affine, 4 bits`."""
+LAYOUT = "arm.layout"
+"""Plain text, in exported files: whose names and tensor layouts the file uses."""
+CONFIG = "arm.config"
+"""Object, in exported files: the content of `config.json`."""
+FRAMEWORK = "format"
+"""Plain text: the framework that a safetensors file is meant for (`pt`, `mlx`), by common convention."""
 
 
 def read_json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
-    """A JSON value of the metadata, `default` where there is none; a damaged one is refused by name."""
+    """The JSON value of a key, of the type of `default`; `default` where the key is missing.
+
+    ValueError names the key where its value is not valid JSON or has another type.
+    """
     try:
         value = json.loads(metadata[key]) if key in metadata else default
     except (ValueError, RecursionError):
         raise ValueError(f"metadata {key!r} is not valid JSON") from None
-    if not isinstance(value, type(default)):
-        raise ValueError(f"metadata {key!r}: expected a {type(default).__name__}, found {str(value)[:60]}")
+    expected, found = type(default).__name__, type(value).__name__
+    if expected != found:
+        raise ValueError(f"metadata {key!r}: expected a {expected}, found a {found}")
     return value
 
 
 def with_history(metadata: Mapping[str, str], sentence: str) -> dict[str, str]:
-    """Metadata with one more step of the model's history."""
+    """Metadata with a sentence added to the model's history."""
     return {**metadata, HISTORY: json.dumps([*read_json(metadata, HISTORY, []), sentence])}
 
 
 def without(metadata: Mapping[str, str], *keys: str) -> dict[str, str]:
-    """Metadata without what a conversion made untrue."""
+    """Metadata without the given keys."""
     return {key: value for key, value in metadata.items() if key not in keys}

@@ -1,19 +1,19 @@
-"""A model on disk: a folder with `config.json` and `model.safetensors`, read by every backend.
+"""Model folders: `config.json` and `model.safetensors`, the same for every backend.
 
-`config.json` is `spec.to_json`; the tensors carry the names and shapes of the parameter table. Large
-models may be cut into shards with an index, as on the Hugging Face hub:
+`config.json` is `spec.to_json`; the tensors have the names and shapes of the parameter table. Large
+models may be split into shards with an index, as on the Hugging Face hub:
 
     config.json  model.safetensors
     config.json  model.safetensors.index.json  model-00001-of-00003.safetensors  ...
 
-Folders appear whole or not at all: they are written beside their place and renamed.
+Folders are written atomically (`arm_core.files.atomic`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -23,16 +23,11 @@ import numpy.typing as npt
 
 from arm_core.files import quantized
 from arm_core.files.atomic import new_folder, write_text
+from arm_core.files.errors import BadFileError, reading
+from arm_core.files.metadata import QUANTIZATION
 from arm_core.files.quantized import QuantizedTensor
-from arm_core.files.safetensors import (
-    AnyArray,
-    BadFileError,
-    Tensor,
-    as_tensors,
-    parse_json,
-    read_tensors,
-    write_tensors,
-)
+from arm_core.files.reading import MAX_JSON, parse_json, read_bounded, read_json_file
+from arm_core.files.safetensors import AnyArray, Tensor, as_tensors, read_tensors, write_tensors
 from arm_core.model.parameters import check_parameters, parameter_table
 from arm_core.model.spec import ModelSpec, from_json, to_json
 
@@ -41,15 +36,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{total:05d}.safetensors"
 CARD = "README.md"
-QUANTIZATION = "quantization"
-"""Metadata of quantized weights: `affine, 4 bits`."""
-
-MAX_DEPTH, MAX_SIZE = 1024, 2**20
-"""Bounds on what is read from a file; far beyond any model that could be trained."""
-
-_MAX_JSON = 16 * 2**20
 _OURS = re.compile(rf"{re.escape(CONFIG)}|{CARD}|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-"""File names that a model folder may hold, and that `force` may therefore replace."""
+"""Names of the files in a model folder; `force` replaces folders with these files only."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +57,26 @@ class Model:
 
 def _loaded(tensor: Tensor) -> npt.NDArray[np.float32]:
     if isinstance(tensor, QuantizedTensor):
-        # It stands in for the array: `np.asarray` gives its values, an engine may take its parts.
+        # It replaces the array: `np.asarray` gives its values, an engine may use its parts.
         return cast(npt.NDArray[np.float32], tensor.parts())
     return np.asarray(tensor.read(), np.float32)
 
 
 def read_model(path: Path | str) -> Model:
-    """Open a model folder; names and shapes are checked strictly, bytes are read later."""
+    """Open a model folder; names and shapes are checked strictly, tensors are read later.
+
+    Raises ValueError where the folder is missing or holds no model, BadFileError (a ValueError) where a
+    file is damaged or belongs to another model.
+    """
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         raise ValueError(f"{folder}: expected a model folder with {CONFIG} and {WEIGHTS}, found no {CONFIG}")
-    spec = read_config(folder)
-    arrays, metadata = read_weights(folder)
-    return checked_model(spec, arrays, metadata, folder)
+    with reading(folder):
+        spec = read_config(folder)
+        arrays, metadata = read_weights(folder)
+        return checked_model(spec, arrays, metadata, folder)
 
 
 def checked_model(
@@ -100,24 +93,16 @@ def checked_model(
 def read_config(folder: Path) -> ModelSpec:
     """The spec in a folder's `config.json`."""
     path = folder / CONFIG
-    if path.stat().st_size > _MAX_JSON:
-        raise BadFileError(f"{path}: larger than {_MAX_JSON} bytes")
-    return parse_config(path, path.read_bytes())
+    return parse_config(path, read_bounded(path, MAX_JSON))
 
 
-def parse_config(path: Path, text: bytes) -> ModelSpec:
-    """The spec in the JSON of a `config.json`; path: what errors call it."""
+def parse_config(path: Path, text: bytes | str) -> ModelSpec:
+    """The spec in the JSON of a `config.json`; path: how errors name it."""
     data = parse_json(path, text)
     try:
-        spec = from_json(data)
-    except (ValueError, TypeError, ArithmeticError) as error:  # whatever a foreign file holds
+        return from_json(data)
+    except (ValueError, TypeError, ArithmeticError) as error:  # a foreign file can hold any value
         raise BadFileError(f"{path}: {error}") from None
-    depths = [spec.encoder.depth, getattr(spec, "decoder_depth", 1)]
-    sizes = [spec.encoder.width, spec.encoder.state, spec.encoder.conv_width, *spec.image_size]
-    if max(depths) > MAX_DEPTH or max(sizes) > MAX_SIZE:
-        # The parameter table has a row for each block: a hostile depth would fill the memory.
-        raise BadFileError(f"{path}: expected at most {MAX_DEPTH} blocks and sizes up to {MAX_SIZE}")
-    return spec
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,18 +113,16 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     index = folder / INDEX
     if (folder / WEIGHTS).exists():
         raise BadFileError(f"{folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is out of date")
-    if index.stat().st_size > _MAX_JSON:
-        raise BadFileError(f"{index}: larger than {_MAX_JSON} bytes")
-    content = parse_json(index, index.read_bytes())
-    places = content.get("weight_map")
+    places = read_json_file(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise BadFileError(f"{index}: expected weight_map to name the file of each tensor")
     for name, file_name in places.items():
-        # A shard stands beside its index: a path would let an index open any file.
+        # Shards are in the folder of their index: a path would let an index open any file.
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file_name):
             raise BadFileError(
                 f"{index}: {name}: expected the name of a .safetensors file, found {str(file_name)[:80]!r}"
             )
+    _refuse_shared_shards(folder, dict.fromkeys(places.values()))
     shards = {file_name: read_tensors(folder / file_name) for file_name in dict.fromkeys(places.values())}
     arrays: dict[str, Tensor] = {}
     for name, file_name in places.items():
@@ -152,10 +135,23 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _unquantized(folder, arrays, next(iter(shards.values())).metadata)
 
 
+def _refuse_shared_shards(folder: Path, names: Iterable[str]) -> None:
+    """Refuse several names for one file, whose header would be read and kept once for each name."""
+    seen: dict[tuple[int, int], str] = {}
+    for name in names:
+        try:
+            found = (folder / name).stat()
+        except OSError:
+            continue  # reading it gives a better message
+        first = seen.setdefault((found.st_dev, found.st_ino), name)
+        if first != name:
+            raise BadFileError(f"{folder / INDEX}: {first} and {name} are links to one file")
+
+
 def _unquantized(
     folder: Path, stored: dict[str, Tensor], metadata: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Stored tensors as those of the parameter table, where the metadata says that some are quantized."""
+    """The tensors of the parameter table, from stored ones of which some may be quantized."""
     if QUANTIZATION not in metadata:
         return stored, metadata
     bits = next((bits for bits in quantized.BITS if metadata[QUANTIZATION] == f"affine, {bits} bits"), None)
@@ -175,22 +171,24 @@ def write_model(
     shard_size: int | None = None,
     card: str | None = None,
 ) -> Path:
-    """Write a model folder, whole or not at all, one tensor at a time.
+    """Write a model folder atomically, one tensor at a time.
 
-    arrays: by name, as arrays or as tensors read on demand; storage types are kept as they come.
-    metadata: strings stored in the header of the weights.  shard_size: bytes of a file at most (a
-    single larger tensor gets a file of its own); None for one file.  card: the text of `README.md`.
-    Raises ValueError where the folder exists (unless `force`) or names and shapes are not the spec's.
+    arrays: by name, as arrays or as tensors read on demand; storage types are kept.
+    metadata: strings for the header of the weights.  shard_size: maximum size of a file, bytes (a larger
+    tensor gets a file of its own); None for one file.  card: the text of `README.md`.
+    Raises ValueError where names or shapes differ from the spec, or the folder exists (unless `force` is
+    set and it is a model folder).
     """
     target = Path(folder)
     tensors = as_tensors(arrays)
     checked_model(spec, tensors, {}, target)
     check_new(target, force=force)
-    with new_folder(target) as draft:
+    with new_folder(target, replace=force) as draft:
         write_weights(draft, {name: tensors[name] for name in parameter_table(spec)}, metadata, shard_size)
         write_text(draft / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
         if card is not None:
             write_text(draft / CARD, card)
+        check_new(target, force=force)  # once more: writing takes time, and others may write there
     return target
 
 
@@ -225,14 +223,30 @@ def write_weights(
 
 
 def check_new(target: Path, *, force: bool) -> None:
-    """Refuse a target that exists, or that `force` may not replace."""
+    """Raise ValueError where `target` exists, unless it is an empty folder.
+
+    force: accept a model folder too, provided that it holds nothing else.
+    """
     if not target.name:
         raise ValueError(f"{target}: expected the name of a new folder")
     if not target.exists() and not target.is_symlink():
         return
-    if not force:
-        raise ValueError(f"{target}: exists already; choose another folder or pass --force to replace it")
     if target.is_symlink() or not target.is_dir():
         raise ValueError(f"{target}: exists and is not a model folder; remove it yourself")
-    if foreign := sorted(item.name for item in target.iterdir() if not _OURS.fullmatch(item.name)):
-        raise ValueError(f"{target}: --force replaces model folders only, and this one holds {foreign[0]!r}")
+    items = sorted(target.iterdir())
+    if not items:
+        return
+    if not force:
+        raise ValueError(f"{target}: already exists; choose another folder or pass --force to replace it")
+    if foreign := [item.name for item in items if not _OURS.fullmatch(item.name) or not _is_plain(item)]:
+        raise ValueError(f"{target}: --force replaces model folders only; this one holds {foreign[0]!r}")
+    try:
+        read_config(target)
+    except (ValueError, OSError):
+        raise ValueError(
+            f"{target}: --force replaces model folders only; this one has no {CONFIG} of a model"
+        ) from None
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

@@ -1,9 +1,9 @@
-"""Matrices in 4 or 8 bits, as MLX stores and multiplies them: groups of integers with a scale and an offset.
+"""Matrices in 4 or 8 bits in the format of MLX: groups of integers with a scale and an offset.
 
     w[o, i] = scales[o, i // g] * q[o, i] + biases[o, i // g]          q: 0 .. 2^bits - 1
 
-A `Quantized` stands in for a float32 array wherever one is read through `np.asarray`; an engine that can
-multiply it as it is takes its parts instead.
+A `Quantized` replaces a float32 array wherever one is read through `np.asarray`; an engine with quantized
+products uses its parts instead.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.files.safetensors import BadFileError, Tensor
+from arm_core.files.errors import BadFileError
+from arm_core.files.safetensors import Tensor
 
 F32 = npt.NDArray[np.float32]
 
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
 
 SCALE_FLOOR = 1e-7
-"""Smallest scale: a constant group divides by it."""
+"""Smallest scale; a group of equal values is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Quantized:
 
 
 def quantize(values: F32, bits: int, group_size: int) -> Quantized:
-    """The nearest values on each group's grid, which holds 0 and the group's largest magnitude exactly.
+    """Round to each group's grid, which contains 0 and the group's largest magnitude exactly.
 
     values: (out, in), `in` a multiple of `group_size`.
     """
@@ -92,7 +93,7 @@ def _unpack(packed: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class QuantizedTensor(Tensor):
-    """A `Tensor` whose values are the float32 ones, and that can hand out its parts."""
+    """A `Tensor` of float32 values that are stored quantized; `parts` returns the stored form."""
 
     parts: Callable[[], Quantized]
     bits_each: int
@@ -111,7 +112,7 @@ def as_tensor(
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored for a model's tensors: quantized ones as their parts, the others as they are."""
+    """The tensors to store for a model: quantized ones as their parts, the others unchanged."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, QuantizedTensor):
@@ -130,7 +131,7 @@ def _part(tensor: QuantizedTensor, name: str, shape: tuple[int, int], dtype: str
 
 
 def join(stored: Mapping[str, Tensor], bits: int, owner: str) -> dict[str, Tensor]:
-    """The reverse of `split`; owner: what errors call the file."""
+    """The inverse of `split`; owner: how errors name the file."""
     found = {name: tensor for name, tensor in stored.items() if not name.endswith((".scales", ".biases"))}
     for name, packed in found.items():
         if packed.dtype != "U32":
@@ -138,11 +139,11 @@ def join(stored: Mapping[str, Tensor], bits: int, owner: str) -> dict[str, Tenso
         prefix = name.removesuffix("weight")
         scales, biases = stored.get(f"{prefix}scales"), stored.get(f"{prefix}biases")
         if scales is None or biases is None or not name.endswith(".weight"):
-            raise BadFileError(f"{owner}: {name}: quantized, but without scales and biases")
+            raise BadFileError(f"{owner}: {name}: quantized, but scales or biases are missing")
         if not _fit(packed, scales, biases, bits):
             raise BadFileError(
                 f"{owner}: {name}: packed {packed.shape}, scales {scales.shape} and biases {biases.shape} "
-                f"are no matrix of {bits} bits"
+                f"are not the parts of a {bits}-bit matrix"
             )
         shape = packed.shape[0], packed.shape[1] * 32 // bits
         group_size = shape[1] // scales.shape[1]

@@ -1,9 +1,18 @@
-"""safetensors, read strictly and one tensor at a time, and written as a stream.
+"""safetensors files: headers checked by the `safetensors` library, tensors streamed one at a time.
 
 A file is an 8-byte little-endian length, that many bytes of JSON
 `{"name": {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}`, and the tensors' bytes, which
-must fill the rest without gaps. A `Tensor` knows its shape and type and fetches its bytes when asked,
-so a conversion holds one of them at a time. No framework is needed, and bfloat16 works.
+fill the rest without gaps.
+
+The library validates headers. What is done here, and why:
+
+- Reading tensors: the library's NumPy interface cannot return bfloat16, and its memory map would end the
+  process (SIGBUS) if the file were cut off while in use. A `Tensor` has a shape, a type and the offset of
+  its bytes, which are read on demand.
+- Writing: the library takes all tensors in memory at once, sorts them by name and follows symbolic links.
+  Here they are computed and written one at a time, in the given order, to a new file that is flushed.
+
+`tests/files/test_safetensors.py` reads files of each with the other.
 """
 
 from __future__ import annotations
@@ -19,8 +28,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from arm_core.files import bfloat16
+from arm_core.files.atomic import create_file
+from arm_core.files.errors import BadFileError, printable
+from arm_core.files.reading import open_regular, parse_json
 
 AnyArray = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -45,22 +58,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 MAX_HEADER = 16 * 2**20
-"""Largest header read, bytes; the largest official model needs 0.2 MB."""
+"""Largest header that is read, bytes; the largest official model needs 0.2 MB."""
 
-
-class BadFileError(ValueError):
-    """A file that is damaged, hostile or of another kind; the message names file, tensor and repair.
-
-    What the file itself says may stand in the message, so control characters are escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """Text of a file for a terminal: control characters and the like as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+MAX_AXES = 32
 
 
 @dataclass(frozen=True)
@@ -130,115 +130,67 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Check the whole header of a safetensors file; tensor bytes are read later, one at a time."""
-    if not path.is_file():
+    """Open a safetensors file: the whole header is checked, tensors are read later, one at a time.
+
+    The `safetensors` library checks sizes, types and that the tensors fill the file. Checked here, since
+    the library accepts them: names or keys that appear twice, names that cannot be printed, types that
+    NumPy does not have, headers over 16 MiB. Raises BadFileError.
+    """
+    if not path.exists():
         raise BadFileError(f"{path}: no such file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise BadFileError(
-                f"{path}: the header claims {length} bytes, the file has {size}: truncated or not safetensors"
-            )
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+        if size < 8 or first not in (b"{", b""):
+            raise BadFileError(f"{path}: not a safetensors file")
+        if length > size - 8:
+            raise BadFileError(f"{path}: truncated: the header takes {length} bytes, the file has {size}")
         if length > MAX_HEADER:
-            raise BadFileError(f"{path}: the header claims {length} bytes; at most {MAX_HEADER} are read")
-        header = parse_json(path, file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise BadFileError(f"{path}: __metadata__ must map names to strings")
+            raise BadFileError(f"{path}: the header takes {length} bytes; at most {MAX_HEADER} are supported")
+        text = first + file.read(length - 1)
+    _check_with_library(path)
+    header = parse_json(path, text)
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
     check_names(path, header)
-    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
-        raise BadFileError(f"{path}: __metadata__ is not Unicode")
-    ranges = {name: _tensor_range(path, name, entry) for name, entry in header.items()}
-    data = 8 + length
-    position = 0
-    for name, (_, _, start, stop) in sorted(ranges.items(), key=lambda item: item[1][2:]):
-        if start != position:
-            what = "overlaps another tensor" if start < position else "leaves a gap"
-            raise BadFileError(
-                f"{path}: {name}: expected to start at byte {position}, found {start}: it {what}"
-            )
-        position = stop
-    if data + position != size:
-        raise BadFileError(
-            f"{path}: the tensors take {position} bytes, the file holds {size - data}: truncated or damaged"
-        )
-    tensors = {
-        name: Tensor(
-            shape, dtype, partial(read_range, path, name, data + start, DTYPES[dtype], math.prod(shape))
-        )
-        for name, (dtype, shape, start, _) in ranges.items()
-    }
+    tensors = {name: _tensor(path, name, 8 + length, entry) for name, entry in header.items()}
     return TensorFile(path, tensors, metadata)
 
 
-def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key stands twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"{name!r} stands twice")
-            found[name] = value
-        return found
-
+def _check_with_library(path: Path) -> None:
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError and JSONDecodeError
-        raise BadFileError(f"{path}: not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise BadFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        with safe_open(str(path), "np"):
+            pass
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise BadFileError(f"{path}: corrupt safetensors header: {reason}") from None
+
+
+def _tensor(path: Path, name: str, data: int, entry: dict[str, Any]) -> Tensor:
+    """The tensor of a header entry that the library has accepted; data: where the tensors begin, bytes."""
+    dtype, shape, start = entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0]
+    if dtype not in DTYPES:
+        raise BadFileError(f"{path}: {name}: type {dtype} is not supported; known are {', '.join(DTYPES)}")
+    if len(shape) > MAX_AXES:
+        raise BadFileError(f"{path}: {name}: expected at most {MAX_AXES} axes, found {len(shape)}")
+    fetch = partial(read_range, path, name, start, DTYPES[dtype], math.prod(shape))
+    return Tensor(shape, dtype, fetch)
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Refuse names that no program gives a tensor and no terminal should be shown."""
+    """Refuse tensor names that contain control characters or are not Unicode."""
     for name in names:
         if not name.isprintable():
             raise BadFileError(f"{path}: {name[:80]}: expected a printable name")
 
 
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can hold and no file can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _tensor_range(path: Path, name: str, entry: object) -> tuple[str, Shape, int, int]:
-    """(dtype, shape, start, stop) of a header entry, checked for itself."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise BadFileError(f"{path}: {name}: expected dtype, shape and data_offsets, found {str(entry)[:80]}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise BadFileError(f"{path}: {name}: unknown type {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
-    for what, values in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**63 for v in values):
-            raise BadFileError(
-                f"{path}: {name}: {what} must be whole numbers of 0 or more, found {str(values)[:80]}"
-            )
-    if len(offsets) != 2 or len(shape) > 32:
-        raise BadFileError(f"{path}: {name}: expected two data_offsets and at most 32 axes")
-    start, stop = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
-    if stop - start != expected:
-        raise BadFileError(
-            f"{path}: {name}: {dtype} {tuple(shape)} takes {expected} bytes, data_offsets hold {stop - start}"
-        )
-    return dtype, tuple(shape), start, stop
-
-
 def read_range(path: Path, name: str, start: int, dtype: np.dtype[Any], count: int) -> AnyArray:
     """`count` values of `dtype` that begin at byte `start`."""
     values = np.empty(count, dtype)
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         file.seek(start)
         view, done = values.view(np.uint8).data, 0
         while done < values.nbytes:
-            got = file.readinto(view[done:])
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
             if not got:
                 raise BadFileError(f"{path}: {name}: the file ends early; was it changed while being read?")
             done += got
@@ -253,10 +205,11 @@ def as_tensors(arrays: Mapping[str, Tensor | AnyArray]) -> dict[str, Tensor]:
 def write_tensors(
     path: Path, arrays: Mapping[str, Tensor | AnyArray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, one tensor at a time, and flush it to the disk.
+    """Write a new safetensors file, one tensor at a time, and flush it to the disk.
 
-    Wide types come first, so that every tensor is aligned, else the order is kept: equal content gives
-    equal bytes. The file is written in place; a caller that needs atomicity renames it afterwards.
+    Wide types come first, so that every tensor is aligned; otherwise the order is kept, so equal content
+    gives equal bytes. For an atomic write, write to a draft (`arm_core.files.atomic`). Raises ValueError
+    for metadata that is not Unicode.
     """
     tensors = as_tensors(arrays)
     names = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
@@ -267,9 +220,13 @@ def write_tensors(
         stop = position + tensor.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, stop]}
         position = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        quoted = error.object[max(0, error.start - 30) : error.end + 30]
+        raise ValueError(f"{path.name}: metadata is not valid Unicode: {printable(quoted)}") from None
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
+    with create_file(path, buffering=0) as file:
         _write_all(file.fileno(), len(text).to_bytes(8, "little") + text)
         for name in names:
             values = np.ascontiguousarray(tensors[name].bits(), DTYPES[tensors[name].dtype])

@@ -27,16 +27,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from arm_core.engine.protocol import Array, TrainingState
-from arm_core.files.atomic import sync_folder, write_text
+from arm_core.files.atomic import replace_text, sync_folder, write_text
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import CONFIG, read_config, write_weights
-from arm_core.files.safetensors import (
-    BadFileError,
-    Tensor,
-    as_tensors,
-    parse_json,
-    read_tensors,
-    write_tensors,
-)
+from arm_core.files.reading import read_json_file
+from arm_core.files.safetensors import Tensor, as_tensors, read_tensors, write_tensors
 from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ModelSpec, to_json
 
@@ -152,9 +147,7 @@ def _write_content(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _point_to(run: Path, name: str) -> None:
-    draft = run / f"{LAST}.tmp"
-    write_text(draft, name + "\n")
-    draft.replace(run / LAST)
+    replace_text(run / LAST, name + "\n")
     sync_folder(run)
 
 
@@ -173,7 +166,7 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
         exp_avg_sq=StoredArrays(_below(optimizer, "exp_avg_sq")),
         ema=StoredArrays(read_tensors(folder / EMA).tensors if EMA in files else {}),
     )
-    values = parse_json(folder / STATE, (folder / STATE).read_bytes())
+    values = read_json_file(folder / STATE)
     try:
         lists = {name: tuple(values[name]) for name in ("losses", "grad_norms")}
         progress = Progress(**{**values, **lists})
@@ -222,7 +215,7 @@ def verify(folder: Path) -> list[str]:
     """
     if not (folder / MANIFEST).is_file():
         raise BadFileError(f"{folder}: no {MANIFEST}: it was not written to its end")
-    files = parse_json(folder / MANIFEST, (folder / MANIFEST).read_bytes())
+    files = read_json_file(folder / MANIFEST)
     for name in (CONFIG, MODEL, OPTIMIZER, STATE):
         if name not in files:
             raise BadFileError(f"{folder / MANIFEST}: does not list {name}")

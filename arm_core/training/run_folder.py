@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from arm_core.engine.ranks import ALONE, Ranks, together
-from arm_core.files.atomic import sync_folder, write_text
+from arm_core.files.atomic import append_text, open_in_place, replace_text, sync_folder, write_text
 from arm_core.files.model_folder import CONFIG, read_config
 from arm_core.model.spec import ModelSpec, to_json
 from arm_core.recipe import recipe as recipes
@@ -80,9 +80,7 @@ class RunFolder:
         if not self._writes:
             return
         rows = [row for row in self.metrics() if row["step"] <= step]
-        draft = self.path / f"{METRICS}.tmp"
-        write_text(draft, "".join(json.dumps(row) + "\n" for row in rows))
-        draft.replace(self.path / METRICS)
+        replace_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def record_session(self, record: dict[str, Any]) -> None:
         """Add a row to `sessions.jsonl`: who goes on from where."""
@@ -90,8 +88,7 @@ class RunFolder:
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self._writes:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_text(path, json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Release the lock."""
@@ -138,7 +135,7 @@ def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:
             (folder / name).unlink(missing_ok=True)
         remove_drafts(folder)
         write_text(folder / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
-        _replace(folder / RECIPE, recipes.to_toml(recipe))
+        replace_text(folder / RECIPE, recipes.to_toml(recipe))
         sync_folder(folder)
     return lock
 
@@ -189,7 +186,7 @@ def _resume(folder: Path, overrides: Sequence[str], warn: Warn) -> RunFolder:
         recipe = override(stored, overrides)
         _check_same_run(stored, recipe)
         if recipe != stored:
-            _replace(folder / RECIPE, recipes.to_toml(recipe))
+            replace_text(folder / RECIPE, recipes.to_toml(recipe))
         remove_drafts(folder)
     return RunFolder(folder, recipe, spec, lock, resumed=checkpoint, overrides=overrides)
 
@@ -225,12 +222,6 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    write_text(draft, text)
-    draft.replace(path)
-
-
 def _others(folder: Path) -> list[str]:
     return [item.name for item in folder.iterdir() if item.name.removesuffix(".tmp") not in _OURS]
 
@@ -241,7 +232,7 @@ def _locked(folder: Path) -> Iterator[int]:
 
     The system releases it however the process ends.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_in_place(folder / LOCK, os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

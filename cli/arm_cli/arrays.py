@@ -45,11 +45,8 @@ def join(results: list[tuple[int, dict[str, Array]]]) -> dict[str, npt.NDArray[A
 
 
 def write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """Write under the exact name, whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Write atomically, under the exact name."""
+    from arm_core.files.atomic import create_file, new_file
+
+    with new_file(path, force=True) as draft, create_file(draft) as file:
+        np.savez(file, allow_pickle=False, **arrays)

@@ -15,8 +15,9 @@ from typing import Any
 from arm_convert import hub
 from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import parse_config
-from arm_core.files.safetensors import BadFileError, Tensor, check_names, read_tensors
+from arm_core.files.safetensors import Tensor, check_names, read_tensors
 from arm_core.model.spec import ModelSpec
 from arm_core.training.checkpoint import Warn
 from arm_core.training.model_source import open_folder

@@ -19,10 +19,11 @@ from arm_convert.layouts import to_canonical
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
+from arm_core.files.errors import BadFileError
 from arm_core.files.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_core.files.model_folder import check_new, write_model
 from arm_core.files.quantized import QuantizedTensor
-from arm_core.files.safetensors import FLOATS, AnyArray, BadFileError, Tensor
+from arm_core.files.safetensors import FLOATS, AnyArray, Tensor
 from arm_core.model.parameters import initial_value, parameter_table
 from arm_core.model.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.training.checkpoint import step_name

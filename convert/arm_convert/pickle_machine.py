@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from arm_core.files.safetensors import BadFileError
+from arm_core.files.errors import BadFileError
 
 MAX_OPERATIONS = 5_000_000
 """A checkpoint of the largest official model takes about 200,000."""

@@ -19,7 +19,8 @@ import numpy as np
 
 from arm_convert.pickle_machine import Attributes, Function, Name, Readable, brief, read_pickle
 from arm_convert.zip_file import Record, check_bytes, check_record, read_directory, read_record
-from arm_core.files.safetensors import DTYPES, AnyArray, BadFileError, Shape, Tensor, read_range
+from arm_core.files.errors import BadFileError
+from arm_core.files.safetensors import DTYPES, AnyArray, Shape, Tensor, read_range
 
 STORAGES = {
     "DoubleStorage": "F64",

@@ -1,6 +1,6 @@
-"""A `.pth` file written without torch, one tensor at a time; `torch.load` reads it, `weights_only` included.
+"""Writes `.pth` files without torch, one tensor at a time; `torch.load(..., weights_only=True)` reads them.
 
-The zip archive holds a hand-made pickle of `{"model": OrderedDict of tensors, ...}` and one record for
+The zip archive holds a pickle of `{"model": OrderedDict of tensors, ...}`, built here, and one record for
 each tensor.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from arm_convert.torch_file import STORAGES
+from arm_core.files.atomic import create_file
 from arm_core.files.safetensors import DTYPES, Shape, Tensor
 
 _CLASSES = {dtype: name for name, dtype in STORAGES.items()}
@@ -22,8 +23,8 @@ _TIME = (1980, 1, 1, 0, 0, 0)  # a constant, so that equal content gives equal b
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write `{"model": tensors, "arm_vision": about}`; in place, for the caller to flush and rename."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    """Write `{"model": tensors, "arm_vision": about}` to a new file; the caller flushes and renames it."""
+    with create_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl", _TIME), _pickle(tensors, about))
         archive.writestr(zipfile.ZipInfo("archive/byteorder", _TIME), b"little")
         for key, tensor in enumerate(tensors.values()):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from arm_core.files.safetensors import BadFileError
+from arm_core.files.errors import BadFileError
 
 MAX_DIRECTORY = 64 * 2**20
 """Largest central directory read, bytes: half a million records."""

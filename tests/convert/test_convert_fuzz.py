@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.importing import resolve
 from arm_convert.official_run import optimizer_state
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model, write_model
-from arm_core.files.safetensors import BadFileError, read_tensors, write_tensors
+from arm_core.files.safetensors import read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
 
 FUZZER = Path(__file__).with_name("fuzz_atheris.py")

@@ -132,7 +132,7 @@ def test_without_a_mask_the_official_clusters_are_assumed_or_the_import_refused(
     foreign.save(tmp_path / "x.pth", foreign.torch_zip({"model": state}))
     result = convert("import", tmp_path / "x.pth", tmp_path / "m")
     assert result.exit_code == 2
-    assert "clusters of 4x4 patches do not tile the grid of 6x6 patches" in result.output
+    assert "the grid of 6x6 patches is not divisible into clusters of 4x4 patches" in result.output
 
 
 def test_a_rectangular_image_needs_its_size(tmp_path):

@@ -20,8 +20,9 @@ from arm_convert.export import Format, export_model
 from arm_convert.importing import resolve
 from arm_core.engine.protocol import TrainingState
 from arm_core.files import safetensors
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model
-from arm_core.files.safetensors import BadFileError, read_tensors, write_tensors
+from arm_core.files.safetensors import read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
 from arm_core.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from arm_core.training.model_source import Weights
@@ -185,7 +186,7 @@ def test_an_existing_output_is_replaced_on_request_only(tmp_path, official):
     folder = model_folder(tmp_path / "a", "pretrain")
     result = convert("import", official, folder)
     assert result.exit_code == 2
-    assert "exists already" in result.output
+    assert "already exists" in result.output
     assert read_model(folder).spec == foreign.PRETRAIN
     assert convert("import", official, folder, "--force").exit_code == 0
     assert read_model(folder).spec == foreign.CLASSIFIER

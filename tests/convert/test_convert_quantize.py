@@ -13,9 +13,10 @@ from PIL import Image
 from arm_convert.quantize import quantize_model
 from arm_core.engine.protocol import Batch
 from arm_core.engine.registry import installed_backends
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.quantized import Quantized, QuantizedTensor, quantize
-from arm_core.files.safetensors import BadFileError, as_tensors, read_tensors, write_tensors
+from arm_core.files.safetensors import as_tensors, read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.reference.model import forward
 from arm_core.model.spec import ClassifierSpec, EncoderSpec

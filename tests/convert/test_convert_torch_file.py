@@ -16,7 +16,8 @@ import pytest
 from arm_convert.pickle_machine import Attributes
 from arm_convert.torch_file import read_torch
 from arm_convert.torch_writer import write_torch
-from arm_core.files.safetensors import BadFileError, Tensor
+from arm_core.files.errors import BadFileError
+from arm_core.files.safetensors import Tensor
 
 VALUE = {
     "model": OrderedDict(a=np.arange(6, dtype=np.float32).reshape(2, 3), b=np.array(7, np.int64)),

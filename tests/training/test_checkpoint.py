@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from arm_core.engine.protocol import TrainingState
+from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model
-from arm_core.files.safetensors import BadFileError, read_tensors
+from arm_core.files.safetensors import read_tensors
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec
 from arm_core.training import checkpoint as ck

@@ -93,7 +93,7 @@ def inspect(model: str, names: bool, as_json: bool) -> None:
     Kind, size, types, names, metadata, and what importing it would choose and leave out.
     """
     from arm_convert.describe import describe
-    from arm_core.files.safetensors import printable
+    from arm_core.files.errors import printable
 
     description = describe(open_named(model))
     if as_json:
