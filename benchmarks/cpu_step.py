@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from arm_core import cpu_kernels
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset, pretrain_preset
 from arm_core.model.spec import ClassifierSpec, ModelSpec
@@ -127,7 +127,7 @@ def measure(case: str, implementation: str, repeats: int) -> dict[str, Any]:
     clip = None if isinstance(spec, ClassifierSpec) else 3.0
     engine = TorchEngine(
         spec,
-        initial_parameters(spec, seed=0),
+        TrainingState(parameters=initial_parameters(spec, seed=0)),
         optimizer=OptimizerSettings(clip=clip),
         options=EngineOptions(device="cpu", scan=implementation),
     )

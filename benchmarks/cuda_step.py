@@ -24,7 +24,15 @@ from cuda_peers import build_peers, officially_arranged, peer_functions
 from cuda_report import check_device, circumstances, options, table, write
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Array, Batch, Compile, EngineOptions, OutOfMemory, Precision
+from arm_core.engine.protocol import (
+    Array,
+    Batch,
+    Compile,
+    EngineOptions,
+    OutOfMemory,
+    Precision,
+    TrainingState,
+)
 from arm_core.model.cost import cost_table
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset, pretrain_preset
@@ -101,7 +109,7 @@ def measure(
     chosen = EngineOptions(device=device, scan=way.scan, precision=Precision.BFLOAT16, compile=way.compile)
     batch = batch_of(spec, size)
     with way.arranged(device):
-        engine = TorchEngine(spec, parameters, optimizer=settings, options=chosen)
+        engine = TorchEngine(spec, TrainingState(parameters=parameters), optimizer=settings, options=chosen)
         for step in range(1, WARM_UP + 1):
             loss = engine.train_step([batch], step=step, lr=1e-5).result().loss
         if device == "cuda":

@@ -25,7 +25,7 @@ from hardware import commit, header, machine
 from log_depth import log_depth_scan
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, EngineOptions, Precision
+from arm_core.engine.protocol import Batch, EngineOptions, Precision, TrainingState
 from arm_core.engine.scan_timing import ScanShape, ScanTimes, median
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset, pretrain_preset
@@ -139,7 +139,7 @@ def step_seconds(
     """Mean over `steps` steps that nobody waits for, as between two logged ones."""
     engine = backend.create_engine(
         spec,
-        initial_parameters(spec, seed=0),
+        TrainingState(parameters=initial_parameters(spec, seed=0)),
         optimizer=OptimizerSettings(clip=3.0),
         options=EngineOptions(device=device, scan=scan, precision=precision),
     )

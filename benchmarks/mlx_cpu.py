@@ -27,7 +27,7 @@ import numpy as np
 from hardware import header, machine
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.engine.registry import choose_backend
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import pretrain_preset
@@ -49,7 +49,7 @@ def serve(name: str, batch: int, threads: int | None) -> None:
     spec = pretrain_preset("base")
     engine = choose_backend(name).create_engine(
         spec,
-        initial_parameters(spec, seed=0),
+        TrainingState(parameters=initial_parameters(spec, seed=0)),
         optimizer=OptimizerSettings(clip=3.0),
         options=EngineOptions(device="cpu", threads=threads),
     )

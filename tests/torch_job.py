@@ -12,12 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
+from toy_engine import state_of
+
 from arm_core.data import Synthetic
 from arm_core.engine import ranks as ranks_module
 from arm_core.engine.protocol import EngineOptions
 from arm_core.engine.ranks import ALONE, Ranks, lead
 from arm_core.engine.registry import choose_backend
-from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import Recipe, load_recipe, override
 from arm_core.training.run_folder import resume_run, start_run
 from arm_core.training.trainer import Observer, Trainer
@@ -71,10 +72,9 @@ def train(
         else start_run(path, recipe, recipe.spec(3), ranks=ranks)
     )
     with run:
-        weights = run.resumed.state.parameters if run.resumed else initial_parameters(run.spec, 0)
         engine = choose_backend("torch").create_engine(
             run.spec,
-            weights,
+            state_of(run),
             optimizer=recipe.optimizer,
             options=EngineOptions(device="cpu", threads=1, **options),
             ranks=ranks,

@@ -14,8 +14,9 @@ import numpy as np
 
 from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
 from arm_core.engine.protocol import Array, Batch, Compile, StepResult, TrainingState
-from arm_core.model.parameters import check_parameters, parameter_table
+from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec
+from arm_core.training.run_folder import RunFolder
 
 
 @dataclass
@@ -34,7 +35,7 @@ class ToyStep:
 @dataclass
 class ToyEngine:
     spec: ModelSpec
-    parameters: dict[str, Array]
+    state: TrainingState
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     poisoned_steps: frozenset[int] = frozenset()
     """Steps whose gradient of the embedding is made NaN."""
@@ -47,7 +48,7 @@ class ToyEngine:
         self.steps: list[tuple[int, float]] = []
         self.trainable = [name for name, row in parameter_table(self.spec).items() if row.trainable]
         self._poison = False
-        self.load_state(TrainingState(parameters=self.parameters))
+        self.load_state(self.state)
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         features = self._features(images)
@@ -86,7 +87,9 @@ class ToyEngine:
             grads["patch_embed.weight"] = np.full_like(grads["patch_embed.weight"], np.nan)
         return loss, {name: g.astype(np.float32) for name, g in grads.items()}
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None) -> ToyStep:
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
+    ) -> ToyStep:
         self._poison = step in self.poisoned_steps
         found = [self.loss_and_gradients(batch) for batch in batches]
         loss = float(np.mean([loss for loss, _ in found]))
@@ -123,8 +126,8 @@ class ToyEngine:
         return TrainingState(**{k: {n: a.copy() for n, a in getattr(self, k).items()} for k in kinds})
 
     def load_state(self, state: TrainingState) -> None:
-        check_parameters(self.spec, state.parameters)
-        self.parameters = {name: a.copy() for name, a in state.parameters.items()}
+        state.check(self.spec)
+        self.parameters: dict[str, Array] = {name: a.copy() for name, a in state.parameters.items()}
         zeros = {name: np.zeros_like(self.parameters[name]) for name in self.trainable}
         self.exp_avg = {n: a.copy() for n, a in (state.exp_avg or zeros).items()}
         self.exp_avg_sq = {n: a.copy() for n, a in (state.exp_avg_sq or zeros).items()}
@@ -136,6 +139,15 @@ class ToyEngine:
     def _features(self, images: Array) -> Array:
         patches = _mean_patch(images, self.spec.encoder.patch)
         return patches @ self.parameters["patch_embed.weight"].T + self.parameters["patch_embed.bias"]
+
+
+def fresh_state(spec: ModelSpec, seed: int = 0) -> TrainingState:
+    return TrainingState(parameters=initial_parameters(spec, seed))
+
+
+def state_of(run: RunFolder) -> TrainingState:
+    """The state that an open run trains from: its checkpoint's, or initial parameters in a new run."""
+    return run.resumed.state if run.resumed else fresh_state(run.spec)
 
 
 def _mean_patch(images: Array, patch: int) -> Array:

@@ -49,6 +49,13 @@ class OptimizerSettings:
         )
 
 
+def required(settings: OptimizerSettings | None) -> OptimizerSettings:
+    """The settings of an engine that is asked to train; ValueError if it has none."""
+    if settings is None:
+        raise ValueError("this engine is for inference; pass optimizer to create_engine to train")
+    return settings
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
     """Trainable tensors that share a learning-rate scale and a weight decay."""

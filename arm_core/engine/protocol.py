@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
+from arm_core.model.parameters import check_parameters, parameter_table
 from arm_core.model.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
@@ -132,6 +133,26 @@ class TrainingState:
     ema: Mapping[str, Array] = field(default_factory=dict)
     """Empty unless an EMA is kept."""
 
+    def check(self, spec: ModelSpec) -> None:
+        """Compare names and shapes with the parameter table of `spec`, without reading arrays from files.
+
+        Raises ValueError that lists the differences.
+        """
+        check_parameters(spec, described(self.parameters))
+        trainable = {name: row.shape for name, row in parameter_table(spec).items() if row.trainable}
+        for kind in ("exp_avg", "exp_avg_sq", "ema"):
+            arrays = described(getattr(self, kind))
+            shapes = {name: tuple(arrays[name].shape) for name in arrays}
+            if shapes and (different := sorted(n for n, _ in shapes.items() ^ trainable.items())):
+                names = ", ".join(list(dict.fromkeys(different))[:5])
+                raise ValueError(f"{kind}: expected the trainable parameters; differs in {names}")
+
+
+def described(arrays: Mapping[str, Array]) -> Mapping[str, Any]:
+    """What has the arrays' shapes: the arrays, or for those that are still in a file its `tensors`."""
+    found: Mapping[str, Any] = getattr(arrays, "tensors", arrays)
+    return found
+
 
 class Engine(Protocol):
     """One model on one device, or on one device of each rank of a job (`arm_core.engine.ranks`).
@@ -164,14 +185,15 @@ class Engine(Protocol):
         """
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
     ) -> PendingStep:
         """One AdamW update from the mean gradient of the micro-batches of all ranks.
 
         step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
-        of: micro-batches of all ranks together, which need not have equally many; each has one at least.
-        None stands for those given. Loss and gradient norm are those of the whole update, on every rank.
-        A non-finite loss or gradient norm leaves the state as it was.
+        total_micro_batches: of all ranks together. Ranks can have different numbers, each at least one;
+        None means len(batches). Loss and gradient norm are those of the whole update, on every rank.
+        If the loss or the gradient norm is not finite, the state does not change.
+        Raises ValueError if the engine was created for inference.
         """
 
     def swap_ema(self) -> None:
@@ -181,7 +203,11 @@ class Engine(Protocol):
         """Copies in host memory: of everything on rank 0, perhaps of nothing on other ranks."""
 
     def load_state(self, state: TrainingState) -> None:
-        """Replace parameters (checked against the table), moments and EMA; every rank gives all of them."""
+        """Replace parameters, moments and EMA; every rank passes all of them. Reads each array once.
+
+        Empty moments become zeros, an empty EMA a copy of the weights. An engine for inference takes the
+        parameters only. Raises ValueError on names or shapes that differ from the parameter table.
+        """
 
 
 class Backend(Protocol):
@@ -216,10 +242,15 @@ class Backend(Protocol):
     def create_engine(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
         ranks: Ranks = ALONE,
     ) -> Engine:
-        """ranks: from `join`, for an engine that trains together with those of the other ranks."""
+        """An engine that holds `state`; see `Engine.load_state`.
+
+        optimizer: None creates an engine for inference and gradients, which holds no moments and no EMA.
+        ranks: from `join`, if the engine trains together with those of other ranks.
+        Raises ValueError on a state of another model and on options that the backend does not offer.
+        """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Array, Backend, Engine, EngineOptions
+from arm_core.engine.protocol import Backend, Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
@@ -109,7 +109,7 @@ class OnDevice:
     def create_engine(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
@@ -117,9 +117,7 @@ class OnDevice:
     ) -> Engine:
         options = options or EngineOptions()
         options = replace(options, device=self._checked(options.device))
-        return self._backend.create_engine(
-            spec, parameters, optimizer=optimizer, options=options, ranks=ranks
-        )
+        return self._backend.create_engine(spec, state, optimizer=optimizer, options=options, ranks=ranks)
 
     def _checked(self, device: str) -> str:
         if device == "auto":

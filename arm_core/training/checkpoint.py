@@ -80,16 +80,17 @@ class StoredArrays(Mapping[str, Array]):
     """float32 arrays of a file, each read when it is asked for: nobody holds a whole training state."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
+        """Shapes and types, known without reading."""
 
     def __getitem__(self, name: str) -> Array:
-        return np.asarray(self._tensors[name].read(), np.float32)
+        return np.asarray(self.tensors[name].read(), np.float32)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
 
 def step_name(step: int) -> str:

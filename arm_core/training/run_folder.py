@@ -41,8 +41,8 @@ _OURS = {RECIPE, CONFIG, METRICS, SESSIONS, LOCK, FOLDER, LAST}
 class RunFolder:
     """An open run; close it, or use it in a `with` statement, to let another process have it.
 
-    `resumed` is the checkpoint that training goes on from, None in a new run: create the engine with
-    its parameters. `overrides` are the changes to the recipe that this session made.
+    `resumed` is the checkpoint to resume from, None in a new run: create the engine with its state.
+    `overrides` are the changes to the recipe that this session made.
 
     In a job of several processes rank 0 holds the lock and writes; the others, without a lock, only read,
     and what would write does nothing.

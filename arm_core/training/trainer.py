@@ -79,8 +79,8 @@ class Outcome:
 class Trainer:
     """Trains `engine` as the recipe of `run` says, from where the run stands.
 
-    run: from `start_run`, or from `resume_run`: then the engine's whole state is replaced by the
-    checkpoint's. Else the engine is trained from the parameters that it was created with.
+    run: from `start_run` or `resume_run`.  engine: created with the state to train from, which for a
+    resumed run is `run.resumed.state`.
     train_source: images, and labels for a classifier.  eval_source: evaluated as the recipe says; None for
     no evaluation.  session: what is to be recorded about this session, such as backend and version.
     ranks: the job of which this process is a part, as the engine and the run know it; all ranks train.
@@ -160,10 +160,6 @@ class Trainer:
 
     def _begin(self) -> None:
         """Bring engine and files to the step where training goes on."""
-        resumed = self.run.resumed is not None
-        if self.run.resumed is not None:
-            self.engine.load_state(self.run.resumed.state)
-            self.run.resumed = None
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self.step,
@@ -172,7 +168,7 @@ class Trainer:
             **self._engine_record(),
         }
         with together(self._ranks):
-            if resumed:
+            if self.run.resumed is not None:
                 self.run.truncate_metrics(self.step)
             self.run.record_session(session)
         self.observer.started(self)
@@ -180,11 +176,12 @@ class Trainer:
             self._save()  # a run that dies early can then be resumed, wherever its first weights came from
 
     def _take_step(self, loader: Iterator[Batch]) -> None:
-        batches, of = self.plan.next_batches(loader, self._position), self._training.accumulation
+        batches, total = self.plan.next_batches(loader, self._position), self._training.accumulation
         step = self.step + 1
-        pending = self.engine.train_step(batches, step=step, lr=self.plan.lr(step), of=of)
+        lr = self.plan.lr(step)
+        pending = self.engine.train_step(batches, step=step, lr=lr, total_micro_batches=total)
         self._pending.append((step, pending))
-        self.step, self._position = step, self._position + of
+        self.step, self._position = step, self._position + total
         self._clock_images += self._training.batch_size
         self.observer.stepped(step, self._training.batch_size)
 

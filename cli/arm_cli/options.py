@@ -82,11 +82,13 @@ class EngineChoice:
 
     def create(self, spec: ModelSpec, parameters: Mapping[str, Array], ranks: Ranks | None = None) -> Engine:
         """An engine for inference, in one of the processes of a job; what `auto` came to is printed."""
+        from arm_core.engine.protocol import TrainingState
         from arm_core.engine.ranks import ALONE
 
         backend = self.find()
         ranks = ranks or ALONE
-        engine = backend.create_engine(spec, parameters, options=self.options(), ranks=ranks)
+        state = TrainingState(parameters=parameters)
+        engine = backend.create_engine(spec, state, options=self.options(), ranks=ranks)
         announce(backend, engine, ranks)
         return engine
 

@@ -18,7 +18,7 @@ from arm_cli.options import EngineChoice, announce, engine_options, json_option
 if TYPE_CHECKING:
     from arm_core.data.sources import ImageSource
     from arm_core.engine.optimizer import OptimizerSettings
-    from arm_core.engine.protocol import Array, Backend, Engine
+    from arm_core.engine.protocol import Array, Backend, Engine, TrainingState
     from arm_core.engine.ranks import Ranks
     from arm_core.model.spec import ModelSpec
     from arm_core.recipe.recipe import Recipe
@@ -150,6 +150,7 @@ def _folder(stage: str, request: Request) -> str:
 def _start(
     stage: str, request: Request, start: Start, origin: str | None, backend: Backend, ranks: Ranks
 ) -> None:
+    from arm_core.engine.protocol import TrainingState
     from arm_core.engine.ranks import together
     from arm_core.recipe.images import open_sources
     from arm_core.training.plan import Plan
@@ -167,7 +168,8 @@ def _start(
         plan = Plan(recipe, spec, train, ranks=ranks)
         if evaluation is not None:
             plan.eval_loader(evaluation)
-        engine, session = _engine(request, backend, ranks, recipe, spec, start(recipe, spec, train.classes))
+        state = TrainingState(parameters=start(recipe, spec, train.classes))
+        engine, session = _engine(request, backend, ranks, recipe, spec, state)
         if origin is not None:
             session["from"] = origin
     with start_run(_folder(stage, request), recipe, spec, ranks=ranks) as run:
@@ -190,8 +192,7 @@ def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: 
         with together(ranks):
             assert run.resumed is not None
             train, evaluation = open_sources(run.recipe)
-            parameters = run.resumed.state.parameters
-            engine, session = _engine(request, backend, ranks, run.recipe, run.spec, parameters)
+            engine, session = _engine(request, backend, ranks, run.recipe, run.spec, run.resumed.state)
         _train(run, engine, session, train, evaluation, ranks, request.as_json)
 
 
@@ -238,7 +239,7 @@ def _engine(
     ranks: Ranks,
     recipe: Recipe,
     spec: ModelSpec,
-    parameters: Mapping[str, Array],
+    state: TrainingState,
 ) -> tuple[Engine, dict[str, str]]:
     """The engine that trains, and what is recorded about it."""
     from arm_core.engine.protocol import Compile
@@ -251,7 +252,7 @@ def _engine(
         shard=request.shard,
     )
     optimizer: OptimizerSettings = recipe.optimizer
-    engine = backend.create_engine(spec, parameters, optimizer=optimizer, options=options, ranks=ranks)
+    engine = backend.create_engine(spec, state, optimizer=optimizer, options=options, ranks=ranks)
     announce(backend, engine, ranks)
     session = {"backend": backend.name, "version": backend.version()}
     chosen = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.engine.protocol import Array, Backend, Batch, EngineOptions
+from arm_core.engine.protocol import Array, Backend, Batch, EngineOptions, TrainingState
 from arm_core.engine.registry import choose_backend, installed_backends
 from arm_core.model.cost import PATTERNS
 from arm_core.model.reference.model import forward
@@ -110,7 +110,8 @@ def compute(
         outputs = dict(forward(spec, parameters, batch.images))
         return Computed(name, "NumPy, float64", outputs, _loss(outputs, batch), None)
     found: Backend = choose_backend(backend)
-    engine = found.create_engine(spec, parameters, options=EngineOptions(device=device))
+    state = TrainingState(parameters=parameters)
+    engine = found.create_engine(spec, state, options=EngineOptions(device=device))
     results: dict[str, Floats] = dict(engine.forward(batch.images))
     how = f"{found.version()}, {engine.device}, scan {engine.scan}"
     if not gradients:

@@ -11,7 +11,7 @@ from converting import arm
 from PIL import Image
 
 from arm_convert.quantize import quantize_model
-from arm_core.engine.protocol import Batch
+from arm_core.engine.protocol import Batch, TrainingState
 from arm_core.engine.registry import installed_backends
 from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model, write_model
@@ -108,7 +108,7 @@ def test_the_command_reports_size_and_change(model, tmp_path):
 def test_every_engine_computes_what_the_reference_makes_of_the_rounded_values(quantized, backend):
     model = read_model(quantized)
     images = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
-    engine = installed_backends()[backend].create_engine(SPEC, model.load())
+    engine = installed_backends()[backend].create_engine(SPEC, TrainingState(parameters=model.load()))
     rounded = {name: np.asarray(value) for name, value in model.load().items()}
     expected = forward(SPEC, rounded, images)["logits"]
     assert np.abs(engine.forward(images)["logits"] - expected).max() < 1e-4 * np.abs(expected).max()
@@ -120,7 +120,8 @@ def test_mlx_multiplies_the_packed_matrices_and_refuses_to_train_them(quantized,
     calls = []
     real = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **k: calls.append(k["bits"]) or real(*a, **k))
-    engine = installed_backends()["mlx"].create_engine(SPEC, read_model(quantized).load())
+    state = TrainingState(parameters=read_model(quantized).load())
+    engine = installed_backends()["mlx"].create_engine(SPEC, state)
     images = np.zeros((1, 24, 24, 3), np.float32)
     engine.forward(images)
     assert calls == [8] * 8

@@ -25,7 +25,7 @@ from torch_scans import (  # noqa: E402
 )
 
 from arm_core.engine.optimizer import OptimizerSettings  # noqa: E402
-from arm_core.engine.protocol import Batch, Compile, EngineOptions  # noqa: E402
+from arm_core.engine.protocol import Batch, Compile, EngineOptions, TrainingState  # noqa: E402
 from arm_core.engine.scans import choose_scan  # noqa: E402
 from arm_core.model.parameters import initial_parameters  # noqa: E402
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec  # noqa: E402
@@ -104,7 +104,7 @@ def losses(device: str, scan: str, steps: int, compiled: Compile = Compile.NONE)
         rng = np.random.default_rng(7)
         engine = TorchEngine(
             spec,
-            initial_parameters(spec, seed=0),
+            TrainingState(parameters=initial_parameters(spec, seed=0)),
             optimizer=OptimizerSettings(clip=3.0),
             options=EngineOptions(device=device, scan=scan, compile=compiled),
         )

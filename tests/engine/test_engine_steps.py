@@ -1,6 +1,9 @@
 """What every engine computes and how it steps, each case on each engine that is installed."""
 
 import dataclasses
+import gc
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,9 +39,9 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 def make(backend: Any, spec: ModelSpec, *, optimizer: OptimizerSettings | None = None, **options: Any) -> Any:
-    parameters = initial_parameters(spec, 3)
+    state = TrainingState(parameters=initial_parameters(spec, 3))
     return backend.create_engine(
-        spec, parameters, optimizer=optimizer or OptimizerSettings(), options=EngineOptions(**options)
+        spec, state, optimizer=optimizer or OptimizerSettings(), options=EngineOptions(**options)
     )
 
 
@@ -261,3 +264,88 @@ def test_bfloat16_products_keep_float32_master_weights(backend: Any, pretrain_sp
     for name in ("layers.0.mlp.w1.weight", "layers.5.mixer.in_proj.weight"):
         moved = np.abs(after[name] - before[name])
         assert 0.9 * lr < np.median(moved) < 1.1 * lr
+
+
+# its state
+
+
+class ReadOnce(Mapping[str, np.ndarray]):
+    """Arrays as in a checkpoint file: shapes are known without reading; counts how often each is read."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], reads: Counter[str]) -> None:
+        self.tensors, self._reads = arrays, reads
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self._reads[name] += 1
+        return self.tensors[name].copy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_a_state_is_resumed_by_reading_each_array_once(backend: Any, classifier_spec: ClassifierSpec) -> None:
+    settings = OptimizerSettings(ema_decay=0.9)
+    trained = make(backend, classifier_spec, optimizer=settings)
+    trained.train_step([batch(classifier_spec)], step=1, lr=1e-2)
+    state = trained.export_state()
+    kinds = [field.name for field in dataclasses.fields(state)]
+    reads: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    stored = TrainingState(**{kind: ReadOnce(getattr(state, kind), reads[kind]) for kind in kinds})
+    resumed = backend.create_engine(classifier_spec, stored, optimizer=settings)
+    assert reads == {kind: Counter(list(getattr(state, kind))) for kind in kinds}
+    assert_equal(resumed.export_state(), state)
+
+
+def test_an_engine_without_an_optimizer_holds_the_parameters_only(
+    backend: Any, classifier_spec: ClassifierSpec
+) -> None:
+    state = make(backend, classifier_spec, optimizer=OptimizerSettings(ema_decay=0.9)).export_state()
+    bytes_of_parameters = sum(array.nbytes for array in state.parameters.values())
+    before = allocated_bytes(backend)
+    engine = backend.create_engine(classifier_spec, state)
+    assert_equal(engine.export_state(), TrainingState(parameters=state.parameters))
+    assert allocated_bytes(backend) - before < 1.2 * bytes_of_parameters
+    training = make(backend, classifier_spec)
+    training.export_state()  # MLX allocates at the first use
+    assert allocated_bytes(backend) - before > 3.5 * bytes_of_parameters
+    del training
+    data = batch(classifier_spec)
+    assert np.isfinite(engine.forward(data.images)["logits"]).all()
+    assert np.isfinite(engine.loss_and_gradients(data)[0])
+    with pytest.raises(ValueError, match="for inference; pass optimizer to create_engine to train"):
+        engine.train_step([data], step=1, lr=1e-3)
+
+
+def allocated_bytes(backend: Any) -> int:
+    """Bytes of all arrays that the framework holds."""
+    gc.collect()
+    if backend.name == "mlx":
+        import mlx.core as mx
+
+        return int(mx.get_active_memory())
+    import torch
+
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
+    }
+    return sum(storages.values())
+
+
+def test_a_state_of_another_model_is_refused_with_the_names_that_differ(
+    backend: Any, pretrain_spec: PretrainSpec, classifier_spec: ClassifierSpec
+) -> None:
+    engine = make(backend, pretrain_spec)
+    state = engine.export_state()
+    with pytest.raises(ValueError, match=r"^parameters: missing tap_norms\.0\.weight \(32,\); "):
+        engine.load_state(make(backend, classifier_spec).export_state())
+    with pytest.raises(ValueError, match=r"^exp_avg: expected the trainable .*; differs in query_token$"):
+        engine.load_state(
+            dataclasses.replace(state, exp_avg={n: a for n, a in state.exp_avg.items() if n != "query_token"})
+        )
+    wrong = {**state.exp_avg_sq, "query_token": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match=r"^exp_avg_sq: .*; differs in query_token$"):
+        engine.load_state(dataclasses.replace(state, exp_avg_sq=wrong))

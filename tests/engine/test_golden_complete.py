@@ -16,7 +16,7 @@ from test_golden_engines import every_engine, take_steps
 
 from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.official import canonical_view, official_view, spec_from_official
-from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.model.parameters import parameter_table
 
 FOLDER = golden.complete()
@@ -102,7 +102,9 @@ def data(name: str) -> tuple[Golden, dict[str, np.ndarray]]:
 def test_outputs_and_gradients_match(name: str, backend: Any, device: str, scan: str) -> None:
     official, stored = data(name)
     options = EngineOptions(device=device, scan=scan)
-    engine = backend.create_engine(official.spec, official.parameters, options=options)
+    engine = backend.create_engine(
+        official.spec, TrainingState(parameters=official.parameters), options=options
+    )
     outputs = engine.forward(official.images, intermediates=True)
     loss, gradients = engine.loss_and_gradients(Batch(images=official.images, targets=official.targets))
     outputs["loss"] = np.float32(loss)

@@ -13,7 +13,7 @@ import arm_cuda
 import arm_mlx
 from arm_convert.official import official_view
 from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
-from arm_core.engine.protocol import Batch, EngineOptions
+from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.model.reference.model import forward
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -60,7 +60,7 @@ def computed(backend: Any, device: str, scan: str, name: str) -> tuple[dict[str,
     """Outputs (with `loss`) and gradients of a set on an engine."""
     data = golden.load(name)
     options = EngineOptions(device=device, scan=scan)
-    engine = backend.create_engine(data.spec, data.parameters, options=options)
+    engine = backend.create_engine(data.spec, TrainingState(parameters=data.parameters), options=options)
     assert engine.scan == scan
     outputs = engine.forward(data.images, intermediates=True)
     loss, gradients = engine.loss_and_gradients(Batch(images=data.images, targets=data.targets))
@@ -137,7 +137,8 @@ def take_steps(
         clip=clip,
     )
     options = EngineOptions(device=device, scan=scan)
-    engine = backend.create_engine(data.spec, data.parameters, optimizer=settings, options=options)
+    state = TrainingState(parameters=data.parameters)
+    engine = backend.create_engine(data.spec, state, optimizer=settings, options=options)
     batch = Batch(images=data.images, targets=data.targets)
 
     gradients = []

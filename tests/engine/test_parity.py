@@ -37,8 +37,8 @@ def spec(request: pytest.FixtureRequest) -> ModelSpec:
 
 def engine(backend: Any, spec: ModelSpec, *, seed: int = 7, **options: Any) -> Any:
     settings = PRETRAINING if isinstance(spec, PretrainSpec) else FINETUNING
-    parameters = initial_parameters(spec, seed)
-    return backend.create_engine(spec, parameters, optimizer=settings, options=EngineOptions(**options))
+    state = TrainingState(parameters=initial_parameters(spec, seed))
+    return backend.create_engine(spec, state, optimizer=settings, options=EngineOptions(**options))
 
 
 def batches(spec: ModelSpec, step: int) -> list[Batch]:

@@ -6,14 +6,13 @@ import signal
 import numpy as np
 import pytest
 from thread_ranks import ThreadRanks, run_ranks
-from toy_engine import ToyEngine, ToyStep
+from toy_engine import ToyEngine, ToyStep, fresh_state, state_of
 
 from arm_core.data import EvalTransform, Synthetic
 from arm_core.data.loader import EvalLoader
 from arm_core.engine import ranks as ranks_module
 from arm_core.engine.protocol import OutOfMemory, StepResult
 from arm_core.engine.ranks import ALONE, FailedElsewhere, PeerFailed, StopTogether, agree, lead, together
-from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import evaluate
@@ -52,13 +51,13 @@ class SharedToy(ToyEngine):
 
     ranks: ThreadRanks
 
-    def train_step(self, batches, *, step, lr, of=None):
+    def train_step(self, batches, *, step, lr, total_micro_batches=None):
         self._poison = step in self.poisoned_steps and self.ranks.rank == 1
         share = dict.fromkeys(("loss", *self.trainable), 0.0)
         for batch in batches:
             loss, gradients = self.loss_and_gradients(batch)
             for name, value in {"loss": loss, **gradients}.items():
-                share[name] = share[name] + np.asarray(value, np.float64) / of
+                share[name] = share[name] + np.asarray(value, np.float64) / total_micro_batches
         parts = self.ranks.gather({name: np.asarray(v).tolist() for name, v in share.items()})
         total = {name: np.sum([np.asarray(part[name]) for part in parts], 0) for name in share}
         loss, norm = float(total.pop("loss")), float(np.sqrt(sum(np.sum(g**2) for g in total.values())))
@@ -74,8 +73,7 @@ class SharedToy(ToyEngine):
 
 
 def make_engine(run, ranks, cls=SharedToy, **options):
-    parameters = run.resumed.state.parameters if run.resumed else initial_parameters(run.spec, 0)
-    engine = cls(run.spec, dict(parameters), run.recipe.optimizer, **options)
+    engine = cls(run.spec, state_of(run), run.recipe.optimizer, **options)
     engine.ranks = ranks
     return engine
 
@@ -228,10 +226,10 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, whole):
         class Killed(SharedToy):
             last = until
 
-            def train_step(self, batches, *, step, lr, of=None):
+            def train_step(self, batches, *, step, lr, total_micro_batches=None):
                 if step > self.last:
                     raise KeyboardInterrupt
-                return super().train_step(batches, step=step, lr=lr, of=of)
+                return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
 
         found = run_ranks(world, lambda ranks, cls=Killed: train(path, ranks, cls=cls))
         assert all(isinstance(end, KeyboardInterrupt) for end in found) == (until < 8), found
@@ -256,7 +254,7 @@ def test_evaluation_is_exact_and_the_same_from_any_number_of_ranks(world):
             HELD_OUT, EvalTransform(crop_fraction=1.0), size=(8, 8), batch_size=3,
             rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
-        engine = Counting(spec, initial_parameters(spec, 0))
+        engine = Counting(spec, fresh_state(spec))
         return evaluate(engine, loader, ranks=ranks, rounds=loader.rounds)
 
     found = run_ranks(world, work)
@@ -316,10 +314,10 @@ def test_all_ranks_refuse_a_folder_with_the_same_words_of_rank_0(tmp_path, whole
 
 def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):
     class Full(SharedToy):
-        def train_step(self, batches, *, step, lr, of=None):
+        def train_step(self, batches, *, step, lr, total_micro_batches=None):
             if step == 5:
                 raise OutOfMemory("GPU", 8 << 30, batches[0].images.shape, fitting=1)
-            return super().train_step(batches, step=step, lr=lr, of=of)
+            return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
 
     (error,) = run_ranks(1, lambda ranks: train(tmp_path, ranks, cls=Full))
     assert str(error) == (
@@ -352,5 +350,5 @@ def test_a_signal_to_one_process_still_ends_a_run_of_its_own(tmp_path):
 
 
 class AloneToy(SharedToy):
-    def train_step(self, batches, *, step, lr, of=None):
-        return ToyEngine.train_step(self, batches, step=step, lr=lr, of=of)
+    def train_step(self, batches, *, step, lr, total_micro_batches=None):
+        return ToyEngine.train_step(self, batches, step=step, lr=lr, total_micro_batches=total_micro_batches)

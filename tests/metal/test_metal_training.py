@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, Compile, EngineOptions
+from arm_core.engine.protocol import Batch, Compile, EngineOptions, TrainingState
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import ModelSpec, PretrainSpec
 from arm_mlx import backend
@@ -87,7 +87,7 @@ def test_a_model_trains_on_the_kernels_as_on_the_cpu_scan(
     engines = {
         scan: backend.create_engine(
             spec,
-            initial_parameters(spec, 3),
+            TrainingState(parameters=initial_parameters(spec, 3)),
             optimizer=OptimizerSettings(clip=3.0),
             options=EngineOptions(device=device, scan=scan),
         )
@@ -182,7 +182,7 @@ def test_the_engines_step_up_to_its_update_is_one_graph_with_the_kernels(
     monkeypatch.setitem(scans.IMPLEMENTATIONS, "metal", usable)
     engine = backend.create_engine(
         pretrain_spec,
-        initial_parameters(pretrain_spec, 3),
+        TrainingState(parameters=initial_parameters(pretrain_spec, 3)),
         optimizer=OptimizerSettings(clip=3.0, ema_decay=0.9),
         options=EngineOptions(device="cpu", scan="metal", compile=Compile.MODEL),
     )

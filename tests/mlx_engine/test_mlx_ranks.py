@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, Compile, EngineOptions
+from arm_core.engine.protocol import Batch, Compile, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, PeerFailed
 from arm_core.engine.registry import choose_backend
 from arm_core.model.parameters import initial_parameters
@@ -49,8 +49,8 @@ def batches(step: int) -> list[Batch]:
 def engine(compiled: str = "none", **more: Any) -> Any:
     scan = "cpu" if compiled == "none" else "reference"
     options = EngineOptions(device="cpu", scan=scan, compile=Compile(compiled))
-    parameters = initial_parameters(SPEC, 3)
-    return backend.create_engine(SPEC, parameters, optimizer=OPTIMIZER, options=options, **more)
+    state = TrainingState(parameters=initial_parameters(SPEC, 3))
+    return backend.create_engine(SPEC, state, optimizer=OPTIMIZER, options=options, **more)
 
 
 def as_arrays(state: Any) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ def work(folder: str, compiled: str) -> None:
     results = []
     for step in range(STEPS):
         mine = batches(step)[ranks.rank :: ranks.world]
-        result = trained.train_step(mine, step=step + 1, lr=LR, of=IMAGES).result()
+        result = trained.train_step(mine, step=step + 1, lr=LR, total_micro_batches=IMAGES).result()
         results.append([result.loss, result.grad_norm])
     seen = ranks.gather({"rank": ranks.rank, "results": results, "long": "x" * 1000 * ranks.rank})
     arrays = as_arrays(trained.export_state())
@@ -80,7 +80,7 @@ def outlive(folder: str, compiled: str) -> None:
     if ranks.rank == 1:
         os._exit(0)
     for action in (
-        lambda: trained.train_step(batches(0)[:1], step=1, lr=LR, of=2).result(),
+        lambda: trained.train_step(batches(0)[:1], step=1, lr=LR, total_micro_batches=2).result(),
         lambda: ranks.gather(1),
     ):
         try:

@@ -48,8 +48,8 @@ BFLOAT16 = 3e-2
 
 def make(spec: ModelSpec, *, optimizer: OptimizerSettings = OPTIMIZER, **options: Any) -> Any:
     options = {"device": "cpu", "scan": "reference", **options}
-    parameters = initial_parameters(spec, 3)
-    return backend.create_engine(spec, parameters, optimizer=optimizer, options=EngineOptions(**options))
+    state = TrainingState(parameters=initial_parameters(spec, 3))
+    return backend.create_engine(spec, state, optimizer=optimizer, options=EngineOptions(**options))
 
 
 def operation_by_operation(spec: ModelSpec) -> Any:
@@ -279,7 +279,7 @@ def test_the_gate_beside_the_cpu_scan_equals_the_plain_one() -> None:
 def test_gradients_of_weights_lie_as_the_weights_do() -> None:
     """A transposed one would be copied before the update."""
     engine = make(PRETRAINING, scan="cpu")
-    _, gradients = engine._add(engine._put(batch(PRETRAINING, 0)), mx.array(1.0), mx.zeros(()), {})
+    _, gradients = engine._micro_step(engine._put(batch(PRETRAINING, 0)), mx.array(1.0), mx.zeros(()), {})
     mx.eval(gradients)
     strided = [name for name, g in gradients.items() if not np.asarray(g).flags.c_contiguous]
     assert strided == []
@@ -291,11 +291,11 @@ def test_gradients_of_weights_lie_as_the_weights_do() -> None:
 @needs_torch
 @pytest.mark.parametrize("spec", [CLASSIFIER, WIDER], ids=["classifier", "pretraining"])
 def test_bfloat16_gradients_agree_with_those_of_torch(spec: ModelSpec) -> None:
-    parameters, data = initial_parameters(spec, 3), batch(spec, 0, images=4)
+    state, data = TrainingState(parameters=initial_parameters(spec, 3)), batch(spec, 0, images=4)
     found = []
     for module in (arm_cuda.backend, backend):
         options = EngineOptions(device="cpu", precision=Precision.BFLOAT16)
-        engine = module.create_engine(spec, parameters, optimizer=OPTIMIZER, options=options)
+        engine = module.create_engine(spec, state, optimizer=OPTIMIZER, options=options)
         found.append(engine.loss_and_gradients(data))
     (torch_loss, torch_gradients), (loss, gradients) = found
     assert loss == pytest.approx(torch_loss, rel=BFLOAT16 / 10)

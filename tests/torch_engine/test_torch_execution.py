@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, Compile, EngineOptions, OutOfMemory
+from arm_core.engine.protocol import Batch, Compile, EngineOptions, OutOfMemory, TrainingState
 from arm_core.model.cost import step_memory
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import EncoderSpec, PretrainSpec
@@ -33,7 +33,8 @@ SETTINGS = OptimizerSettings(clip=1.0, ema_decay=0.9)
 
 def make(spec=SMALL, **options) -> TorchEngine:
     options = EngineOptions(**{"device": "cpu", "threads": 1, **options})
-    return TorchEngine(spec, initial_parameters(spec, 0), optimizer=SETTINGS, options=options)
+    state = TrainingState(parameters=initial_parameters(spec, 0))
+    return TorchEngine(spec, state, optimizer=SETTINGS, options=options)
 
 
 def batch(spec=SMALL, images=2) -> Batch:

@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import ToyEngine, state_of
 
 from arm_core.data import Synthetic
 from arm_core.engine.protocol import Engine, EngineOptions
 from arm_core.engine.registry import installed_backends
-from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import Recipe, load_recipe, override
 from arm_core.training.checkpoint import Checkpoint, newest_checkpoint, saved_steps
 from arm_core.training.run_folder import RunFolder, read_rows, resume_run, start_run
@@ -70,11 +69,11 @@ class Killer(Observer):
 
 
 def make_engine(run: RunFolder, backend: str) -> Engine:
-    parameters = run.resumed.state.parameters if run.resumed else initial_parameters(run.spec, seed=0)
+    state = state_of(run)
     if backend == "toy":
-        return ToyEngine(run.spec, dict(parameters), run.recipe.optimizer)
+        return ToyEngine(run.spec, state, run.recipe.optimizer)
     return installed_backends()[backend].create_engine(
-        run.spec, parameters, optimizer=run.recipe.optimizer, options=EngineOptions(device="cpu", threads=1)
+        run.spec, state, optimizer=run.recipe.optimizer, options=EngineOptions(device="cpu", threads=1)
     )
 
 

@@ -6,11 +6,10 @@ import sys
 from dataclasses import replace
 
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import ToyEngine, fresh_state
 
 from arm_core.engine.protocol import TrainingState
 from arm_core.files.model_folder import read_config
-from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import Recipe, fingerprint, load_recipe, override
 from arm_core.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from arm_core.training.run_folder import RunFolder, read_rows, resume_run, start_run
@@ -27,7 +26,7 @@ def no_warning(sentence: str) -> None:
 
 
 def save_step(run: RunFolder, step: int) -> None:
-    engine = ToyEngine(run.spec, initial_parameters(run.spec, seed=step))
+    engine = ToyEngine(run.spec, fresh_state(run.spec, step))
     state = engine.export_state()
     progress = Progress(step=step, position=step, recipe=fingerprint(run.recipe), engine={})
     save_checkpoint(run.path, Checkpoint(spec=run.spec, progress=progress, state=state))

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import ToyEngine, fresh_state, state_of
 
 from arm_core.data import EvalLoader, EvalTransform, Synthetic
 from arm_core.data.loader import EvalBatch
-from arm_core.engine.protocol import Batch
+from arm_core.engine.protocol import Batch, TrainingState
 from arm_core.files.model_folder import read_model
-from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import Recipe, load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import classes_before, cross_entropy, evaluate
@@ -48,7 +47,7 @@ def recipe() -> Recipe:
 
 
 def make_engine(run: RunFolder, **options) -> ToyEngine:
-    return ToyEngine(run.spec, initial_parameters(run.spec, seed=0), run.recipe.optimizer, **options)
+    return ToyEngine(run.spec, state_of(run), run.recipe.optimizer, **options)
 
 
 def train(path, recipe, eval_source=None, observer=None, **options):
@@ -147,12 +146,12 @@ def test_drop_path_masks_follow_from_seed_and_position(tmp_path, recipe):
     seen: list[Batch] = []
 
     class Watched(ToyEngine):
-        def train_step(self, batches, *, step, lr, of):
+        def train_step(self, batches, *, step, lr, total_micro_batches):
             seen.extend(batches)
-            return super().train_step(batches, step=step, lr=lr, of=of)
+            return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
-        Trainer(run, Watched(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer), TRAIN).train()
+        Trainer(run, Watched(run.spec, state_of(run), run.recipe.optimizer), TRAIN).train()
     scales = [batch.drop_path_scale for batch in seen]
     assert {scale.shape for scale in scales} == {(6, 2, 4)}
     assert len({scale.tobytes() for scale in scales}) == len(scales) == 30
@@ -193,7 +192,9 @@ def test_the_average_is_evaluated_and_the_weights_come_back(tmp_path, recipe):
     source = open_folder(tmp_path / "ema" / "checkpoints" / "step-00000015", warn=print)
     spec, parameters = source.model.spec, source.load(Weights.EMA)
     loader = EvalLoader(HELD_OUT, recipe.eval_transform, size=(8, 8), batch_size=11)
-    assert row["ema_loss"] == pytest.approx(evaluate(ToyEngine(spec, parameters), loader).loss)
+    assert row["ema_loss"] == pytest.approx(
+        evaluate(ToyEngine(spec, TrainingState(parameters=parameters)), loader).loss
+    )
     assert row["ema_loss"] != row["eval_loss"]
     assert row["score"] == max(row["eval_top1"], row["ema_top1"])
 
@@ -213,7 +214,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, recipe):
         recipe, ["training.evaluate_every=3 steps", "training.save_every=5 steps", "training.keep=1"]
     )
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
-        engine = Scripted(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer)
+        engine = Scripted(run.spec, state_of(run), run.recipe.optimizer)
         four = Synthetic(4, (8, 8), classes=4)
         outcome = Trainer(run, engine, TRAIN, four).train()
     assert outcome.best["step"] == 6
@@ -315,7 +316,7 @@ def test_the_first_bad_tensor_is_found_by_a_forward_pass(tmp_path, recipe):
             return features * np.float32(np.inf) if len(self.steps) >= 6 else features
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run, np.errstate(invalid="ignore", over="ignore"):
-        engine = Overflowing(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer)
+        engine = Overflowing(run.spec, state_of(run), run.recipe.optimizer)
         with pytest.raises(
             NonFiniteError, match=r"step 7: loss nan.*first non-finite tensor is tokens"
         ) as error:
@@ -332,7 +333,7 @@ def test_a_bad_state_is_never_saved(tmp_path, recipe):
             return state
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
-        engine = Rotting(run.spec, initial_parameters(run.spec, 0), run.recipe.optimizer)
+        engine = Rotting(run.spec, state_of(run), run.recipe.optimizer)
         with pytest.raises(NonFiniteError, match=r"norm_f.bias \(second moment\)"):
             Trainer(run, engine, TRAIN).train()
     assert saved_steps(tmp_path)[-1] == 5
@@ -417,6 +418,6 @@ def test_data_that_do_not_fit_the_recipe_are_refused(
 def test_an_engine_of_another_model_is_refused(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
         other = replace(run.spec, classes=5)
-        engine = ToyEngine(other, initial_parameters(other, 0))
+        engine = ToyEngine(other, fresh_state(other))
         with pytest.raises(ValueError, match="made for another model"):
             Trainer(run, engine, TRAIN)

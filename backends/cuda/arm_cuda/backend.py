@@ -8,7 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Array, Engine, EngineOptions
+from arm_core.engine.protocol import Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
@@ -56,7 +56,7 @@ class TorchBackend:
     def create_engine(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
@@ -66,8 +66,8 @@ class TorchBackend:
 
         return TorchEngine(
             spec,
-            parameters,
-            optimizer=optimizer or OptimizerSettings(),
+            state,
+            optimizer=optimizer,
             options=options or EngineOptions(),
             ranks=ranks,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from arm_core import cpu_kernels
-from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
+from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
     Batch,
@@ -32,7 +32,6 @@ from arm_core.engine.protocol import (
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
 from arm_core.model.cost import step_memory
-from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ModelSpec
 from arm_cuda.distributed import local_device, peer_failures_named, place
 from arm_cuda.execution import check_execution, execute
@@ -99,9 +98,9 @@ class TorchEngine:
     def __init__(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
-        optimizer: OptimizerSettings,
+        optimizer: OptimizerSettings | None,
         options: EngineOptions,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -125,7 +124,7 @@ class TorchEngine:
         self._memory = step_memory(
             spec,
             value_bytes=2 if self._bfloat16 else 4,
-            average=optimizer.ema_decay is not None,
+            average=optimizer is not None and optimizer.ema_decay is not None,
             recompute=options.recompute,
             shards=ranks.world if options.shard else 1,
         )
@@ -137,7 +136,7 @@ class TorchEngine:
         self._trainable = {name: p for name, p in self._all.items() if p.requires_grad}
         with torch.no_grad():
             self._weights = {name: self._placement.local(p) for name, p in self._all.items()}
-        self.load_state(TrainingState(parameters=parameters))
+        self.load_state(state)
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         seen: dict[str, Tensor] | None = {} if intermediates else None
@@ -157,13 +156,14 @@ class TorchEngine:
         return loss.item() * self._ranks.world, gradients
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
     ) -> PendingStep:
+        settings = required(self._settings)
         with self._computing(batches[0].images, training=True):
-            share = self._accumulate(batches, of or len(batches))
+            share = self._accumulate(batches, total_micro_batches or len(batches))
             squares = sum_of_squares([self._placement.local(g) for g in self._gradients()])
             loss, squares = self._placement.totals(share, squares)
-            self._update(loss, norm := squares.sqrt(), step, lr)
+            self._update(settings, loss, norm := squares.sqrt(), step, lr)
             self._forget_gradients()
             return PendingStep(torch.stack([loss, norm]), self._ranks)
 
@@ -194,19 +194,19 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
-        check_parameters(self.spec, state.parameters)
+        state.check(self.spec)
         for name, weight in self._weights.items():
             weight.copy_(self._part(name, state.parameters[name]))
-        self._exp_avg = self._like_trainable(state.exp_avg, "exp_avg")
-        self._exp_avg_sq = self._like_trainable(state.exp_avg_sq, "exp_avg_sq")
+        self._exp_avg: dict[str, Tensor] = {}
+        self._exp_avg_sq: dict[str, Tensor] = {}
         self._ema: dict[str, Tensor] = {}
+        self._groups: list[Group] = []
+        if self._settings is None:
+            return
+        self._exp_avg = self._trainable_copies(state.exp_avg, torch.zeros_like)
+        self._exp_avg_sq = self._trainable_copies(state.exp_avg_sq, torch.zeros_like)
         if self._settings.ema_decay is not None:
-            self._ema = (
-                self._like_trainable(state.ema, "ema")
-                if state.ema
-                else {name: self._weights[name].clone() for name in self._trainable}
-            )
-        self._groups = []
+            self._ema = self._trainable_copies(state.ema, torch.clone)
         for group in parameter_groups(self.spec, self._settings):
             names = [name for name in group.names if self._weights[name].numel()]
             self._groups.append(
@@ -220,14 +220,12 @@ class TorchEngine:
                 )
             )
 
-    def _like_trainable(self, arrays: Mapping[str, Array], what: str) -> dict[str, Tensor]:
-        """Device copies of arrays, one per trainable parameter; zeros where there are none at all."""
+    def _trainable_copies(
+        self, arrays: Mapping[str, Array], initial: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Copies on the device, one per trainable parameter; without arrays, `initial` of its weight."""
         if not arrays:
-            return {name: torch.zeros_like(self._weights[name]) for name in self._trainable}
-        if difference := sorted(set(arrays) ^ set(self._trainable)):
-            raise ValueError(
-                f"{what}: expected the trainable parameters, differs in {', '.join(difference[:5])}"
-            )
+            return {name: initial(self._weights[name]) for name in self._trainable}
         return {name: self._part(name, arrays[name]).clone() for name in self._trainable}
 
     def _part(self, name: str, array: Array) -> Tensor:
@@ -287,12 +285,11 @@ class TorchEngine:
             parameter.grad = None
 
     @torch.no_grad()
-    def _update(self, loss: Tensor, norm: Tensor, step: int, lr: float) -> None:
+    def _update(self, settings: OptimizerSettings, loss: Tensor, norm: Tensor, step: int, lr: float) -> None:
         """AdamW, clipping and EMA in one pass each, without waiting for the device.
 
         The fused update divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
         """
-        settings = self._settings
         found_inf = (~torch.isfinite(loss + norm)).float()
         scale = torch.ones_like(norm)
         if settings.clip is not None:

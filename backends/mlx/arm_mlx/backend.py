@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Array, Engine, EngineOptions
+from arm_core.engine.protocol import Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
@@ -67,7 +67,7 @@ class MlxBackend:
     def create_engine(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
         optimizer: OptimizerSettings | None = None,
         options: EngineOptions | None = None,
@@ -79,6 +79,4 @@ class MlxBackend:
         blas.load()
         from arm_mlx.engine import MlxEngine
 
-        return MlxEngine(
-            spec, parameters, optimizer=optimizer or OptimizerSettings(), options=options, ranks=ranks
-        )
+        return MlxEngine(spec, state, optimizer=optimizer, options=options, ranks=ranks)

@@ -14,7 +14,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from arm_core import cpu_kernels
-from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
+from arm_core.engine.optimizer import OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
     Batch,
@@ -27,7 +27,6 @@ from arm_core.engine.protocol import (
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
 from arm_core.files.quantized import Quantized
-from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_mlx import blas, cpu_update, update
 from arm_mlx.distributed import MlxRanks
@@ -100,7 +99,7 @@ class PendingStep:
 class Steps:
     """The two functions that a training step is made of, compiled or not."""
 
-    add: Callable[[Arrays, mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]
+    micro_step: Callable[[Arrays, mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]
     """(batch, share, loss, gradients) -> loss and gradients with the share of this micro-batch."""
     finish: Callable[[Arrays, mx.array, mx.array, Arrays, mx.array], tuple[mx.array, mx.array]]
     """(last batch, share, loss, gradients, rates) -> loss and gradient norm, after the update."""
@@ -117,9 +116,9 @@ class MlxEngine:
     def __init__(
         self,
         spec: ModelSpec,
-        parameters: Mapping[str, Array],
+        state: TrainingState,
         *,
-        optimizer: OptimizerSettings,
+        optimizer: OptimizerSettings | None,
         options: EngineOptions,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -139,12 +138,12 @@ class MlxEngine:
         self._model = build_model(spec, self.scan, products, recompute=options.recompute)
         self._ranks = ranks if isinstance(ranks, MlxRanks) else None
         self._peer_failures_named = nullcontext if self._ranks is None else self._ranks.peer_failures_named
-        self._groups = parameter_groups(spec, optimizer)
+        self._groups = [] if optimizer is None else parameter_groups(spec, optimizer)
         self._moments = Moments()
         self._share_of_loss = nn.value_and_grad(self._model, lambda batch, share: self._loss(batch) * share)
         self._update = update.update if on_gpu or compiled else cpu_update.update
-        self._steps = self._compile() if compiled else Steps(self._add, self._finish)
-        self.load_state(TrainingState(parameters=dict(parameters)))
+        self._steps = self._compile() if compiled else Steps(self._micro_step, self._finish)
+        self.load_state(state)
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
         seen: Arrays | None = {} if intermediates else None
@@ -158,20 +157,21 @@ class MlxEngine:
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         self._refuse_quantized()
         with mx.stream(self._device):
-            loss, gradients = self._add(self._put(batch), mx.array(1.0), mx.zeros(()), {})
+            loss, gradients = self._micro_step(self._put(batch), mx.array(1.0), mx.zeros(()), {})
             return to_float(loss), {name: to_numpy(gradients[name]) for name in self._trainable}
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, of: int | None = None
+        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
     ) -> PendingStep:
         self._refuse_quantized()
+        settings = required(self._settings)
         with mx.stream(self._device), self._peer_failures_named():
-            share = mx.array(1.0 / (of or len(batches)))
+            share = mx.array(1.0 / (total_micro_batches or len(batches)))
             loss, gradients = mx.zeros(()), cast(Arrays, {})
             for batch in batches[:-1]:
-                loss, gradients = self._steps.add(self._put(batch), share, loss, gradients)
+                loss, gradients = self._steps.micro_step(self._put(batch), share, loss, gradients)
                 mx.async_eval(loss, gradients)  # one micro-batch's graph at a time
-            now = mx.array(rates(step, lr, self._settings))
+            now = mx.array(rates(step, lr, settings))
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
             del gradients  # what nobody holds any more, the update's results may overwrite
             mx.async_eval(loss, norm, self._state)
@@ -192,19 +192,26 @@ class MlxEngine:
         )
 
     def load_state(self, state: TrainingState) -> None:
-        check_parameters(self.spec, state.parameters)
-        quantized = {n: a for n, a in state.parameters.items() if isinstance(a, Quantized)}
-        plain = [(name, put(array)) for name, array in state.parameters.items() if name not in quantized]
+        state.check(self.spec)
+        plain: list[tuple[str, mx.array]] = []
+        quantized: dict[str, Quantized] = {}
+        for name, array in state.parameters.items():
+            if isinstance(array, Quantized):
+                quantized[name] = array
+            else:
+                plain.append((name, put(array)))
         self._model.load_weights(plain, strict=not quantized)
         modules = dict(self._model.named_modules())
         for name, weight in quantized.items():
             modules[name.removesuffix(".weight")].hold(weight)
         self._quantized = bool(quantized)
-        self._moments.exp_avg.update(self._like_trainable(state.exp_avg, "exp_avg"))
-        self._moments.exp_avg_sq.update(self._like_trainable(state.exp_avg_sq, "exp_avg_sq"))
+        if self._settings is None:
+            return
+        self._moments.exp_avg.update(self._trainable_copies(state.exp_avg, mx.zeros_like))
+        self._moments.exp_avg_sq.update(self._trainable_copies(state.exp_avg_sq, mx.zeros_like))
         if self._settings.ema_decay is not None:
-            start = {name: state.parameters[name] for name in self._trainable}
-            self._moments.ema.update(self._like_trainable(state.ema or start, "ema"))
+            # Copies in memory of their own: on a CPU the update writes in place.
+            self._moments.ema.update(self._trainable_copies(state.ema, lambda p: put(np.asarray(p))))
 
     def _refuse_quantized(self) -> None:
         if self._quantized:
@@ -214,14 +221,12 @@ class MlxEngine:
     def _trainable(self) -> Arrays:
         return named(self._model.trainable_parameters())
 
-    def _like_trainable(self, arrays: Mapping[str, Array], what: str) -> Arrays:
-        """Device copies of arrays, one per trainable parameter; zeros where there are none at all."""
+    def _trainable_copies(
+        self, arrays: Mapping[str, Array], initial: Callable[[mx.array], mx.array]
+    ) -> Arrays:
+        """Copies in MLX, one per trainable parameter; without arrays, `initial` of its weight."""
         if not arrays:
-            return {name: mx.zeros_like(p) for name, p in self._trainable.items()}
-        if difference := sorted(set(arrays) ^ set(self._trainable)):
-            raise ValueError(
-                f"{what}: expected the trainable parameters, differs in {', '.join(difference[:5])}"
-            )
+            return {name: initial(p) for name, p in self._trainable.items()}
         return {name: put(arrays[name]) for name in self._trainable}
 
     def _put(self, batch: Batch) -> Arrays:
@@ -241,7 +246,7 @@ class MlxEngine:
         """The state enters and leaves the graphs by itself; what the caller hands over is what changes."""
         model = [self._model.state]  # an output, too: tracing leaves its own arrays in the modules
         return Steps(
-            mx.compile(self._add, inputs=model, outputs=model),
+            mx.compile(self._micro_step, inputs=model, outputs=model),
             mx.compile(self._finish, inputs=self._state, outputs=self._state),
         )
 
@@ -251,7 +256,7 @@ class MlxEngine:
             return outputs["loss"]
         return soft_cross_entropy(outputs["logits"], batch["targets"])
 
-    def _add(
+    def _micro_step(
         self, batch: Arrays, share: mx.array, loss: mx.array, gradients: Arrays
     ) -> tuple[mx.array, Arrays]:
         """The sums with this micro-batch's share of the loss and of its gradients by name."""
@@ -263,7 +268,7 @@ class MlxEngine:
         self, batch: Arrays, share: mx.array, loss: mx.array, gradients: Arrays, now: mx.array
     ) -> tuple[mx.array, mx.array]:
         """The last micro-batch of a step, and the update. Returns loss and gradient norm."""
-        loss, gradients = self._add(batch, share, loss, gradients)
+        loss, gradients = self._micro_step(batch, share, loss, gradients)
         if self._ranks is not None:
             gradients = self._ranks.sum({LOSS: loss, **gradients})
             loss = gradients.pop(LOSS)
@@ -274,7 +279,7 @@ class MlxEngine:
             loss=loss,
             rates=now,
             groups=self._groups,
-            settings=self._settings,
+            settings=required(self._settings),
         )
         self._model.update(tree_unflatten(list(new.items())))
         return loss, norm

@@ -190,10 +190,11 @@ class _Demo:
 
     def _engine(self, folder: Path) -> Engine:
         from arm_cli.models import open_model
+        from arm_core.engine.protocol import TrainingState
 
         opened = open_model(str(folder))
-        options = self.choice.options()
-        return self.backend.create_engine(opened.spec, opened.parameters, options=options)
+        state, options = TrainingState(parameters=opened.parameters), self.choice.options()
+        return self.backend.create_engine(opened.spec, state, options=options)
 
     def _classifier(self) -> Path:
         return self._job("pretrained", LABELS[-1], 0).folder
@@ -214,7 +215,7 @@ class _Demo:
         images, labels = _images(self.test, recipe, range(PARITY_IMAGES))
         batch = Batch(images=images, targets=np.eye(10, dtype=np.float32)[labels])
         engine = self._engine(self._classifier())
-        other = others[0].create_engine(engine.spec, engine.export_state().parameters)
+        other = others[0].create_engine(engine.spec, engine.export_state())
         logits, other_logits = engine.forward(images)["logits"], other.forward(images)["logits"]
         gradients, other_gradients = engine.loss_and_gradients(batch)[1], other.loss_and_gradients(batch)[1]
         parity = Parity(

@@ -45,6 +45,7 @@ class Job:
 def run_job(job: Job, backend: str, options: EngineOptions) -> Rows:
     """Train, in this process. Raises ClickException where a signal ended the run early."""
     from arm_core.data.digits import Digits
+    from arm_core.engine.protocol import TrainingState
     from arm_core.engine.registry import choose_backend
     from arm_core.training.run_folder import start_run
     from arm_core.training.trainer import Trainer
@@ -53,8 +54,8 @@ def run_job(job: Job, backend: str, options: EngineOptions) -> Rows:
     spec = job.recipe.spec(len(train.classes))
     test = Digits(job.evaluate_on, size=spec.image_size) if job.evaluate_on else None
     chosen = choose_backend(backend)
-    weights = first_weights(job, spec)
-    engine = chosen.create_engine(spec, weights, optimizer=job.recipe.optimizer, options=options)
+    state = TrainingState(parameters=first_weights(job, spec))
+    engine = chosen.create_engine(spec, state, optimizer=job.recipe.optimizer, options=options)
     with start_run(job.folder, job.recipe, spec) as run:
         session = {"backend": chosen.name, "version": chosen.version()}
         outcome = Trainer(run, engine, train, test, session=session).train()
