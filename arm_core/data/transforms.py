@@ -128,10 +128,14 @@ class EvalTransform:
 
     def __call__(self, item: Item, size: Size) -> Array:
         """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
-        fraction = self.crop_fraction
-        if fraction is None:
-            fraction = EVAL_FRACTION if max(size) <= EVAL_MARGIN_LIMIT else 1.0
-        return normalize(center_crop(decode(item.image, item.name), size, fraction), self.mean, self.std)
+        image = center_crop(decode(item.image, item.name), size, self.fraction(size))
+        return normalize(image, self.mean, self.std)
+
+    def fraction(self, size: Size) -> float:
+        """Side of the centre crop over that of the resized image, for images of this size."""
+        if self.crop_fraction is not None:
+            return self.crop_fraction
+        return EVAL_FRACTION if max(size) <= EVAL_MARGIN_LIMIT else 1.0
 
 
 def random_resized_crop(

@@ -254,3 +254,12 @@ class Backend(Protocol):
         ranks: from `join`, if the engine trains together with those of other ranks.
         Raises ValueError on a state of another model and on options that the backend does not offer.
         """
+
+    def create_module(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], config: Any, **options: Any
+    ) -> Any:
+        """The framework's own module for use as a library (`arm_vision.load_model`), in evaluation mode.
+
+        config: an `arm_core.data.model_config.ModelConfig`.  options: device and dtype of the framework,
+        scan, dynamic_image_size, drop_path_rate.
+        """

@@ -7,9 +7,10 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from typing import Any
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Backend, Engine, EngineOptions, TrainingState
+from arm_core.engine.protocol import Array, Backend, Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
@@ -118,6 +119,12 @@ class OnDevice:
         options = options or EngineOptions()
         options = replace(options, device=self._checked(options.device))
         return self._backend.create_engine(spec, state, optimizer=optimizer, options=options, ranks=ranks)
+
+    def create_module(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], config: Any, **options: Any
+    ) -> Any:
+        options["device"] = self._checked(str(options.get("device") or "auto"))
+        return self._backend.create_module(spec, parameters, config, **options)
 
     def _checked(self, device: str) -> str:
         if device == "auto":

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from arm_convert.bicubic import resize_table
 from arm_core.files.safetensors import AnyArray, Tensor
+from arm_core.model.bicubic import resize_table
 from arm_core.model.parameters import Array, Parameter, Shape, initial_value, parameter_table
 from arm_core.model.rng import KeyedRng
 from arm_core.model.spec import ClassifierSpec, Direction, ModelSpec, PretrainSpec

@@ -42,8 +42,8 @@ def parse_address(text: str) -> Address:
 
 def fetch(text: str) -> Path:
     """Download a model (from the hub's cache, if it is there) and return its folder or file."""
-    address, hub = parse_address(text), _library()
-    with _in_one_line(text):
+    address, hub = parse_address(text), library()
+    with in_one_line(text):
         if address.file:
             return Path(hub.hf_hub_download(address.repository, address.file, revision=address.revision))
         return Path(
@@ -53,10 +53,10 @@ def fetch(text: str) -> Path:
 
 def push(folder: Path, text: str, *, private: bool, message: str) -> str:
     """Upload a model folder, creating the repository where needed; returns the commit's address."""
-    address, hub = parse_address(text), _library()
+    address, hub = parse_address(text), library()
     if address.file:
         raise ValueError(f"{text}: expected hf://user/name or hf://user/name@revision to push to")
-    with _in_one_line(text):
+    with in_one_line(text):
         api = hub.HfApi()
         api.create_repo(address.repository, private=private, exist_ok=True)
         if address.revision:
@@ -72,7 +72,7 @@ def push(folder: Path, text: str, *, private: bool, message: str) -> str:
     return str(done)
 
 
-def _library() -> Any:
+def library() -> Any:
     try:
         import huggingface_hub
     except ImportError:
@@ -81,7 +81,7 @@ def _library() -> Any:
 
 
 @contextmanager
-def _in_one_line(text: str) -> Iterator[None]:
+def in_one_line(text: str) -> Iterator[None]:
     """The library's errors (its own and its HTTP client's, of many classes) as a sentence for the user."""
     try:
         yield

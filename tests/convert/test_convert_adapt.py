@@ -12,12 +12,12 @@ import pytest
 from converting import convert
 
 from arm_convert import adapt
-from arm_convert.bicubic import interpolation_matrix, resize_table
 from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.importing import resolve
 from arm_convert.official import official_view
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.files.safetensors import Tensor, as_tensors
+from arm_core.model.bicubic import interpolation_matrix, resize_table
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.reference.model import forward
 from arm_core.model.spec import DIRECTIONS, ClassifierSpec, Direction, EncoderSpec, PretrainSpec

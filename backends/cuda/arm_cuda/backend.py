@@ -6,12 +6,16 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Engine, EngineOptions, TrainingState
+from arm_core.engine.protocol import Array, Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from arm_core.data.model_config import ModelConfig
 
 
 class TorchBackend:
@@ -71,3 +75,10 @@ class TorchBackend:
             options=options or EngineOptions(),
             ranks=ranks,
         )
+
+    def create_module(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], config: ModelConfig, **options: Any
+    ) -> Any:
+        from arm_cuda.library import create_module
+
+        return create_module(spec, parameters, config, **options)

@@ -245,16 +245,24 @@ class Classifier(Trunk):
     def forward(
         self, images: Tensor, drop_path_scale: Tensor | None = None, seen: Seen = None
     ) -> dict[str, Tensor]:
-        middle = self.spec.class_position
-        x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
-        token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + self.pos_embed
+        x = self.embed(images, self.pos_embed)
         x = note(seen, "norm_f", self.norm_f(self.blocks(x, drop_path_scale, seen)[-1]))
-        if self.spec.pooling is Pooling.MEAN:
-            features = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
-        else:
-            features = x[:, middle]
+        features = self.pool(x)
         return {"features": features, "logits": self.head(features)}
+
+    def embed(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T, D) of images (B, H, W, C), the class token in their middle. positions: (T, D)."""
+        x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
+        middle = x.shape[1] // 2
+        token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
+        return torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + positions
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The vector before the head, (B, D), of normalized tokens (B, T, D)."""
+        middle = (x.shape[1] - 1) // 2
+        if self.spec.pooling is Pooling.MEAN:
+            return (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
+        return x[:, middle]
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

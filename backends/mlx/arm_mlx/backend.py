@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Engine, EngineOptions, TrainingState
+from arm_core.engine.protocol import Array, Engine, EngineOptions, TrainingState
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
 from arm_core.model.spec import ModelSpec
 from arm_mlx import blas
+
+if TYPE_CHECKING:
+    from arm_core.data.model_config import ModelConfig
 
 
 class MlxBackend:
@@ -80,3 +84,11 @@ class MlxBackend:
         from arm_mlx.engine import MlxEngine
 
         return MlxEngine(spec, state, optimizer=optimizer, options=options, ranks=ranks)
+
+    def create_module(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], config: ModelConfig, **options: Any
+    ) -> Any:
+        blas.load()
+        from arm_mlx.library import create_module
+
+        return create_module(spec, parameters, config, **options)

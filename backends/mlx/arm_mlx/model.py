@@ -158,7 +158,7 @@ class Mixer(nn.Module):
     def __init__(self, spec: EncoderSpec, directions: int, scan: str) -> None:
         super().__init__()
         self.split = (spec.dt_rank, spec.dt_rank + spec.state)
-        self.scan = scan
+        self.scan, self.save_for_backward = scan, False
         width = spec.width
         self.in_proj = Linear(width, 2 * width, bias=False)
         self.conv = DirectionalWeight(directions, width, spec.conv_width, bias=True)
@@ -175,7 +175,17 @@ class Mixer(nn.Module):
         dt = self.dt_proj.project(low)  # bias and softplus belong to the scan
         A = -mx.exp(self.A_log)
         out = selective_scan(
-            u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan, keep=self.training
+            u,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            self.dt_proj.bias,
+            z,
+            order,
+            impl=self.scan,
+            keep=self.training or self.save_for_backward,
         )
         return self.out_proj(out)
 
@@ -343,16 +353,24 @@ class Classifier(Trunk):
     def __call__(
         self, images: mx.array, drop_path_scale: mx.array | None = None, seen: Seen = None
     ) -> dict[str, mx.array]:
-        middle = self.spec.class_position
-        x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
-        token = mx.broadcast_to(self.cls_token.astype(x.dtype), (len(x), 1, x.shape[-1]))
-        x = mx.concatenate([x[:, :middle], token, x[:, middle:]], axis=1) + self.pos_embed
+        x = self.embed(images, self.pos_embed)
         x = note(seen, "norm_f", self.norm_f(self.blocks(x, drop_path_scale, seen)[-1]))
-        if self.spec.pooling is Pooling.MEAN:
-            features = (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
-        else:
-            features = x[:, middle]
+        features = self.pool(x)
         return {"features": features, "logits": self.head(features)}
+
+    def embed(self, images: mx.array, positions: mx.array) -> mx.array:
+        """Tokens (B, T, D) of images (B, H, W, C), the class token in their middle. positions: (T, D)."""
+        x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
+        middle = x.shape[1] // 2
+        token = mx.broadcast_to(self.cls_token.astype(x.dtype), (len(x), 1, x.shape[-1]))
+        return mx.concatenate([x[:, :middle], token, x[:, middle:]], axis=1) + positions
+
+    def pool(self, x: mx.array) -> mx.array:
+        """The vector before the head, (B, D), of normalized tokens (B, T, D)."""
+        middle = (x.shape[1] - 1) // 2
+        if self.spec.pooling is Pooling.MEAN:
+            return (x[:, :middle].mean(1) + x[:, middle + 1 :].mean(1)) / 2
+        return x[:, middle]
 
 
 def soft_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
