@@ -239,8 +239,8 @@ def test_resizing_a_pretraining_model_computes_its_fixed_tables(pretrained, tmp_
 
 def test_a_size_that_does_not_fit_is_one_line(pretrained, tmp_path):
     for size, message in (
-        ("25", "whole number of 4-pixel patches"),
-        ("20", "do not tile the grid"),
+        ("25", "not divisible into patches of 4x4 pixels"),
+        ("20", "is not divisible into clusters"),
         ("x", "like 224"),
     ):
         result = convert("resize", pretrained, tmp_path / "m", "--image-size", size)
