@@ -20,8 +20,9 @@ from arm_core.engine.protocol import EngineOptions
 from arm_core.engine.ranks import ALONE, Ranks, lead
 from arm_core.engine.registry import choose_backend
 from arm_core.recipe.recipe import Recipe, load_recipe, override
+from arm_core.training.observer import Observer
 from arm_core.training.run_folder import resume_run, start_run
-from arm_core.training.trainer import Observer, Trainer
+from arm_core.training.trainer import Trainer
 
 COMMON = [
     "model.width=16",

@@ -73,6 +73,13 @@ class TrainBatches:
         order = epoch_order(self.seed, epoch, len(self.source))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
+    def samples(self, position: int) -> Iterator[tuple[str, Array]]:
+        """Name and (H, W, 3) float32 pixels of each image of a batch, before mixing."""
+        epoch = position // self.batches_per_epoch
+        for index in self.indices(position).tolist():
+            item = self.source.item(index, epoch)
+            yield item.name, self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, index))
+
     def __getitem__(self, position: int) -> Arrays:
         """`images` (B, H, W, 3) float32 and, with classes, `targets` (B, classes) float32."""
         epoch, indices = position // self.batches_per_epoch, self.indices(position)

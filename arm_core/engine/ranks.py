@@ -117,6 +117,15 @@ def lead(ranks: Ranks, work: Callable[[], T]) -> T:
     return result[0] if ranks.world == 1 else next(v[0] for v in ranks.gather(result) if v)
 
 
+def confirm(ranks: Ranks, value: int) -> None:
+    """Check that every rank is reached, and with the same value; PeerFailed otherwise.
+
+    For use before rank 0 writes a result to which all ranks contributed: what a lost rank sent may be wrong.
+    """
+    if (found := ranks.gather(value)) != [value] * ranks.world:
+        raise PeerFailed(f"another process of the job has ended (expected {value} of all, found {found})")
+
+
 def agree(ranks: Ranks, value: T | None) -> T | None:
     """The first value that is not None, in the order of the ranks."""
     return next((found for found in ranks.gather(value) if found is not None), None)

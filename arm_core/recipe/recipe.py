@@ -18,6 +18,7 @@ from typing import Any
 from arm_core.data.mixing import Mixing
 from arm_core.data.transforms import EvalTransform, TrainTransform
 from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.files.reading import read_text
 from arm_core.model.checks import check_keys, near_match, shortened
 from arm_core.model.spec import ModelSpec
 from arm_core.recipe.schedule import scaled_lr
@@ -125,9 +126,9 @@ def recipe_text(name_or_path: str | Path) -> str:
             )
         return (resources.files("arm_core.recipe") / f"{name}.toml").read_text("utf-8")
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {name}: cannot be read ({error})") from None
+        return read_text(path, 4 * MAX_CHARACTERS)
+    except OSError as error:
+        raise ValueError(f"recipe {name}: cannot be read ({error.strerror or error})") from None
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -1,1 +1,1 @@
-"""The training loop and what it leaves on the disk. Imports every other room of the core."""
+"""The training loop and its files. May import every other room of the core."""

@@ -1,15 +1,15 @@
-"""Checkpoints of a run: whole or not at all, verified before they are trusted.
+"""Checkpoints of a run, written atomically and verified when they are read.
 
     RUN/checkpoints/step-00001000/
         config.json  model.safetensors     the model; every tool that reads a model folder reads this one
         optimizer.safetensors              exp_avg/<name> and exp_avg_sq/<name>
-        ema.safetensors                    where an average is kept
+        ema.safetensors                    if an average is kept
         state.json                         `Progress`
         manifest.json                      size and sha256 of each file above
-    RUN/LAST                               name of the newest checkpoint, for people and scripts
+    RUN/LAST                               name of the newest checkpoint, for users and scripts
 
-A checkpoint is written as `step-00001000.tmp`, flushed, and renamed; `LAST` follows. Reading takes the
-newest folder whose manifest holds, whatever `LAST` says.
+A checkpoint is written as `step-00001000.tmp`, flushed and renamed; then `LAST` is replaced. Reading takes
+the newest folder that matches its manifest, and does not use `LAST`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import CONFIG, read_config, write_weights
 from arm_core.files.reading import read_json_file
 from arm_core.files.safetensors import Tensor, as_tensors, read_tensors, write_tensors
+from arm_core.model.checks import Range, check_keys, check_whole, shortened
 from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ModelSpec, to_json
 
@@ -40,7 +41,7 @@ LAST = "LAST"
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,15})")
 _CHUNK = 1 << 20
 
 Warn = Callable[[str], None]
@@ -49,16 +50,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is: the content of `state.json`."""
+    """Progress of a run: the content of `state.json`."""
 
     step: int
     """Updates done."""
     position: int
-    """Micro-batches consumed, over all processes: where the data goes on."""
+    """Micro-batches consumed, over all processes: the position in the data."""
     recipe: str
     """`arm_core.recipe.recipe.fingerprint` of the recipe in use."""
     engine: dict[str, str]
-    """Backend, device, scan implementation and precision that wrote it; another one may go on."""
+    """Backend, device, scan implementation and precision that wrote it; any other can resume."""
     losses: tuple[float, ...] = ()
     """Of the steps since the last row in `metrics.jsonl`, so that a resumed run writes the same rows."""
     grad_norms: tuple[float, ...] = ()
@@ -66,18 +67,18 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One saved moment of a run."""
+    """The saved state of a run at a step."""
 
     spec: ModelSpec
     progress: Progress
     state: TrainingState = field(repr=False)
-    """One that was loaded reads an array each time it is asked for."""
+    """In a loaded checkpoint each access reads the array from the file."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Strings kept in the header of `model.safetensors`: `classes` and `eval_transform`, as JSON."""
 
 
 class StoredArrays(Mapping[str, Array]):
-    """float32 arrays of a file, each read when it is asked for: nobody holds a whole training state."""
+    """float32 arrays of a file, read on access, so that a training state is never held twice."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -98,17 +99,18 @@ def step_name(step: int) -> str:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint folder, sound or not, oldest first."""
+    """Steps that have a checkpoint folder, intact or not, oldest first; other names are ignored."""
     folder = run / FOLDER
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
+    steps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+    return sorted(step for step in steps if step_name(step) in names)
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, then point `LAST` at it; returns its folder.
+    """Write a checkpoint, then update `LAST`; returns its folder.
 
-    Wherever this stops (killed, disk full, power lost), earlier checkpoints stay as they are and the new
-    one is either whole or not seen. A folder of the same step is replaced. Raises OSError.
+    If this is interrupted at any point (killed, disk full, power failure), earlier checkpoints are unchanged
+    and the new one is either complete or ignored. A folder of the same step is replaced. Raises OSError.
     """
     check_parameters(checkpoint.spec, checkpoint.state.parameters)
     folder = run / FOLDER
@@ -153,9 +155,9 @@ def _point_to(run: Path, name: str) -> None:
 
 
 def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
-    """Read a checkpoint after checking every byte of it; BadFileError (a ValueError) says what is wrong.
+    """Verify and read a checkpoint; BadFileError (a ValueError) describes what is wrong.
 
-    check: False where another process has just done so.
+    check: False if another process has just verified it.
     """
     files = verify(folder) if check else [path.name for path in folder.iterdir()]
     spec = read_config(folder)
@@ -169,25 +171,42 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     )
     values = read_json_file(folder / STATE)
     try:
-        lists = {name: tuple(values[name]) for name in ("losses", "grad_norms")}
-        progress = Progress(**{**values, **lists})
-    except (KeyError, TypeError) as error:
-        raise BadFileError(
-            f"{folder / STATE}: written by another version of this package ({error})"
-        ) from None
+        progress = _progress(values)
+    except ValueError as error:
+        raise BadFileError(f"{folder / STATE}: {error}") from None
     return Checkpoint(spec=spec, progress=progress, state=state, metadata=model.metadata)
 
 
-def newest_checkpoint(run: Path, warn: Warn) -> Checkpoint | None:
-    """The newest sound checkpoint of a run; `warn` is told of each newer one that had to be passed over.
+def _progress(values: Mapping[str, Any]) -> Progress:
+    """`Progress` from `state.json`; ValueError names a missing, unknown or invalid value."""
+    names = [item.name for item in fields(Progress)]
+    check_keys("", values, names)
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{missing[0]} is missing")
+    check_whole("state", Range(low=0, below=2**63), step=values["step"], position=values["position"])
+    if not isinstance(values["recipe"], str):
+        raise ValueError(f"recipe: expected a hash, found {shortened(values['recipe'])}")
+    engine = values["engine"]
+    if not isinstance(engine, dict) or not all(isinstance(word, str) for word in engine.values()):
+        raise ValueError(f"engine: expected names and texts, found {shortened(engine)}")
+    lists = {}
+    for name in ("losses", "grad_norms"):
+        if not isinstance(values[name], list) or not all(type(item) in (int, float) for item in values[name]):
+            raise ValueError(f"{name}: expected a list of numbers, found {shortened(values[name])}")
+        lists[name] = tuple(float(item) for item in values[name])
+    return Progress(**{**values, **lists})
 
-    None where no checkpoint was ever written; BadFileError where none of them is sound.
+
+def newest_checkpoint(run: Path, warn: Warn) -> Checkpoint | None:
+    """The newest intact checkpoint of a run; `warn` is called for each newer one that is corrupt.
+
+    None if no checkpoint was ever written; BadFileError if none of them is intact.
     """
     return _newest(run, load_checkpoint, warn)
 
 
 def newest_folder(run: Path, warn: Warn) -> Path | None:
-    """Folder of the newest sound checkpoint, otherwise as `newest_checkpoint`."""
+    """Folder of the newest intact checkpoint; otherwise like `newest_checkpoint`."""
 
     def checked(folder: Path) -> Path:
         verify(folder)
@@ -203,19 +222,19 @@ def _newest(run: Path, read: Callable[[Path], T], warn: Warn) -> T | None:
         try:
             return read(folder)
         except (BadFileError, OSError) as error:
-            warn(f"{folder.name} is damaged and passed over: {error}")
+            warn(f"{folder.name} is corrupt; skipped: {error}")
     if steps:
-        raise BadFileError(f"{run / FOLDER}: none of the {len(steps)} checkpoints is sound")
+        raise BadFileError(f"{run / FOLDER}: all {len(steps)} checkpoints are corrupt")
     return None
 
 
 def verify(folder: Path) -> list[str]:
-    """Compare a checkpoint's files with its manifest; returns their names.
+    """Compare the files of a checkpoint with its manifest; returns their names.
 
     BadFileError names the first file that differs.
     """
     if not (folder / MANIFEST).is_file():
-        raise BadFileError(f"{folder}: no {MANIFEST}: it was not written to its end")
+        raise BadFileError(f"{folder}: incomplete; it contains no {MANIFEST}")
     files = read_json_file(folder / MANIFEST)
     for name in (CONFIG, MODEL, OPTIMIZER, STATE):
         if name not in files:
@@ -223,29 +242,32 @@ def verify(folder: Path) -> list[str]:
     for name, expected in files.items():
         path = folder / Path(name).name
         if not path.is_file():
-            raise BadFileError(f"{path}: missing, though {MANIFEST} lists it")
+            raise BadFileError(f"{path}: missing, but listed in {MANIFEST}")
         found = _digest(path)
         if found != expected:
-            raise BadFileError(f"{path}: damaged: {MANIFEST} says {_words(expected)}, found {_words(found)}")
+            raise BadFileError(
+                f"{path}: corrupt; {MANIFEST} states {_words(expected)}, found {_words(found)}"
+            )
     return list(files)
 
 
 def prune(run: Path, *, keep: int, also: Collection[int] = ()) -> None:
-    """Remove checkpoints except the newest `keep` and the steps in `also`, and what broken writes left."""
-    for step in saved_steps(run)[:-keep]:
+    """Remove complete checkpoints except the newest `keep` and the steps in `also`, and incomplete writes."""
+    complete = [step for step in saved_steps(run) if (run / FOLDER / step_name(step) / MANIFEST).is_file()]
+    for step in complete[:-keep]:
         if step not in also:
             shutil.rmtree(_set_aside(run / FOLDER / step_name(step)))
     remove_drafts(run)
 
 
 def remove_drafts(run: Path) -> None:
-    """Remove what interrupted writes left behind."""
+    """Remove the remains of interrupted writes."""
     for draft in (run / FOLDER).glob("step-*.tmp"):
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that it is none any more: half removed, it must not look like a damaged one."""
+    """Rename a checkpoint before it is removed, so that a partly removed one does not look corrupt."""
     aside = folder.with_name(f"{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     return folder.rename(aside)

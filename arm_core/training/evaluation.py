@@ -1,4 +1,4 @@
-"""Exact evaluation: every image once, the last batch as small as it comes, sums in float64."""
+"""Exact evaluation: every image once, a smaller last batch where needed, sums in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.model.spec import ClassifierSpec
 
 TOP = 5
-"""The k of `top5`; with fewer classes all of them count."""
+"""The k of `top5`; with fewer classes, all of them."""
+
+
+class EvaluationStopped(Exception):  # noqa: N818
+    """An evaluation ended early because `stop` asked for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,13 @@ class Evaluation:
     loss: float
     """Cross-entropy in nats, or the prediction error of a pretraining model."""
     top1: float | None = None
-    """Part of the images whose class is the likeliest; None in pretraining."""
+    """Fraction of images whose class has the highest probability; None in pretraining."""
     top5: float | None = None
-    """Part of the images whose class is among the five likeliest."""
+    """Fraction of images whose class is among the five with the highest probability."""
 
     @property
     def score(self) -> float:
-        """What the best checkpoint has most of: top-1 accuracy, or minus the loss in pretraining."""
+        """The best checkpoint has the highest: top-1 accuracy, or minus the loss in pretraining."""
         return -self.loss if self.top1 is None else self.top1
 
 
@@ -42,18 +46,23 @@ def evaluate(
     batches: Iterable[EvalBatch],
     *,
     seen: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     rounds: int = 0,
 ) -> Evaluation:
-    """Run the engine's model over `batches` (an `EvalLoader`); `seen` is told the images of each batch.
+    """Run the engine's model over `batches` (an `EvalLoader`).
 
-    ranks: each gives its own batches, and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
-    fewer batches computes something idle in the last one, since all take part in a pass.
-    Raises ValueError for no images, and for an image without a label where the model is a classifier.
+    seen: called with the number of images of each batch.  stop: asked before each batch, at the same points
+    on all ranks; True ends the evaluation with EvaluationStopped.
+    ranks: each passes its own batches and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
+    fewer batches computes a dummy batch in the last round, since all ranks take part in a pass.
+    Raises ValueError if there are no images, or if an image of a classifier has no label.
     """
     classifier = isinstance(engine.spec, ClassifierSpec)
     own: list[tuple[int, int, int, float]] = []
     for batch in batches:
+        if stop is not None and stop():
+            raise EvaluationStopped
         count = len(batch.images)
         outputs = engine.forward(batch.images)
         if classifier:
@@ -66,8 +75,10 @@ def evaluate(
         if seen is not None:
             seen(count)
     for _ in range(rounds - len(own)):
+        if stop is not None and stop():
+            raise EvaluationStopped
         engine.forward(np.zeros((1, *engine.spec.image_size, 3), np.float32))
-    # Added up in the order of the batches: the same bits from any number of ranks.
+    # Summed in the order of the batches, so that any number of ranks gives the same bits.
     turns = zip_longest(*ranks.gather(own))
     sums = [batch for turn in turns for batch in turn if batch is not None]
     images, first, five, loss = (
@@ -87,9 +98,9 @@ def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[n
 
 
 def classes_before(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Classes that stand before the true one, `(B,)`: 0 where it is the likeliest.
+    """Number of classes ranked before the true one, `(B,)`: 0 where the true class is the most probable.
 
-    Ties go to the class with the smaller number; a value that is no number beats the true class.
+    Of equal logits the class with the smaller index is ranked first; NaN is ranked before the true class.
     """
     own = logits[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(logits.shape[1]) < labels[:, None]
@@ -98,7 +109,7 @@ def classes_before(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[
 
 @contextmanager
 def with_ema_weights(engine: Engine) -> Iterator[None]:
-    """Inside the block the engine computes with the moving average of its weights."""
+    """Inside the block the engine uses the moving average of its weights."""
     engine.swap_ema()
     try:
         yield

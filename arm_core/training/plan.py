@@ -1,4 +1,4 @@
-"""What each step of a run is given: batches, drop path, learning rate, all from the recipe and the step."""
+"""The inputs of each step of a run: batches, drop path and learning rate, from the recipe and the step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
+
+import numpy as np
 
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.sources import ImageSource
@@ -34,13 +36,13 @@ def _naming_lost_workers() -> Iterator[None]:
 
 
 class Plan:
-    """A recipe laid out over a data source.
+    """A recipe applied to a data source.
 
-    With several ranks, rank r makes the micro-batches whose position leaves the remainder r when divided
-    by their number, so that what an update consists of does not depend on how many there are.
+    With several ranks, rank r prepares the micro-batches with position % world == r, so that the images of
+    an update do not depend on the number of ranks.
 
-    Raises ValueError where they do not fit: too few images for a batch, another number of classes, a
-    warm-up longer than the run, more ranks than an update has micro-batches.
+    Raises ValueError if they do not match: too few images for a batch, another number of classes, a
+    warm-up longer than the run, more ranks than micro-batches per update.
     """
 
     def __init__(self, recipe: Recipe, spec: ModelSpec, source: ImageSource, *, ranks: Ranks = ALONE) -> None:
@@ -48,7 +50,7 @@ class Plan:
         self._rank, self._world = ranks.rank, ranks.world
         _check_shares(self._training, ranks.world)
         self._classes = spec.classes if isinstance(spec, ClassifierSpec) else None
-        batches = TrainBatches(
+        batches = self._batches = TrainBatches(
             source=source,
             transform=recipe.augmentation,
             size=spec.image_size,
@@ -58,21 +60,21 @@ class Plan:
             mixing=recipe.mixing,
         )
         self.steps_per_epoch = Fraction(batches.batches_per_epoch, self._training.accumulation)
-        """Updates in one pass over the data; no whole number where an update straddles two epochs."""
+        """Updates in one pass over the data; a fraction where an update spans two epochs."""
         length = self._training.length.steps(self.steps_per_epoch)
         self.total_steps = max(1, math.floor(length))
         warmup = recipe.schedule.warmup.steps(self.steps_per_epoch)
         if warmup > length:
             raise ValueError(
-                f"schedule.warmup of {recipe.schedule.warmup} exceeds the run of {self._training.length} "
-                f"({float(warmup):g} against {float(length):g} steps); shorten it"
+                f"schedule.warmup of {recipe.schedule.warmup} exceeds training.length of "
+                f"{self._training.length} ({float(warmup):g} and {float(length):g} steps); shorten it"
             )
         self._schedule = Schedule(
             lr=recipe.lr, min_lr=recipe.schedule.min_lr, warmup=float(warmup), length=float(length)
         )
 
     def lr(self, step: int) -> float:
-        """Learning rate of update number `step`, from 1: that of the moment where it begins."""
+        """Learning rate of update number `step`, counted from 1: that of the time at which it begins."""
         return self._schedule.at(step - 1)
 
     def epoch(self, step: int) -> float:
@@ -80,12 +82,12 @@ class Plan:
         return round(float(step / self.steps_per_epoch), 4)
 
     def due(self, every: Span, step: int) -> bool:
-        """Whether `step` is the first at or past a multiple of `every`."""
+        """Whether `step` is the first step at or after a multiple of `every`."""
         steps = every.steps(self.steps_per_epoch)
         return step // steps > (step - 1) // steps
 
     def open(self, position: int, *, workers: int) -> TrainLoader:
-        """This rank's micro-batches from `position` on; close it."""
+        """Loader of this rank's micro-batches from `position` on; close it after use."""
         return TrainLoader(
             self._source,
             self._recipe.augmentation,
@@ -101,11 +103,28 @@ class Plan:
         )
 
     def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
-        """This rank's micro-batches of one update, drop path included; `loader` stands at `position`."""
-        update = range(position, position + self._training.accumulation)
-        positions = [p for p in update if p % self._world == self._rank]
+        """This rank's micro-batches of one update, with drop path; `loader` is at `position`."""
         with _naming_lost_workers():
-            return [self._with_drop_path(next(loader), p) for p in positions]
+            return [self._with_drop_path(next(loader), p) for p in self._own(position)]
+
+    def image_names(self, position: int) -> list[str]:
+        """Names of the images of the update at `position`, of all ranks."""
+        update = range(position, position + self._training.accumulation)
+        batches = [self._batches.indices(p).tolist() for p in update]
+        return [self._source.item(index).name for indices in batches for index in indices]
+
+    def first_bad_image(self, position: int) -> str | None:
+        """Name of this rank's first image with a non-finite pixel, in the update at `position`."""
+        for p in self._own(position):
+            for name, pixels in self._batches.samples(p):
+                if not np.isfinite(pixels).all():
+                    return name
+        return None
+
+    def _own(self, position: int) -> list[int]:
+        """Positions of this rank's micro-batches in the update that begins at `position`."""
+        update = range(position, position + self._training.accumulation)
+        return [p for p in update if p % self._world == self._rank]
 
     def _with_drop_path(self, batch: Batch, position: int) -> Batch:
         rate, depth = self._training.drop_path, self._spec.encoder.depth
@@ -126,11 +145,11 @@ class Plan:
             yield batch
 
     def eval_loader(self, source: ImageSource) -> EvalLoader:
-        """This rank's batches of `source` for evaluation; ValueError where its classes are others."""
+        """This rank's batches of `source` for evaluation; ValueError if its classes differ."""
         if self._classes is not None and source.classes != self._source.classes:
             raise ValueError(
-                f"the images to evaluate on have other classes ({_some(source.classes)}) "
-                f"than those to train on ({_some(self._source.classes)})"
+                f"the evaluation images have other classes ({_some(source.classes)}) "
+                f"than the training images ({_some(self._source.classes)})"
             )
         return EvalLoader(
             source,
@@ -143,7 +162,7 @@ class Plan:
         )
 
     def model_metadata(self) -> dict[str, str]:
-        """What a model file says beside its tensors, so that it can be used without its run."""
+        """Metadata of a model file, so that it can be used without its run."""
         transform = json.dumps(asdict(self._recipe.eval_transform))
         names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
         return {"eval_transform": transform, **names}
@@ -155,9 +174,9 @@ def _check_shares(training: TrainingSettings, world: int) -> None:
     fitting = next((n for n in range(world, training.batch_size + 1) if training.batch_size % n == 0), None)
     advice = f"start a new run with --set training.accumulation={fitting}, or " if fitting else ""
     raise ValueError(
-        f"training.accumulation: an update is made of {training.accumulation} micro-batches of "
+        f"training.accumulation: an update has {training.accumulation} micro-batches of "
         f"{training.micro_batch} images, too few for {world} processes; {advice}use "
-        f"{training.accumulation} or fewer"
+        f"{training.accumulation} or fewer processes"
     )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, its model, what happened, and a lock against a second process.
+"""The folder of a run: recipe, model, records, checkpoints, and a lock against a second process.
 
 RUN/recipe.toml      the resolved recipe          RUN/metrics.jsonl    one row per logged step
 RUN/config.json      the model's spec             RUN/sessions.jsonl   one row per start or resume
@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,19 +35,20 @@ from arm_core.training.checkpoint import (
     saved_steps,
     step_name,
 )
+from arm_core.training.records import cut_torn_line, ignore, read_rows
 
 RECIPE, METRICS, SESSIONS, LOCK = "recipe.toml", "metrics.jsonl", "sessions.jsonl", ".lock"
 _OURS = {RECIPE, CONFIG, METRICS, SESSIONS, LOCK, FOLDER, LAST}
 
 
 class RunFolder:
-    """An open run; close it, or use it in a `with` statement, to let another process have it.
+    """An open run; close it, or use it in a `with` statement, to release it for other processes.
 
     `resumed` is the checkpoint to resume from, None in a new run: create the engine with its state.
     `overrides` are the changes to the recipe that this session made.
 
-    In a job of several processes rank 0 holds the lock and writes; the others, without a lock, only read,
-    and what would write does nothing.
+    In a job of several processes, rank 0 holds the lock and writes; on other ranks methods that write do
+    nothing.
     """
 
     def __init__(
@@ -64,30 +67,34 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """What a user types to go on with this run."""
-        return f"arm {self.recipe.stage} --resume {self.path}"
+        """The shell command that resumes this run."""
+        return resume_command(self.recipe.stage, self.path)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a row to `metrics.jsonl`."""
         self._append(self.path / METRICS, row)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows so far."""
-        return read_rows(self.path / METRICS)
+        """All rows so far; invalid lines are skipped."""
+        return read_rows(self.path / METRICS, ignore)
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop rows later than `step`, which training is about to write again."""
+        """Remove rows later than `step`, which training will write again."""
         if not self._writes:
             return
         rows = [row for row in self.metrics() if row["step"] <= step]
         replace_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def record_session(self, record: dict[str, Any]) -> None:
-        """Add a row to `sessions.jsonl`: who goes on from where."""
+        """Add a row to `sessions.jsonl`: what resumes the run, and at which step."""
+        if self._writes:
+            cut_torn_line(self.path / SESSIONS)
         self._append(self.path / SESSIONS, record)
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self._writes:
+            if not self.path.is_dir():
+                raise OSError(f"{self.path}: the run was deleted during training")
             append_text(path, json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -106,13 +113,14 @@ class RunFolder:
 
 
 def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec, *, ranks: Ranks = ALONE) -> RunFolder:
-    """Begin a run in a new or empty folder, or in one whose run never came to a checkpoint.
+    """Start a run in a new or empty folder, or in one whose run has no checkpoint.
 
-    spec: the recipe's model, with the number of classes that the data has.
-    ranks: the job that trains; all of it calls this together, and sees the same folder.
-    Raises ValueError where the folder holds a run or anything else, or is in use.
+    spec: the recipe's model, with the number of classes in the data.
+    ranks: the job that trains; all ranks call this together, and see the same folder.
+    The data paths of the recipe become absolute, so that the run can be resumed from any folder.
+    Raises ValueError if the folder contains a run or other files, or is in use.
     """
-    folder, lock = Path(path), None
+    folder, lock, recipe = Path(path), None, with_absolute_paths(recipe)
     with together(ranks):
         if ranks.rank == 0:
             lock = _start(folder, recipe, spec)
@@ -121,21 +129,22 @@ def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec, *, ranks: Ranks
 
 def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; a run needs a folder of its own")
+        raise ValueError(f"{folder}: is a file; expected a new or empty folder for the run")
     if saved_steps(folder):
         raise ValueError(
-            f"{folder}: a run is there already; go on with `arm {recipe.stage} --resume {folder}`, "
+            f"{folder}: already contains a run; resume it with `{resume_command(recipe.stage, folder)}`, "
             "or choose another folder"
         )
     if folder.exists() and (foreign := sorted(_others(folder))):
-        raise ValueError(f"{folder}: not empty (it holds {foreign[0]!r}); a run needs a folder of its own")
+        raise ValueError(f"{folder}: not empty (contains {foreign[0]!r}); expected a new or empty folder")
+    text = _encodable(recipes.to_toml(recipe))  # before the folder is created
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock:
         for name in (METRICS, SESSIONS, LAST):
             (folder / name).unlink(missing_ok=True)
         remove_drafts(folder)
         write_text(folder / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
-        replace_text(folder / RECIPE, recipes.to_toml(recipe))
+        replace_text(folder / RECIPE, text)
         sync_folder(folder)
     return lock
 
@@ -143,13 +152,14 @@ def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:
 def resume_run(
     path: Path | str, overrides: Sequence[str] = (), *, warn: Warn, ranks: Ranks = ALONE
 ) -> RunFolder:
-    """Open a run to go on with it, from its newest sound checkpoint.
+    """Open a run to resume it from its newest intact checkpoint.
 
-    overrides: changes to the recipe from here on (`arm_core.recipe.recipe`), kept in the run; the model,
-    the seed and the make-up of the batches stay, since the position in the data counts in them.
-    warn: is told of damaged checkpoints, and of a recipe that is not the newest checkpoint's.
-    ranks: the job that trains; all of it calls this together, and sees the same folder.
-    Raises ValueError where there is no run, none of its checkpoints is sound, or it is in use.
+    overrides: changes to the recipe from now on (`arm_core.recipe.recipe`), stored in the run. The model,
+    the seed and the composition of batches cannot change, since the position in the data depends on them.
+    warn: called for corrupt checkpoints, invalid lines of metrics, and a recipe that differs from that of
+    the newest checkpoint.
+    ranks: the job that trains; all ranks call this together, and see the same folder.
+    Raises ValueError if there is no run, none of its checkpoints is intact, or it is in use.
     """
     folder = Path(path)
     run: RunFolder | None = None
@@ -159,7 +169,7 @@ def resume_run(
     if ranks.world == 1:
         assert run is not None
         return run
-    # Rank 0 has checked the files; the others read those that it chose.
+    # Rank 0 has verified the checkpoint; the other ranks load the same one.
     chosen = None if run is None or run.resumed is None else run.resumed.progress.step
     step = next(found for found in ranks.gather(chosen) if found is not None)
     with together(ranks):
@@ -172,47 +182,61 @@ def resume_run(
 
 def _resume(folder: Path, overrides: Sequence[str], warn: Warn) -> RunFolder:
     if not (folder / RECIPE).is_file():
-        what = f"holds no {RECIPE}" if folder.is_dir() else "no such folder"
+        what = f"contains no {RECIPE}" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: {what}; expected the folder of a run")
     with _locked(folder) as lock:
         spec, stored = read_config(folder), load_recipe(folder / RECIPE)
         checkpoint = newest_checkpoint(folder, warn)
         if checkpoint is None:
-            raise ValueError(f"{folder}: this run has no checkpoint yet; start it again in the same folder")
+            raise ValueError(f"{folder}: this run has no checkpoint; start it again in the same folder")
         if checkpoint.spec != spec:
             raise ValueError(f"{folder}: {CONFIG} and the checkpoints describe different models")
         if fingerprint(stored) != checkpoint.progress.recipe:
-            warn(f"{folder / RECIPE} was changed since step {checkpoint.progress.step} was saved")
-        recipe = override(stored, overrides)
+            warn(f"{folder / RECIPE} was changed after step {checkpoint.progress.step} was saved")
+        read_rows(folder / METRICS, warn)
+        recipe = with_absolute_paths(override(stored, overrides))
         _check_same_run(stored, recipe)
         if recipe != stored:
-            replace_text(folder / RECIPE, recipes.to_toml(recipe))
+            replace_text(folder / RECIPE, _encodable(recipes.to_toml(recipe)))
         remove_drafts(folder)
     return RunFolder(folder, recipe, spec, lock, resumed=checkpoint, overrides=overrides)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `.jsonl` file; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], 1):  # a whole line ends in a newline
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-    return rows
+def resume_command(stage: str, folder: Path | str) -> str:
+    """The shell command that resumes the run in `folder`."""
+    return f"arm {stage} --resume {shlex.quote(str(folder))}"
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with data paths that do not depend on the working directory."""
+    paths = {name: getattr(recipe.data, name) for name in ("path", "eval_path")}
+    absolute: dict[str, Any] = {
+        name: str(Path(path).absolute()) for name, path in paths.items() if path is not None
+    }
+    return replace(recipe, data=replace(recipe.data, **absolute))
+
+
+def _encodable(text: str) -> str:
+    """The text, if it can be written as UTF-8. Paths cannot where the locale has no name for their bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text[: error.start].count("\n")
+        key = text.splitlines()[line].partition(" ")[0]
+        raise ValueError(
+            f"{key}: a path with characters that this locale cannot represent; set LC_ALL=C.UTF-8"
+        ) from None
+    return text
 
 
 def _check_same_run(stored: Recipe, recipe: Recipe) -> None:
     before, after = _fixed(stored), _fixed(recipe)
     if changed := [name for name in before if before[name] != after[name]]:
-        raise ValueError(f"{', '.join(changed)} cannot change within a run; start a new one")
+        raise ValueError(f"{', '.join(changed)} cannot change within a run; start a new run")
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """Settings that stay for the whole run."""
+    """Settings that cannot change within a run."""
     training = recipe.training
     return {
         "model": recipe.model,
@@ -228,9 +252,9 @@ def _others(folder: Path) -> list[str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Lock the run for this process; the block's success keeps the lock, an error gives it back.
+    """Lock the run for this process; an error in the block releases the lock.
 
-    The system releases it however the process ends.
+    The operating system releases it when the process ends, in any way.
     """
     descriptor = open_in_place(folder / LOCK, os.O_RDWR)
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's SIGTERM as a request to stop in good order."""
+"""Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP as requests to save and stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""SIGHUP arrives when a terminal or a connection is closed; under `nohup` it stays ignored."""
 
 
 class StopOnSignal:
-    """Inside the block, a first SIGINT or SIGTERM is only noted in `signal`; a second acts as ever.
+    """Inside the block the first signal of `SIGNALS` is recorded in `signal`; a second one acts as usual.
 
-    say: is told that the first one arrived. Outside the main thread, where Python allows no handlers,
-    nothing is caught.
+    say: called with a sentence for the user when the first signal arrives. Outside the main thread, where
+    Python allows no handlers, signals are not caught.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -27,7 +28,8 @@ class StopOnSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(
@@ -38,9 +40,9 @@ class StopOnSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._restore()
         self.signal = signal.Signals(number).name
-        # A handler can interrupt the very print that it would repeat; Python then refuses.
-        with suppress(RuntimeError):
-            self._say(f"{self.signal}: finishing this step, then saving; once more stops at once")
+        # Python refuses to print if the handler interrupted a print; after SIGHUP the terminal is gone.
+        with suppress(RuntimeError, OSError):
+            self._say(f"{self.signal}: saving and stopping; press Ctrl-C again to stop immediately")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,14 +1,14 @@
-"""The training loop: drives any engine through a recipe, and leaves a run that can be resumed anywhere.
+"""The training loop: runs a recipe on any engine, and writes a run that can be resumed anywhere.
 
-What happens at step s follows from the recipe and s alone (data, drop path, learning rate), so a run
-that was killed, or moved to another engine, goes on as if nothing had happened.
+Everything at step s (data, drop path, learning rate) depends only on the recipe and s, so a run that was
+killed, or moved to another engine, continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from arm_core.data.loader import EvalLoader
 from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep
-from arm_core.engine.ranks import ALONE, Ranks, StopTogether, lead, together
+from arm_core.engine.ranks import ALONE, Ranks, StopTogether, agree, confirm, lead, together
 from arm_core.recipe.recipe import fingerprint
 from arm_core.training.checkpoint import (
     FOLDER,
@@ -27,65 +27,24 @@ from arm_core.training.checkpoint import (
     saved_steps,
     step_name,
 )
-from arm_core.training.evaluation import Evaluation, evaluate, with_ema_weights
-from arm_core.training.nonfinite import NonFiniteError, first_bad_state, first_non_finite
+from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate, with_ema_weights
+from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
+from arm_core.training.observer import Observer, Outcome
 from arm_core.training.plan import Plan, WorkersFailed
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
 
 
-class Observer:
-    """Told how a run goes; override what you need. Every method returns at once, nothing waits for it."""
-
-    def started(self, trainer: Trainer) -> None:
-        """Before the first step: `trainer.step` and `trainer.plan.total_steps` are known."""
-
-    def stepped(self, step: int, images: int) -> None:
-        """Step number `step` was handed to the engine, with so many images."""
-
-    def logged(self, row: Mapping[str, Any]) -> None:
-        """A row went to `metrics.jsonl`: of training (`loss`) or of an evaluation (`eval_loss`)."""
-
-    def evaluating(self, images: int, total: int) -> None:
-        """An evaluation has seen so many images of all."""
-
-    def saved(self, checkpoint: Path) -> None:
-        """A checkpoint is on disk."""
-
-    def warned(self, sentence: str) -> None:
-        """Something that a user should read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a call of `Trainer.train` ended."""
-
-    step: int
-    """Updates done in the whole run."""
-    total_steps: int
-    checkpoint: Path
-    signal: str | None
-    """Name of the signal that interrupted the run, such as `SIGINT`; None at its end."""
-    message: str
-    """One sentence for the user: where the model is, or how to go on."""
-    best: dict[str, Any] | None
-    """The evaluation row with the highest score, None without evaluations."""
-
-    @property
-    def finished(self) -> bool:
-        return self.signal is None
-
-
 class Trainer:
-    """Trains `engine` as the recipe of `run` says, from where the run stands.
+    """Trains `engine` with the recipe of `run`, from the run's present step. It does not modify `run`.
 
     run: from `start_run` or `resume_run`.  engine: created with the state to train from, which for a
     resumed run is `run.resumed.state`.
-    train_source: images, and labels for a classifier.  eval_source: evaluated as the recipe says; None for
-    no evaluation.  session: what is to be recorded about this session, such as backend and version.
-    ranks: the job of which this process is a part, as the engine and the run know it; all ranks train.
+    train_source: images, with labels for a classifier.  eval_source: None for no evaluation.
+    session: recorded about this session, for example backend and version.
+    ranks: the job of this process, the same as of the engine and the run; all ranks train.
 
-    Raises ValueError where data, recipe and ranks do not fit together.
+    Raises ValueError if data, recipe and ranks do not match.
     """
 
     def __init__(
@@ -100,7 +59,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         if engine.spec != run.spec:
-            raise ValueError(f"{run.path}: the engine was made for another model than the run's")
+            raise ValueError(f"{run.path}: the engine was created for another model than that of the run")
         self.run, self.engine, self.observer = run, engine, observer or Observer()
         self._recipe, self._training = run.recipe, run.recipe.training
         self._session = {**(session or {}), "device": engine.device, "scan": engine.scan}
@@ -119,12 +78,12 @@ class Trainer:
         self._clock, self._clock_images = time.monotonic(), 0
 
     def train(self) -> Outcome:
-        """Run until the end, or until SIGINT or SIGTERM: then the step is finished and the state saved.
+        """Train to the end, or until SIGINT, SIGTERM or SIGHUP: then finish the step and save.
 
-        Raises NonFiniteError where a loss or gradient is no number, WorkersFailed where data workers were
-        killed, PeerFailed where another process of the job ended, ValueError for broken data and for a batch
-        that the device has no room for, and OSError where the disk fails; a sound checkpoint to go on from
-        is there in each case.
+        Raises NonFiniteError if a loss or gradient is not finite, WorkersFailed if data workers were killed,
+        PeerFailed if another process of the job ended, ValueError for corrupt data and for a batch that
+        exceeds the device's memory, and OSError if the disk fails. The run keeps an intact checkpoint in
+        each case.
         """
         lost: WorkersFailed | OutOfMemory | None = None
         with StopOnSignal(self.observer.warned) as noted:
@@ -147,19 +106,19 @@ class Trainer:
     def _take_steps(self, loader: Iterator[Batch], stop: StopTogether) -> None:
         self._reset_clock()
         if self.step and not stop.asked():
-            self._evaluate_if_due()  # an interrupted run owes the evaluation of its last step
+            self._evaluate_if_due(stop)  # the run may have been interrupted before the evaluation
         while self.step < self.plan.total_steps and not stop.asked():
             self._take_step(loader)
             if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
                 self._log()
             if stop.asked():
                 break
-            best = self._evaluate_if_due()
-            if best or self.plan.due(self._training.save_every, self.step):
+            if self.plan.due(self._training.save_every, self.step):
                 self._save()
+            self._evaluate_if_due(stop)
 
     def _begin(self) -> None:
-        """Bring engine and files to the step where training goes on."""
+        """Prepare the files for the first step of this session."""
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self.step,
@@ -173,7 +132,7 @@ class Trainer:
             self.run.record_session(session)
         self.observer.started(self)
         if self._saved_step < 0:
-            self._save()  # a run that dies early can then be resumed, wherever its first weights came from
+            self._save()  # with the first weights, so that a run that is killed early can be resumed
 
     def _take_step(self, loader: Iterator[Batch]) -> None:
         batches, total = self.plan.next_batches(loader, self._position), self._training.accumulation
@@ -186,7 +145,7 @@ class Trainer:
         self.observer.stepped(step, self._training.batch_size)
 
     def _collect(self) -> None:
-        """Wait for the steps under way and keep their results."""
+        """Wait for the pending steps and collect their results."""
         for step, pending in self._pending:
             result = pending.result()
             if not result.finite:
@@ -197,7 +156,7 @@ class Trainer:
         self._pending.clear()
 
     def _log(self) -> None:
-        """One row: means since the row before."""
+        """Write a row with the means since the previous row."""
         self._collect()
         seconds = max(time.monotonic() - self._clock, 1e-9)
         row = {
@@ -224,28 +183,30 @@ class Trainer:
     def _evaluated(self) -> bool:
         return any("eval_loss" in row and row["step"] == self.step for row in self.run.metrics())
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate where the recipe says so; True for a new best."""
+    def _evaluate_if_due(self, stop: StopTogether) -> None:
+        """Save, then evaluate, if an evaluation is due. A signal ends it; resuming repeats it."""
         if self._eval_loader is None or not self._owes_evaluation():
-            return False
-        self._collect()
-        best = lead(self._ranks, self._best)
+            return
+        self._save()
         row: dict[str, Any] = {"step": self.step, "epoch": self.plan.epoch(self.step)}
-        found = self._evaluate(self._eval_loader)
-        score = found.score
-        row |= _named("eval", found)
-        if self._recipe.optimizer.ema_decay is not None:
-            with with_ema_weights(self.engine):
-                averaged = self._evaluate(self._eval_loader)
-            row |= _named("ema", averaged)
-            score = max(score, averaged.score)
+        try:
+            found = self._evaluate(self._eval_loader, stop)
+            score = found.score
+            row |= _named("eval", found)
+            if self._recipe.optimizer.ema_decay is not None:
+                with with_ema_weights(self.engine):
+                    averaged = self._evaluate(self._eval_loader, stop)
+                row |= _named("ema", averaged)
+                score = max(score, averaged.score)
+        except EvaluationStopped:
+            return
         row["score"] = score
         self.run.append_metrics(row)
+        lead(self._ranks, self._prune)  # the best checkpoint may be another one now
         self.observer.logged(row)
         self._reset_clock()
-        return best is None or score > best["score"]
 
-    def _evaluate(self, loader: EvalLoader) -> Evaluation:
+    def _evaluate(self, loader: EvalLoader, stop: StopTogether) -> Evaluation:
         done, total = 0, len(loader.batches.source)
 
         def seen(images: int) -> None:
@@ -254,14 +215,16 @@ class Trainer:
             self.observer.evaluating(done, total)
 
         batches = self.plan.eval_batches(loader)
-        return evaluate(self.engine, batches, seen=seen, ranks=self._ranks, rounds=loader.rounds)
+        return evaluate(
+            self.engine, batches, seen=seen, stop=stop.asked, ranks=self._ranks, rounds=loader.rounds
+        )
 
     def _best(self) -> dict[str, Any] | None:
         rows = [row for row in self.run.metrics() if "score" in row]
         return max(rows, key=lambda row: row["score"], default=None)
 
     def _save(self) -> Path:
-        """Save the present step, unless that is done, and remove what is not to be kept."""
+        """Save the present step, unless it was saved already, and remove old checkpoints."""
         target = self.run.path / FOLDER / step_name(self.step)
         if self._saved_step == self.step:
             return target
@@ -280,6 +243,7 @@ class Trainer:
             state=self.engine.export_state(),
             metadata=self.plan.model_metadata(),
         )
+        confirm(self._ranks, self.step)
         lead(self._ranks, lambda: self._write(checkpoint, target))
         self._saved_step = self.step
         self.observer.saved(target)
@@ -292,12 +256,19 @@ class Trainer:
         try:
             save_checkpoint(self.run.path, checkpoint)
         except OSError as error:
+            if not self.run.path.is_dir():
+                raise OSError(
+                    f"{self.run.path}: the folder of the run was deleted during training"
+                ) from error
             raise OSError(
-                f"{target}: cannot be written ({error.strerror or error}); the checkpoints before it are "
-                f"sound. Make room, then go on with: {self.run.resume_command}"
+                f"{target}: cannot be written ({error.strerror or error}); earlier checkpoints are intact. "
+                f"Free some space, then resume with: {self.run.resume_command}"
             ) from error
+        self._prune()
+
+    def _prune(self) -> None:
         best = self._best()
-        prune(self.run.path, keep=self._training.keep, also=[best["step"]] if best else [])
+        prune(self.run.path, keep=self._training.keep, also=[self.step, *([best["step"]] if best else [])])
 
     def _reset_clock(self) -> None:
         self._clock, self._clock_images = time.monotonic(), 0
@@ -307,28 +278,33 @@ class Trainer:
         return {**self._session, **several, "precision": str(self._training.precision)}
 
     def _find_non_finite(self, step: int) -> str | None:
-        """Make the batches of a failed step again and look where they go wrong."""
+        """Prepare the batches of a failed step again and find the first tensor that is not finite."""
         start = self._position - (self.step - step + 1) * self._training.accumulation
+        if image := agree(self._ranks, self.plan.first_bad_image(start)):
+            return f"{PIXELS}{image}"
         with self.plan.open(start, workers=0) as loader:
             return first_non_finite(self.engine, self.plan.next_batches(loader, start), self._ranks)
 
-    def _non_finite(self, step: int, what: str, tensor: str | None) -> NonFiniteError:
-        last = self.run.path / FOLDER / step_name(saved_steps(self.run.path)[-1])
-        return NonFiniteError(step, what, tensor, last, self.run.resume_command)
+    def _non_finite(self, step: int, what: str, cause: str | None) -> NonFiniteError:
+        start = self._position - (self.step - step + 1) * self._training.accumulation
+        names = self.plan.image_names(start)
+        steps = saved_steps(self.run.path)
+        last = self.run.path / FOLDER / step_name(steps[-1]) if steps else None
+        return NonFiniteError(step, what, cause, names, last, self.run.resume_command)
 
     def _interrupted(self, error: WorkersFailed | OutOfMemory, *, saved: str = "") -> Exception:
-        """The error with what a user can do about it."""
+        """The error, with what the user can do."""
         if isinstance(error, WorkersFailed):
-            return WorkersFailed(f"{error}; {saved}go on with: {self.run.resume_command}")
+            return WorkersFailed(f"{error}; {saved}resume with: {self.run.resume_command}")
         batch, fitting = self._training.batch_size, error.fitting or 0
         smaller = [n for n in range(self._training.accumulation + 1, batch + 1) if batch % n == 0]
         enough = next((n for n in smaller if batch // n <= fitting), smaller[-1] if smaller else None)
         again = f", or start a new run with --set training.accumulation={enough}" if enough else ""
-        return ValueError(f"{error}; {saved}go on with: {self.run.resume_command} --recompute{again}")
+        return ValueError(f"{error}; {saved}resume with: {self.run.resume_command} --recompute{again}")
 
     def _outcome(self, checkpoint: Path, signal: str | None) -> Outcome:
         if signal:
-            message = f"stopped by {signal} after step {self.step} of {self.plan.total_steps}; go on with: "
+            message = f"stopped by {signal} after step {self.step} of {self.plan.total_steps}; resume with: "
             message += self.run.resume_command
         else:
             message = f"finished after {self.step} steps; the model is in {checkpoint}"
@@ -343,5 +319,5 @@ class Trainer:
 
 
 def _named(prefix: str, found: Evaluation) -> dict[str, Any]:
-    """`eval_loss`, `eval_top1`, ...; what a pretraining model lacks is left out."""
+    """`eval_loss`, `eval_top1`, ...; without those that a pretraining model does not have."""
     return {f"{prefix}_{name}": value for name, value in asdict(found).items() if value is not None}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from arm_core.engine.ranks import Ranks
     from arm_core.model.spec import ModelSpec
     from arm_core.recipe.recipe import Recipe
+    from arm_core.training.observer import Observer, Outcome
     from arm_core.training.run_folder import RunFolder
-    from arm_core.training.trainer import Observer, Outcome
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -304,7 +304,8 @@ def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
 def _observer(stack: ExitStack) -> Observer:
     """Shows a run on stderr until the stack is closed."""
     from arm_cli.progress import ProgressBar
-    from arm_core.training.trainer import Observer, Trainer
+    from arm_core.training.observer import Observer
+    from arm_core.training.trainer import Trainer
 
     class Display(Observer):
         counter: ProgressBar

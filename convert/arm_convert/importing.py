@@ -28,7 +28,8 @@ from arm_core.model.parameters import initial_value, parameter_table
 from arm_core.model.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.training.checkpoint import step_name
 from arm_core.training.model_source import Weights
-from arm_core.training.run_folder import METRICS, read_rows
+from arm_core.training.records import read_rows
+from arm_core.training.run_folder import METRICS
 
 
 @dataclass(frozen=True)

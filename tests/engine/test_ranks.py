@@ -17,9 +17,11 @@ from arm_core.recipe.recipe import load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import evaluate
 from arm_core.training.nonfinite import NonFiniteError
+from arm_core.training.observer import Observer
 from arm_core.training.plan import Plan, WorkersFailed
-from arm_core.training.run_folder import read_rows, resume_run, start_run
-from arm_core.training.trainer import Observer, Trainer
+from arm_core.training.records import read_rows
+from arm_core.training.run_folder import resume_run, start_run
+from arm_core.training.trainer import Trainer
 
 TRAIN = Synthetic(43, (8, 8), classes=4)
 HELD_OUT = Synthetic(11, (8, 8), classes=4, seed=1)
@@ -297,7 +299,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, error):
     assert kinds == {WorkersFailed if isinstance(error, RuntimeError) else ValueError, PeerFailed}
     if isinstance(error, RuntimeError):
         (lost,) = (end for end in found if isinstance(end, WorkersFailed))
-        assert "go on with: arm finetune --resume" in str(lost)
+        assert "resume with: arm finetune --resume" in str(lost)
         assert "saved" not in str(lost)
     assert final(tmp_path) is not None
 
@@ -306,7 +308,7 @@ def test_all_ranks_refuse_a_folder_with_the_same_words_of_rank_0(tmp_path, whole
     found = run_ranks(2, lambda ranks: start_run(whole, RECIPE, RECIPE.spec(4), ranks=ranks))
     assert isinstance(found[0], ValueError)
     assert isinstance(found[1], FailedElsewhere)
-    assert "a run is there already" in str(found[0])
+    assert "already contains a run" in str(found[0])
     (tmp_path / "empty").mkdir()
     found = run_ranks(2, lambda ranks: resume_run(tmp_path / "empty", warn=print, ranks=ranks))
     assert [type(error) for error in found] == [ValueError, FailedElsewhere]
@@ -322,7 +324,7 @@ def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):
     (error,) = run_ranks(1, lambda ranks: train(tmp_path, ranks, cls=Full))
     assert str(error) == (
         "GPU: out of memory (8 GiB) with 2 images of 8x8 at a time; by the cost model about 1 fit; saved "
-        f"step 4, go on with: arm finetune --resume {tmp_path} --recompute, or start a new run with --set "
+        f"step 4, resume with: arm finetune --resume {tmp_path} --recompute, or start a new run with --set "
         "training.accumulation=12"
     )
     assert isinstance(error, ValueError)

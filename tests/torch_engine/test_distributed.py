@@ -21,7 +21,7 @@ from torch_job import train
 
 from arm_cli.main import main
 from arm_core.training.checkpoint import newest_checkpoint, verify
-from arm_core.training.run_folder import read_rows
+from arm_core.training.records import read_rows
 
 JOB = Path(__file__).parents[1] / "torch_job.py"
 TOLERANCE = 1e-5

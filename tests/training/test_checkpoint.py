@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, damage is noticed, a failure at any moment leaves the last one."""
+"""Checkpoints: saving and loading, corruption, and failures at any point of a write."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def newest_step(run) -> int:
     return -1 if found is None else found.progress.step
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
     for ema in (True, False):
         saved = make_checkpoint(7, ema=ema)
         folder = ck.save_checkpoint(tmp_path, saved)
@@ -102,7 +102,7 @@ def test_files_are_readable_by_others_and_named_as_documented(tmp_path):
     assert json.loads((folder / "state.json").read_text())["position"] == 3
 
 
-def test_a_checkpoint_is_a_model_folder_and_gives_its_average(tmp_path):
+def test_a_checkpoint_is_a_model_folder_with_an_average(tmp_path):
     saved = make_checkpoint(2, spec=WITH_TABLES)
     folder = ck.save_checkpoint(tmp_path, saved)
     model = read_model(folder)
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_a_model_folder_and_gives_its_average(tmp_path):
     "name", ["config.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
 )
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(tmp_path, name, damage):
+def test_a_corrupt_file_is_named_and_the_previous_checkpoint_is_loaded(tmp_path, name, damage):
     before = make_checkpoint(1)
     ck.save_checkpoint(tmp_path, before)
     path = ck.save_checkpoint(tmp_path, make_checkpoint(2)) / name
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(tmp_path, na
         ck.load_checkpoint(path.parent)
 
 
-def test_a_checkpoint_without_or_with_a_broken_manifest_is_passed_over(tmp_path):
+def test_a_checkpoint_with_a_missing_or_invalid_manifest_is_skipped(tmp_path):
     ck.save_checkpoint(tmp_path, make_checkpoint(1))
     for content in (None, "{", "[]", "{}", '{"config.json": 3}'):
         manifest = ck.save_checkpoint(tmp_path, make_checkpoint(2)) / "manifest.json"
@@ -152,11 +152,11 @@ def test_a_checkpoint_without_or_with_a_broken_manifest_is_passed_over(tmp_path)
         assert newest_step(tmp_path) == 1
 
 
-def test_no_sound_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path):
+def test_only_corrupt_checkpoints_are_an_error_but_no_checkpoint_is_not(tmp_path):
     assert ck.newest_checkpoint(tmp_path, no_warning) is None
     folder = ck.save_checkpoint(tmp_path, make_checkpoint(1))
     (folder / "state.json").write_text("{}")
-    with pytest.raises(BadFileError, match="none of the 1 checkpoints is sound"):
+    with pytest.raises(BadFileError, match="all 1 checkpoints are corrupt"):
         ck.newest_checkpoint(tmp_path, lambda sentence: None)
 
 

@@ -1,4 +1,4 @@
-"""Whatever ends a run, going on leads to the same bits as never having stopped."""
+"""A run that was interrupted in any way ends with the same bits as an uninterrupted one."""
 
 import multiprocessing
 import os
@@ -15,8 +15,10 @@ from arm_core.engine.protocol import Engine, EngineOptions
 from arm_core.engine.registry import installed_backends
 from arm_core.recipe.recipe import Recipe, load_recipe, override
 from arm_core.training.checkpoint import Checkpoint, newest_checkpoint, saved_steps
-from arm_core.training.run_folder import RunFolder, read_rows, resume_run, start_run
-from arm_core.training.trainer import Observer, Trainer
+from arm_core.training.observer import Observer
+from arm_core.training.records import read_rows
+from arm_core.training.run_folder import RunFolder, resume_run, start_run
+from arm_core.training.trainer import Trainer
 
 TRAIN = Synthetic(23, (16, 16), classes=3)
 HELD_OUT = Synthetic(5, (16, 16), classes=3, seed=1)
@@ -148,7 +150,7 @@ def test_a_run_killed_after_any_step_ends_bit_identical(tmp_path, step):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(tmp_path):
     train(tmp_path / "whole", "toy")
     process = in_another_process(tmp_path / "killed", "toy", 14)
     process.join()
@@ -159,7 +161,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
     warnings: list[str] = []
     train(tmp_path / "killed", "toy", seen=warnings.append)
     assert len(warnings) == 1
-    assert "optimizer.safetensors: damaged" in warnings[0]
+    assert "optimizer.safetensors: corrupt" in warnings[0]
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -12,7 +12,8 @@ from arm_core.engine.protocol import TrainingState
 from arm_core.files.model_folder import read_config
 from arm_core.recipe.recipe import Recipe, fingerprint, load_recipe, override
 from arm_core.training.checkpoint import Checkpoint, Progress, save_checkpoint
-from arm_core.training.run_folder import RunFolder, read_rows, resume_run, start_run
+from arm_core.training.records import read_rows
+from arm_core.training.run_folder import RunFolder, resume_run, start_run
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def save_step(run: RunFolder, step: int) -> None:
     save_checkpoint(run.path, Checkpoint(spec=run.spec, progress=progress, state=state))
 
 
-def test_a_new_run_holds_its_recipe_and_its_model(tmp_path, recipe):
+def test_a_new_run_contains_its_recipe_and_its_model(tmp_path, recipe):
     with start_run(tmp_path / "new" / "run", recipe, recipe.spec()) as run:
         assert load_recipe(run.path / "recipe.toml") == recipe
         assert read_config(run.path) == recipe.spec()
@@ -43,29 +44,29 @@ def test_a_new_run_holds_its_recipe_and_its_model(tmp_path, recipe):
 def test_a_run_is_not_started_over(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec()) as run:
         save_step(run, 0)
-    with pytest.raises(ValueError, match="a run is there already; go on with `arm pretrain --resume"):
+    with pytest.raises(ValueError, match="already contains a run; resume it with `arm pretrain --resume"):
         start_run(tmp_path, recipe, recipe.spec())
 
 
 def test_a_run_that_never_reached_a_checkpoint_may_start_again(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec()) as run:
         run.append_metrics({"step": 1})
-    with pytest.raises(ValueError, match="no checkpoint yet; start it again in the same folder"):
+    with pytest.raises(ValueError, match="no checkpoint; start it again in the same folder"):
         resume_run(tmp_path, warn=no_warning)
     with start_run(tmp_path, recipe, recipe.spec()) as run:
         assert run.metrics() == []
 
 
-def test_a_folder_with_other_things_in_it_is_refused(tmp_path, recipe):
+def test_a_folder_with_other_files_is_refused(tmp_path, recipe):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"not empty \(it holds 'thesis.tex'\)"):
+    with pytest.raises(ValueError, match=r"not empty \(contains 'thesis.tex'\)"):
         start_run(tmp_path, recipe, recipe.spec())
     with pytest.raises(ValueError, match="is a file"):
         start_run(tmp_path / "thesis.tex", recipe, recipe.spec())
 
 
 def test_only_a_run_can_be_resumed(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no recipe\.toml"):
+    with pytest.raises(ValueError, match=r"contains no recipe\.toml"):
         resume_run(tmp_path, warn=no_warning)
     with pytest.raises(ValueError, match="no such folder"):
         resume_run(tmp_path / "none", warn=no_warning)
@@ -92,7 +93,7 @@ def test_a_refused_resume_releases_the_lock(tmp_path, recipe):
     resume_run(tmp_path, warn=no_warning).close()
 
 
-def test_resuming_hands_out_the_newest_sound_checkpoint(tmp_path, recipe):
+def test_resuming_loads_the_newest_intact_checkpoint(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec()) as run:
         for step in (0, 5):
             save_step(run, step)
@@ -102,7 +103,7 @@ def test_resuming_hands_out_the_newest_sound_checkpoint(tmp_path, recipe):
         assert isinstance(run.resumed.state, TrainingState)
         assert run.resumed.progress.step == 0
     assert len(warnings) == 1
-    assert "step-00000005 is damaged" in warnings[0]
+    assert "step-00000005 is corrupt; skipped" in warnings[0]
 
 
 def test_overrides_on_resume_are_kept_but_cannot_change_model_or_batches(tmp_path, recipe):
@@ -115,7 +116,7 @@ def test_overrides_on_resume_are_kept_but_cannot_change_model_or_batches(tmp_pat
     with resume_run(tmp_path, warn=warnings.append) as run:
         assert run.recipe.schedule.base_lr == 0.5
     # Until the next checkpoint the recipe is newer than the state.
-    assert "recipe.toml was changed since step 0 was saved" in warnings[0]
+    assert "recipe.toml was changed after step 0 was saved" in warnings[0]
     for change in ("model.width=16", "training.seed=1", "training.batch_size=32", "training.accumulation=2"):
         name = change.split("=")[0].removesuffix(".width")
         with pytest.raises(ValueError, match=rf"^{name} cannot change within a run"):
@@ -134,7 +135,7 @@ def test_metrics_are_cut_at_the_resumed_step_and_a_torn_line_is_dropped(tmp_path
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
         json.dumps(row) for row in ({"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3})
     ]
-    (tmp_path / "metrics.jsonl").write_text("{}\nnonsense\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not valid JSON"):
         read_rows(tmp_path / "metrics.jsonl")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,10 @@ from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import classes_before, cross_entropy, evaluate
 from arm_core.training.model_source import Weights, open_folder
 from arm_core.training.nonfinite import NonFiniteError
+from arm_core.training.observer import Observer
 from arm_core.training.plan import WorkersFailed
 from arm_core.training.run_folder import RunFolder, resume_run, start_run
-from arm_core.training.trainer import Observer, Trainer
+from arm_core.training.trainer import Trainer
 
 SMALL = [
     "model.width=8",
@@ -74,7 +76,7 @@ class Recorder(Observer):
         self.warnings.append(sentence)
 
 
-def test_a_run_trains_logs_and_saves_as_its_recipe_says(tmp_path, recipe):
+def test_a_run_trains_logs_and_saves_according_to_its_recipe(tmp_path, recipe):
     observer = Recorder()
     outcome, engine, run = train(tmp_path, recipe, observer=observer)
     assert outcome.finished
@@ -117,7 +119,7 @@ def test_logging_reports_means_since_the_row_before(tmp_path, recipe):
     assert coarse.metrics()[-1]["loss"] == pytest.approx(np.mean(losses[12:15]))
 
 
-def test_results_are_waited_for_only_where_they_are_needed(tmp_path, recipe):
+def test_results_are_waited_for_only_when_they_are_needed(tmp_path, recipe):
     """Asking for a loss stops an asynchronous device; between two rows nobody asks."""
     asked_at: list[tuple[int, list[int]]] = []
 
@@ -176,13 +178,13 @@ def test_evaluation_counts_exactly(tmp_path, recipe):
         evaluate(engine, [unlabelled])
 
 
-def test_ranks_break_ties_by_class_number_and_never_favour_what_is_no_number():
+def test_ranks_break_ties_by_class_index_and_never_favour_nan():
     logits = np.array([[1, 1, 0], [1, 1, 0], [np.nan, 0, 1], [0, np.nan, 1]], np.float32)
     assert classes_before(logits, np.array([0, 1, 2, 1])).tolist() == [0, 1, 1, 3]
     assert cross_entropy(np.array([[1000.0, 0.0]], np.float32), np.array([1]))[0] == 1000.0
 
 
-def test_the_average_is_evaluated_and_the_weights_come_back(tmp_path, recipe):
+def test_the_average_is_evaluated_and_the_weights_are_restored(tmp_path, recipe):
     averaged = override(recipe, ["optimizer.ema_decay=0.9", "training.evaluate_every=1 epoch"])
     _, engine, run = train(tmp_path / "ema", averaged, HELD_OUT)
     _, plain, _ = train(tmp_path / "plain", recipe)
@@ -234,15 +236,15 @@ def test_pretraining_evaluates_its_loss(tmp_path):
     assert outcome.best["eval_images"] == 11
 
 
-def test_a_saved_model_knows_its_classes_and_how_its_images_are_prepared(tmp_path, recipe):
+def test_a_saved_model_has_its_classes_and_its_evaluation_transform(tmp_path, recipe):
     outcome, _, _ = train(tmp_path, recipe)
     metadata = read_model(outcome.checkpoint).metadata
     assert metadata["classes"] == '["0", "1", "2", "3"]'
     assert '"crop_fraction": 1.0' in metadata["eval_transform"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, recipe, name):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, recipe, name):
     class Interrupting(Recorder):
         def stepped(self, step, images):
             if step == 7:
@@ -253,27 +255,30 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, recipe
     outcome, engine, run = train(tmp_path, recipe, observer=observer)
     assert (outcome.finished, outcome.signal, outcome.step) == (False, name, 7)
     assert outcome.message == (
-        f"stopped by {name} after step 7 of 15; go on with: arm finetune --resume {run.path}"
+        f"stopped by {name} after step 7 of 15; resume with: arm finetune --resume {run.path}"
     )
-    assert observer.warnings == [f"{name}: finishing this step, then saving; once more stops at once"]
+    assert observer.warnings == [f"{name}: saving and stopping; press Ctrl-C again to stop immediately"]
     assert newest_checkpoint(tmp_path, observer.warned).progress.step == 7
     assert engine.steps[-1][0] == 7
     assert signal.getsignal(getattr(signal, name)) is before
 
 
-def test_a_second_signal_stops_at_once(tmp_path, recipe):
+def test_a_second_signal_stops_immediately(tmp_path, recipe):
     class Impatient(Recorder):
         def stepped(self, step, images):
             if step == 7:
                 os.kill(os.getpid(), signal.SIGINT)
+                while not self.warnings:  # two signals can merge into one before the first is noted
+                    time.sleep(0.001)
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe, observer=Impatient())
     assert saved_steps(tmp_path)[-1] == 5
 
 
-def test_an_evaluation_missed_by_an_interruption_is_made_up_for(tmp_path, recipe):
+def test_an_evaluation_missed_by_an_interruption_is_repeated(tmp_path, recipe):
     class Interrupting(Recorder):
         def stepped(self, step, images):
             if step == 15:
@@ -287,20 +292,20 @@ def test_an_evaluation_missed_by_an_interruption_is_made_up_for(tmp_path, recipe
     assert outcome.best["step"] == 15
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_and_names_step_and_tensor(tmp_path, recipe):
+def test_a_nan_gradient_stops_the_run_and_names_the_step(tmp_path, recipe):
     with pytest.raises(NonFiniteError) as caught:
         train(tmp_path, recipe, poisoned_steps=frozenset([7]))
     error = caught.value
     assert error.step == 7
     assert error.checkpoint == tmp_path / "checkpoints" / "step-00000005"
     assert "gradient norm nan" in str(error)
-    assert "repeating it gave finite tensors" in str(error)
+    assert "a repetition gave finite tensors" in str(error)
     assert f"arm finetune --resume {tmp_path}" in str(error)
     assert saved_steps(tmp_path)[-1] == 5
     assert newest_checkpoint(tmp_path, pytest.fail).progress.step == 5
 
 
-def test_a_bad_gradient_is_named_where_the_forward_pass_is_fine(tmp_path, recipe):
+def test_a_bad_gradient_is_named_if_the_forward_pass_is_finite(tmp_path, recipe):
     with pytest.raises(NonFiniteError) as caught:
         train(tmp_path, recipe, poisoned_steps=frozenset(range(7, 16)))
     assert caught.value.step == 7
@@ -339,7 +344,7 @@ def test_a_bad_state_is_never_saved(tmp_path, recipe):
     assert saved_steps(tmp_path)[-1] == 5
 
 
-def test_a_full_disk_says_what_is_safe_and_how_to_go_on(tmp_path, recipe, monkeypatch):
+def test_a_full_disk_is_reported_with_how_to_resume(tmp_path, recipe, monkeypatch):
     def full(run, checkpoint):
         if checkpoint.progress.step == 10:
             raise OSError(28, "No space left on device")
@@ -349,7 +354,7 @@ def test_a_full_disk_says_what_is_safe_and_how_to_go_on(tmp_path, recipe, monkey
 
     save = trainer.save_checkpoint
     monkeypatch.setattr(trainer, "save_checkpoint", full)
-    with pytest.raises(OSError, match=r"step-00000010: cannot be written \(No space left.*--resume"):
+    with pytest.raises(OSError, match=r"step-00000010: cannot be written \(No space left.*resume with: arm"):
         train(tmp_path, recipe)
     assert saved_steps(tmp_path)[-1] == 5
 
@@ -372,14 +377,14 @@ class Losing(Synthetic):
 
 @pytest.mark.parametrize("signalled", [False, True])
 @pytest.mark.parametrize("at", [14, 15])
-def test_lost_data_workers_cost_no_step(tmp_path, recipe, signalled, at):
+def test_no_step_is_lost_with_killed_data_workers(tmp_path, recipe, signalled, at):
     with start_run(tmp_path / "lost", recipe, recipe.spec(4)) as run:
         trainer = Trainer(run, make_engine(run), Losing(at, signalled=signalled))
         if signalled:
             assert trainer.train().signal == "SIGTERM"
         else:
             with pytest.raises(
-                WorkersFailed, match=r"exit code -15.; saved step 7, go on with: arm finetune"
+                WorkersFailed, match=r"exit code -15.; saved step 7, resume with: arm finetune"
             ):
                 trainer.train()
     train(tmp_path / "whole", recipe)
@@ -402,11 +407,11 @@ def test_lost_data_workers_cost_no_step(tmp_path, recipe, signalled, at):
             ["schedule.warmup=4 epochs"],
             TRAIN,
             None,
-            "schedule.warmup of 4 epochs exceeds the run of 3 epochs (20 against 15",
+            "schedule.warmup of 4 epochs exceeds training.length of 3 epochs (20 and 15 steps)",
         ),
     ],
 )
-def test_data_that_do_not_fit_the_recipe_are_refused(
+def test_data_that_does_not_match_the_recipe_is_refused(
     tmp_path, recipe, changes, train_source, eval_source, sentence
 ):
     recipe = override(recipe, changes)
@@ -419,5 +424,5 @@ def test_an_engine_of_another_model_is_refused(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
         other = replace(run.spec, classes=5)
         engine = ToyEngine(other, fresh_state(other))
-        with pytest.raises(ValueError, match="made for another model"):
+        with pytest.raises(ValueError, match="created for another model"):
             Trainer(run, engine, TRAIN)

@@ -1,0 +1,53 @@
+"""What a training loop reports: events to an `Observer`, and an `Outcome` at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arm_core.training.trainer import Trainer
+
+
+class Observer:
+    """Receives the events of a run; override what you need. A method should return quickly."""
+
+    def started(self, trainer: Trainer) -> None:
+        """Before the first step; `trainer.step` and `trainer.plan.total_steps` are set."""
+
+    def stepped(self, step: int, images: int) -> None:
+        """Step number `step`, of `images` images, was passed to the engine."""
+
+    def logged(self, row: Mapping[str, Any]) -> None:
+        """A row was written to `metrics.jsonl`: of training (`loss`) or of an evaluation (`eval_loss`)."""
+
+    def evaluating(self, images: int, total: int) -> None:
+        """An evaluation has processed `images` of `total` images."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint was written."""
+
+    def warned(self, sentence: str) -> None:
+        """A sentence for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `Trainer.train` ended."""
+
+    step: int
+    """Updates done in the whole run."""
+    total_steps: int
+    checkpoint: Path
+    signal: str | None
+    """Name of the signal that interrupted the run, such as `SIGINT`; None at its end."""
+    message: str
+    """One sentence for the user: where the model is, or how to resume."""
+    best: dict[str, Any] | None
+    """The evaluation row with the highest score, None without evaluations."""
+
+    @property
+    def finished(self) -> bool:
+        return self.signal is None
