@@ -1,4 +1,4 @@
-"""The two sequence operators of the mixer on a CPU, forward and backward, and the gate of the MLP.
+"""The two sequence operators of the mixer on a CPU, forward and backward, the gate of the MLP, and influence.
 
 They compute what `arm_core.model.reference.scan` states, in float32, with Numba kernels compiled at the first
 call and cached on disk. Inputs are NumPy arrays, as a rule zero-copy views of a framework's tensors;
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 import numpy.typing as npt
 
-from arm_core.cpu_kernels import conv, scan, swiglu
+from arm_core.cpu_kernels import conv, influence, scan, swiglu
 from arm_core.cpu_kernels.shapes import F32, Orders, Sizes, dense, new, rows
+from arm_core.cpu_kernels.simd import LANES
 
 _turn = threading.Lock()  # Numba's fallback thread pool ends the process when two threads enter it
 _default_threads: int | None = None
@@ -174,6 +176,43 @@ def swiglu_backward(grad_out: F32, a: F32, b: F32, *, threads: int | None = None
     return grad_a, grad_b
 
 
+def influence_map(
+    x: F32, dt: F32, opening: F32, weight: F32, A: F32, B: F32, C: F32, D: F32, q: F32, order: Orders,
+    *, threads: int | None = None,
+) -> F32:  # fmt: skip
+    """sum_d q[t, d] times what token s contributes to the scan's output y_k[t, d], for all t, s, k, one image.
+
+    The contribution passes the convolution, its fixed gate `opening`, and the scan with fixed dt, B and C, as in
+    `arm_core.model.reference.influence`. The map of L x L x D values is never stored.
+    x: (L, D).  dt: (K, L, D), after softplus.  opening: (K, L, D), sigmoid of the convolution.
+    weight: (K, D, W).  A: (K, D, N), negative.  B, C: (K, L, N).  D: (K, D).  q: (L, D).  order: (K, L) int32.
+    Returns (K, L, L), [k, t, s].  Raises ValueError on a shape or dtype that does not fit.
+    """
+    one = (dt[:, None], A, B[:, None], C[:, None], D, D, x[None], order)
+    sizes = Sizes.of_scan(opening[:, None], *one)
+    sizes.check(q=(q[None], "BLD"))
+    taps = Sizes.of_conv(x[None], weight, D, order).letters["W"]
+    if taps > LANES:
+        raise ValueError(f"weight: expected at most {LANES} taps, found {taps}")
+    directions, length, channels = dt.shape
+    padded = -(-length // LANES) * LANES
+
+    def along(array: F32) -> F32:  # (K, L, ...) or (L, ...) by token -> (K, ..., steps), padded by zeros
+        steps = [(array if array.ndim == 2 else array[k])[order[k]].T for k in range(directions)]
+        return np.pad(np.stack(steps), ((0, 0), (0, 0), (0, padded + LANES - length)))
+
+    in_order = np.take_along_axis(C, order[:, :, None], axis=1)
+    ramp = np.repeat(np.array([1, 0], np.float32), padded)
+    tasks = -(-channels // influence.CHANNELS)
+    parts = new((directions, tasks, length, padded))
+    arrays = along(x), along(dt), along(opening), weight, A, along(B), in_order, D, along(q), ramp
+    run(influence.influence, threads, length, *(dense(a) for a in arrays), parts)
+    out = np.empty((directions, length, length), np.float32)
+    for k in range(directions):
+        out[k][np.ix_(order[k], order[k])] = parts[k].sum(0)[:, :length]
+    return out
+
+
 def _check_alike(**arrays: F32) -> None:
     shape = arrays["a"].shape
     for name, array in arrays.items():
@@ -197,7 +236,7 @@ def _scan_inputs(
     return [*tokens, *(dense(sizes.widen(a)) for a in (D, dt_bias)), rows(sizes.widen(z)), dense(order)]
 
 
-def run(kernel: Any, threads: int | None, *arrays: npt.NDArray[Any]) -> None:
+def run(kernel: Any, threads: int | None, *arrays: Any) -> None:
     """Call a compiled kernel on so many threads (None: as `set_threads` says), one kernel at a time."""
     wanted = threads if threads is not None else _default_threads
     if wanted is not None and wanted < 1:

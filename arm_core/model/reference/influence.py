@@ -1,0 +1,83 @@
+"""Token-to-token contributions of one mixer in float64: what the fast influence maps are held against.
+
+One mixer maps tokens x_s to outputs o_t. With the recorded values of dt, B, C, the gate silu(z) and the
+sigmoid inside the convolution's SiLU held fixed, it is an affine map: o_t = sum_s c_(t<-s) + b_t with
+
+    c_k(t<-s) = W_out ( silu(z_t) * sum_i G_k(t, i) * sigmoid(conv_k)_i * w_k[lag(s, i)] * (W_x x_s) )
+    G_k(t, i) = dt_i <C_t, exp(A sum of dt over (i, t]) B_i> + D [t = i]
+
+where i runs over the scan steps that the convolution lets token s reach, no later than t, and `*` acts per
+channel. The map of the mixer is the mean over the K directions. The same freezing is described in "The Hidden
+Attention of Mamba Models" (arXiv:2403.01590) and "A Unified Implicit Attention Formulation for Gated-Linear
+Recurrent Sequence Models" (arXiv:2405.16504).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from arm_core.model.reference.model import Weights
+from arm_core.model.reference.scan import F64, Orders, sigmoid, silu, softplus
+from arm_core.model.spec import EncoderSpec
+
+
+class Contributions(NamedTuple):
+    """Additive parts of a mixer's output; T tokens, D channels, K directions."""
+
+    tokens: F64
+    """(K, T, T, D): [k, t, s] is what token s contributes to token t if direction k were the only one."""
+    bias: F64
+    """(K, T, D): what the convolution's bias contributes."""
+
+    @property
+    def output(self) -> F64:
+        """(T, D), the mixer's output: all parts together."""
+        return np.asarray((self.tokens.sum(2) + self.bias).mean(0))
+
+
+def contributions(spec: EncoderSpec, w: Weights, x: F64, order: Orders) -> Contributions:
+    """Contributions of every token to every other. x: (T, D), one image, after the block's first norm."""
+    length, width = x.shape
+    inner, z = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)
+    taps, A, D = w["conv.weight"], -np.exp(w["A_log"]), w["D"]
+    count = taps.shape[-1]
+    tokens = np.empty((len(order), length, length, width))
+    bias = np.empty((len(order), length, width))
+    for k, steps in enumerate(order):
+        along = inner[steps]  # (T, D) in scan order, as everything below
+        padded = np.concatenate([np.zeros((count - 1, width)), along])
+        conv = w["conv.bias"][k] + sum(padded[j : j + length] * taps[k, :, j] for j in range(count))
+        opening = sigmoid(conv)
+        low, B, C = np.split(
+            (opening * conv) @ w["x_proj.weight"][k].T, [spec.dt_rank, spec.dt_rank + spec.state], axis=-1
+        )
+        dt = softplus(low @ w["dt_proj.weight"][k].T + w["dt_proj.bias"][k])
+
+        def emitted(v: F64) -> F64:  # noqa: B023, called inside the iteration
+            """Output of the mixer, (T, D) by token, from inputs v (T, D) of the scan in scan order."""
+            h, y = np.zeros((width, spec.state)), np.empty((length, width))
+            for t in range(length):
+                h = np.exp(dt[t, :, None] * A[k]) * h + (dt[t] * v[t])[:, None] * B[t]  # noqa: B023
+                y[steps[t]] = h @ C[t] + D[k] * v[t]  # noqa: B023
+            return np.asarray((silu(z) * y) @ w["out_proj.weight"].T)
+
+        bias[k] = emitted(opening * w["conv.bias"][k])
+        for place, s in enumerate(steps):
+            v = np.zeros((length, width))
+            for i in range(place, min(place + count, length)):
+                v[i] = opening[i] * taps[k, :, count - 1 - (i - place)] * along[place]
+            tokens[k, :, s] = emitted(v)
+    return Contributions(tokens, bias)
+
+
+def influence_shares(parts: Contributions) -> F64:
+    """(K, T, T): <c_k(t<-s), o_t> / |o_t|^2, the signed share of o_t that token s contributes; 0 where o_t is 0.
+
+    Over all s, with the bias's share, the mean over k is 1 for every t.
+    """
+    output = parts.output
+    square = (output**2).sum(-1)
+    shares = np.einsum("ktsd,td->kts", parts.tokens, output)
+    return np.divide(shares, square[:, None], out=np.zeros_like(shares), where=square[:, None] > 0)
