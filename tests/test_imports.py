@@ -36,6 +36,7 @@ ROOMS = {
     "data": {"engine", "model", "files"},
     "recipe": {"data", "engine", "model", "files"},
     "training": {"recipe", "data", "engine", "model", "files"},
+    "explain": {"cpu_kernels", "engine", "model"},
 }
 """Rooms of arm_core, and those that each may import."""
 FRAMEWORKS = {"torch", "mlx", "triton", "mamba_ssm"}

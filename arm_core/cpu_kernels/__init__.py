@@ -180,13 +180,14 @@ def influence_map(
     x: F32, dt: F32, opening: F32, weight: F32, A: F32, B: F32, C: F32, D: F32, q: F32, order: Orders,
     *, threads: int | None = None,
 ) -> F32:  # fmt: skip
-    """sum_d q[t, d] times what token s contributes to the scan's output y_k[t, d], for all t, s, k, one image.
+    """sum_d q[t, d] times what token s contributes to the scan's output y_k[t, d], for all t, s, k, one
+    image.
 
-    The contribution passes the convolution, its fixed gate `opening`, and the scan with fixed dt, B and C, as in
-    `arm_core.model.reference.influence`. The map of L x L x D values is never stored.
+    The contribution passes the convolution, its fixed gate `opening`, and the scan with fixed dt, B and C,
+    as in `arm_core.model.reference.influence`. The map of L x L x D values is never stored.
     x: (L, D).  dt: (K, L, D), after softplus.  opening: (K, L, D), sigmoid of the convolution.
-    weight: (K, D, W).  A: (K, D, N), negative.  B, C: (K, L, N).  D: (K, D).  q: (L, D).  order: (K, L) int32.
-    Returns (K, L, L), [k, t, s].  Raises ValueError on a shape or dtype that does not fit.
+    weight: (K, D, W).  A: (K, D, N), negative.  B, C: (K, L, N).  D: (K, D).  q: (L, D).  order: (K, L)
+    int32. Returns (K, L, L), [k, t, s].  Raises ValueError on a shape or dtype that does not fit.
     """
     one = (dt[:, None], A, B[:, None], C[:, None], D, D, x[None], order)
     sizes = Sizes.of_scan(opening[:, None], *one)

@@ -1,8 +1,8 @@
 """Kernel of the influence maps; `arm_core.cpu_kernels.influence` says how to call it.
 
-One task is one direction and `CHANNELS` channels. Lanes are source tokens: a channel keeps the decay from every
-earlier step to the present one, N values per step, in the first-level cache, and adds its part of one row of
-the map at each step. Per-step inputs come in scan order with the steps last, padded by zeros.
+One task is one direction and `CHANNELS` channels. Lanes are source tokens: a channel keeps the decay from
+every earlier step to the present one, N values per step, in the first-level cache, and adds its part of one
+row of the map at each step. Per-step inputs come in scan order with the steps last, padded by zeros.
 """
 
 # Compiled code has no Python types: Numba finds them from the arrays of the first call.

@@ -117,6 +117,14 @@ class OutOfMemory(ValueError):  # noqa: N818
         super().__init__(words)
 
 
+def check_towards(output: str, shapes: Mapping[str, tuple[int, ...]], towards: Array) -> None:
+    """Check the arguments of `Engine.input_gradient` against the shapes of what `forward` returns."""
+    if output not in shapes:
+        raise ValueError(f"unknown output {output!r}; known are {', '.join(shapes)}")
+    if towards.shape != shapes[output]:
+        raise ValueError(f"towards: expected {shapes[output]} for output {output!r}, found {towards.shape}")
+
+
 class PendingStep(Protocol):
     """A training step under way; `result()` waits for the device."""
 
@@ -176,6 +184,13 @@ class Engine(Protocol):
         (B, classes). A pretraining model returns `encoder` (B, tokens, decoder width, decoder depth),
         `prediction` (B, tokens, patch values), `loss_per_token` (tokens,) and `loss` ().
         `intermediates` adds the tensors named in `arm_core.model.reference.model`.
+        """
+
+    def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
+        """Gradient of sum(output * towards) with respect to the images, (B, H, W, 3).
+
+        output: a name among the outputs and intermediate tensors of `forward`.  towards: in its shape.
+        Raises ValueError for a name that does not exist or another shape.
         """
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:

@@ -1,14 +1,14 @@
 """Influence maps: how much token s contributes to token t in each mixer, direction by direction.
 
-The influence of s on t in direction k is the signed share I_k[t, s] = <c_k(t<-s), o_t> / |o_t|^2 of the mixer's
-output o_t, where c_k(t<-s) is the contribution of token s through the convolution, the scan, the gate and the
-output projection (`arm_core.model.reference.influence` has the equations). Coefficients that depend on the
-image are held at their values, so contributions add up exactly: over all s, the mean of the directions and the
-share of the convolution's bias make 1 for every t.
+The influence of s on t in direction k is the signed share I_k[t, s] = <c_k(t<-s), o_t> / |o_t|^2 of the
+mixer's output o_t, where c_k(t<-s) is the contribution of token s through the convolution, the scan, the
+gate and the output projection (`arm_core.model.reference.influence` has the equations). Coefficients that
+depend on the image are held at their values, so contributions add up exactly: over all s, the mean of the
+directions and the share of the convolution's bias make 1 for every t.
 
 Maps of single layers say nothing of what earlier layers moved. `Influence.rollout` multiplies the layers as
-attention rollout does (Abnar and Zuidema, arXiv:2005.00928): a heuristic. `gradient_times_input` freezes nothing
-and serves as a check of it.
+attention rollout does (Abnar and Zuidema, arXiv:2005.00928): a heuristic. `gradient_times_input` freezes
+nothing and serves as a check of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Influence:
     layers: tuple[int, ...]
     """Blocks, counted from 0 as in the names of parameters."""
     maps: F32
-    """(B, M, K, T, T): [..., t, s] is the influence of token s on token t if that direction were the only one."""
+    """(B, M, K, T, T): [..., t, s] is the influence of token s on token t if that direction were the only
+    one."""
     mixing: F32
     """(B, M, T): norm of the mixer's output over that norm plus the norm of the token it is added to."""
 
@@ -47,8 +48,8 @@ class Influence:
     def rollout(self) -> F32:
         """(B, T, T): share of each input token in each output token of the last layer; rows add up to 1.
 
-        Every layer mixes token t with weight `mixing` from the absolute values of its mean map, made to add up
-        to 1, and keeps the rest of t as it was; MLPs act on each token alone. Raises ValueError unless the
+        Every layer mixes token t with weight `mixing` from the absolute values of its mean map, made to add
+        up to 1, and keeps the rest of t as it was; MLPs act on each token alone. Raises ValueError unless the
         layers are all layers, or all up to one of them.
         """
         if self.layers != tuple(range(len(self.layers))):
@@ -84,8 +85,8 @@ def influence(
 
     layers: blocks from 0; None for all.  parameters: those of the engine, for callers that have them at hand.
     threads: of the CPU kernel.
-    Time and memory: see `docs/explain.md`; L x L x D values are never stored. Raises ValueError for a layer that
-    does not exist.
+    Time and memory: see `docs/explain.md`; L x L x D values are never stored. Raises ValueError for a layer
+    that does not exist.
     """
     spec = engine.spec
     chosen = check_layers(spec, layers)
@@ -116,7 +117,9 @@ def check_layers(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, ..
 class FrozenMixer:
     """One mixer with its weights, in float32; token by token the same steps as the reference's `mixer`."""
 
-    def __init__(self, spec: ModelSpec, parameters: Mapping[str, Array], layer: int, threads: int | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], layer: int, threads: int | None
+    ) -> None:
         self._spec, self._threads = spec.encoder, threads
         prefix = f"layers.{layer}."
         self._w = {
@@ -175,8 +178,8 @@ def _convolve(x: F32, weight: F32, bias: F32, order: npt.NDArray[np.int32]) -> F
 def gradient_times_input(engine: Engine, images: Array, *, token: Token = CLASS) -> F32:
     """(B, rows, columns): gradient of the answer times the normalised pixels, added up over each patch.
 
-    The answer is for `class` the logit of the likeliest class, and for a patch the last layer's output at that
-    patch along its own value, divided by its square: a share, like the influence. Nothing is frozen.
+    The answer is for `class` the logit of the likeliest class, and for a patch the last layer's output at
+    that patch along its own value, divided by its square: a share, like the influence. Nothing is frozen.
     images: (B, H, W, 3), normalised. Raises ValueError for a token that does not exist.
     """
     spec = engine.spec

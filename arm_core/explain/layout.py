@@ -58,7 +58,7 @@ def token_weights(spec: ModelSpec, token: Token) -> npt.NDArray[np.float32]:
     (found,) = np.nonzero(token_patches(spec) == row * columns + column)
     if not len(found):
         raise ValueError(
-            f"token: patch {row},{column} belongs to the last cluster, which the model predicts but never reads"
+            f"token: patch {row},{column} is in the last cluster, which the model predicts but never reads"
         )
     weights[found] = 1
     return weights

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arm_core import cpu_kernels
-from arm_core.cpu_kernels import conv, scan, swiglu
+from arm_core.cpu_kernels import conv, influence, scan, swiglu
 from arm_core.cpu_kernels.functions import exp2
 from arm_core.cpu_kernels.simd import LANES, load, store
 from arm_core.model.reference import scan as reference
@@ -352,7 +352,7 @@ def test_files_of_kernels_change_with_what_is_compiled_into_them() -> None:
     folder = Path(cpu_kernels.__file__).parent
     helpers = b"".join((folder / name).read_bytes() for name in ("functions.py", "simd.py"))
     digest = hashlib.sha256(helpers).hexdigest()[:12]
-    for kernels in (conv, scan, swiglu):
+    for kernels in (conv, influence, scan, swiglu):
         assert digest == kernels.HELPERS, f'{kernels.__file__}: set HELPERS = "{digest}"'
 
 

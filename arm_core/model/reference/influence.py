@@ -14,6 +14,7 @@ Recurrent Sequence Models" (arXiv:2405.16504).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ def contributions(spec: EncoderSpec, w: Weights, x: F64, order: Orders) -> Contr
     """Contributions of every token to every other. x: (T, D), one image, after the block's first norm."""
     length, width = x.shape
     inner, z = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)
-    taps, A, D = w["conv.weight"], -np.exp(w["A_log"]), w["D"]
+    gate, taps, A, D = silu(z), w["conv.weight"], -np.exp(w["A_log"]), w["D"]
     count = taps.shape[-1]
     tokens = np.empty((len(order), length, length, width))
     bias = np.empty((len(order), length, width))
@@ -55,29 +56,35 @@ def contributions(spec: EncoderSpec, w: Weights, x: F64, order: Orders) -> Contr
         )
         dt = softplus(low @ w["dt_proj.weight"][k].T + w["dt_proj.bias"][k])
 
-        def emitted(v: F64) -> F64:  # noqa: B023, called inside the iteration
-            """Output of the mixer, (T, D) by token, from inputs v (T, D) of the scan in scan order."""
-            h, y = np.zeros((width, spec.state)), np.empty((length, width))
-            for t in range(length):
-                h = np.exp(dt[t, :, None] * A[k]) * h + (dt[t] * v[t])[:, None] * B[t]  # noqa: B023
-                y[steps[t]] = h @ C[t] + D[k] * v[t]  # noqa: B023
-            return np.asarray((silu(z) * y) @ w["out_proj.weight"].T)
-
-        bias[k] = emitted(opening * w["conv.bias"][k])
+        scan = partial(_frozen_scan, dt=dt, A=A[k], B=B, C=C, D=D[k])
+        outputs = w["out_proj.weight"].T
+        bias[k][steps] = (gate[steps] * scan(opening * w["conv.bias"][k])) @ outputs
         for place, s in enumerate(steps):
             v = np.zeros((length, width))
             for i in range(place, min(place + count, length)):
                 v[i] = opening[i] * taps[k, :, count - 1 - (i - place)] * along[place]
-            tokens[k, :, s] = emitted(v)
+            tokens[k, steps, s] = (gate[steps] * scan(v)) @ outputs
     return Contributions(tokens, bias)
 
 
+def _frozen_scan(v: F64, *, dt: F64, A: F64, B: F64, C: F64, D: F64) -> F64:
+    """The scan of inputs v (T, D) with given coefficients, everything in scan order. Returns (T, D)."""
+    h, y = np.zeros(A.shape), np.empty(v.shape)
+    for t in range(len(v)):
+        h = np.exp(dt[t, :, None] * A) * h + (dt[t] * v[t])[:, None] * B[t]
+        y[t] = h @ C[t] + D * v[t]
+    return y
+
+
 def influence_shares(parts: Contributions) -> F64:
-    """(K, T, T): <c_k(t<-s), o_t> / |o_t|^2, the signed share of o_t that token s contributes; 0 where o_t is 0.
+    """(K, T, T): <c_k(t<-s), o_t> / |o_t|^2, the signed share of o_t that token s contributes; 0 where o_t
+    is 0.
 
     Over all s, with the bias's share, the mean over k is 1 for every t.
     """
     output = parts.output
     square = (output**2).sum(-1)
     shares = np.einsum("ktsd,td->kts", parts.tokens, output)
-    return np.divide(shares, square[:, None], out=np.zeros_like(shares), where=square[:, None] > 0)
+    return np.asarray(
+        np.divide(shares, square[:, None], out=np.zeros_like(shares), where=square[:, None] > 0)
+    )

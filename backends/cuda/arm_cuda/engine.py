@@ -28,6 +28,7 @@ from arm_core.engine.protocol import (
     Precision,
     StepResult,
     TrainingState,
+    check_towards,
 )
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
@@ -143,6 +144,15 @@ class TorchEngine:
         with self._computing(images, training=False), torch.no_grad(), self._autocast():
             outputs = self._model(self._put(images), None, seen)
             return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
+
+    def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
+        with self._computing(images, training=False), torch.enable_grad(), self._autocast():
+            pixels = self._put(images).requires_grad_()
+            seen: dict[str, Tensor] = {}
+            outputs = self._model(pixels, None, seen) | seen
+            check_towards(output, {name: tuple(value.shape) for name, value in outputs.items()}, towards)
+            total = (outputs[output].float() * self._put(towards)).sum()
+            return to_numpy(torch.autograd.grad(total, pixels)[0])
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         """As the protocol says; the gradients of several ranks are the mean over their batches."""

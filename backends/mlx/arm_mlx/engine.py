@@ -23,6 +23,7 @@ from arm_core.engine.protocol import (
     Precision,
     StepResult,
     TrainingState,
+    check_towards,
 )
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
@@ -153,6 +154,18 @@ class MlxEngine:
                 return to_host(self._model(put(images), seen=seen) | (seen or {}))
             finally:
                 self._model.train()
+
+    def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
+        weights = put(towards)
+
+        def total(pixels: mx.array) -> mx.array:
+            seen: Arrays = {}
+            outputs = self._model(pixels, seen=seen) | seen
+            check_towards(output, {name: value.shape for name, value in outputs.items()}, towards)
+            return (outputs[output].astype(mx.float32) * weights).sum()
+
+        with mx.stream(self._device):
+            return to_numpy(mx.grad(total)(put(images)))
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
         self._refuse_quantized()
