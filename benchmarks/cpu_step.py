@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from arm_core import cpu_kernels
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
+from arm_core.engine.scans import Implementation
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset, pretrain_preset
 from arm_core.model.spec import ClassifierSpec, ModelSpec
@@ -217,7 +218,7 @@ def report_lengths(repeats: int) -> None:
         grad = normal(batch, length, 768)
 
         def both(inputs: Any = inputs, grad: np.ndarray = grad) -> None:
-            _, residuals = cpu_kernels.scan_forward(*inputs, keep=True)
+            _, residuals = cpu_kernels.scan_forward(*inputs, save_for_backward=True)
             assert residuals is not None
             cpu_kernels.scan_backward(grad, residuals, *inputs)
 
@@ -238,10 +239,9 @@ def main() -> None:
     parser.add_argument("--skip-literal", action="store_true", help="leave out the slowest loop")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    scan.IMPLEMENTATIONS["literal"] = scan.Implementation(
+    scan.IMPLEMENTATIONS["literal"] = Implementation(
         directional_conv=scan.IMPLEMENTATIONS["reference"].directional_conv,
         selective_scan=literal_scan,
-        unusable=lambda device: None,
     )
     if options.measure:
         print(json.dumps(measure(*options.measure, options.repeats)))

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 def log_depth_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
-    z: mx.array, order: mx.array, *, keep: bool = True,
+    z: mx.array, order: mx.array, *, save_for_backward: bool = True,
 ) -> mx.array:  # fmt: skip
     """As `arm_mlx.scan.selective_scan`, with all gradients; computes in float32."""
     dtype = u.dtype

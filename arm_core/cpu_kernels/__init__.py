@@ -96,22 +96,22 @@ class ScanResiduals:
 
 def scan_forward(
     u: F32, dt: F32, A: F32, B: F32, C: F32, D: F32, dt_bias: F32, z: F32, order: Orders,
-    *, keep: bool, threads: int | None = None,
+    *, save_for_backward: bool, threads: int | None = None,
 ) -> tuple[F32, ScanResiduals | None]:  # fmt: skip
     """Selective scan over K directions, their mean, and the gate; softplus(dt + dt_bias) is the step.
 
     u, dt: (K, B, L, D).  A: (K, D, N), negative.  B, C: (K, B, L, N).  D, dt_bias: (K, D).
-    z: (B, L, D).  order: (K, L) int32.  keep: whether a backward will follow.
-    Returns out: (B, L, D), and what the backward needs, None without `keep`.
+    z: (B, L, D).  order: (K, L) int32.  save_for_backward: whether a backward will follow.
+    Returns out: (B, L, D), and what the backward needs, None without `save_for_backward`.
     Raises ValueError on a shape or dtype that does not fit.
     """
     sizes = Sizes.of_scan(u, dt, A, B, C, D, dt_bias, z, order)
     out = new(sizes.shape("BLV"))
-    mean = new(sizes.shape("BLV")) if keep else out
-    states = new(sizes.shape("KBTJNE") if keep else (0,) * 6)
+    mean = new(sizes.shape("BLV")) if save_for_backward else out
+    states = new(sizes.shape("KBTJNE") if save_for_backward else (0,) * 6)
     inputs = _scan_inputs(sizes, u, dt, A, B, C, D, dt_bias, z, order)
     run(scan.scan_forward, threads, *inputs, mean, out, states)
-    return sizes.narrow(out), ScanResiduals(mean, states) if keep else None
+    return sizes.narrow(out), ScanResiduals(mean, states) if save_for_backward else None
 
 
 class ScanGradients(NamedTuple):

@@ -50,7 +50,7 @@ def _rates(A, k, c, state, field):
 def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, states):
     directions, _, count = A.shape
     length = order.shape[1]
-    keep = states.size > 0
+    save_for_backward = states.size > 0
     share = F4(1.0) / F4(directions)
     state = vectors(count * 2).reshape((count, 2, LANES))  # h, rate
     token = vectors(CHUNK * 3).reshape((CHUNK, 3, LANES))  # step, step * u, D * u
@@ -62,7 +62,7 @@ def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, st
             store(state, (n, 0, 0), fill(F4(0.0)))
         for start in range(0, length, CHUNK):
             end = min(start + CHUNK, length)
-            if keep:
+            if save_for_backward:
                 for n in range(count):
                     store(states, (k, b, start // CHUNK, c // LANES, n, 0), load(state, (n, 0, 0)))
             for t in range(start, end):
@@ -76,7 +76,7 @@ def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, st
                 if t + CHUNK < length:
                     prefetch(u, (k, b, order[k, t + CHUNK], c))
                     prefetch(dt, (k, b, order[k, t + CHUNK], c))
-                    if keep:
+                    if save_for_backward:
                         for n in range(t - start, count, CHUNK):
                             prefetch(states, (k, b, start // CHUNK + 1, c // LANES, n, 0))
                 step, drive = load(token, (t - start, 0, 0)), load(token, (t - start, 1, 0))
@@ -91,7 +91,7 @@ def _scan_forward_task(b, c, u, dt, A, B, C, D, dt_bias, z, order, mean, out, st
                 store(y, (p, 0), total)
     for p in range(length):
         total = load(y, (p, 0)) * share
-        if keep:
+        if save_for_backward:
             store(mean, (b, p, c), total)
         g = load(z, (b, p, c))
         store(out, (b, p, c), total * g * sigmoid(g))

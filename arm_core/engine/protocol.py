@@ -173,7 +173,7 @@ class Engine(Protocol):
     device: str
     """In words, for people and for the run's record."""
     scan: str
-    """The scan implementation in use; never `auto`."""
+    """The scan implementation in use, never `auto`; with a note if it runs partly on another kernel."""
     compile: Compile
     """What is compiled; never `AUTO`."""
 

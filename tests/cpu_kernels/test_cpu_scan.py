@@ -97,7 +97,7 @@ def gradient_of_output(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def scan_gradients(grad_out: np.ndarray, scan: Arrays, **options: Any) -> cpu_kernels.ScanGradients:
-    _, residuals = cpu_kernels.scan_forward(**scan, keep=True, **options)
+    _, residuals = cpu_kernels.scan_forward(**scan, save_for_backward=True, **options)
     assert residuals is not None
     return cpu_kernels.scan_backward(grad_out, residuals, **scan, **options)
 
@@ -126,7 +126,7 @@ def test_convolution_matches_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scan_matches_the_reference(case: Case, regime: str) -> None:
     _, scan = inputs(case, regime)
-    out, _ = cpu_kernels.scan_forward(**scan, keep=False)
+    out, _ = cpu_kernels.scan_forward(**scan, save_for_backward=False)
     assert_close(out, reference.selective_scan(**scan))
 
 
@@ -204,7 +204,7 @@ def test_results_are_the_same_bits_on_every_run_and_thread_count(case: Case) -> 
 
     def everything(threads: int | None) -> list[np.ndarray]:
         u = cpu_kernels.conv_forward(**conv, threads=threads)
-        out, _ = cpu_kernels.scan_forward(**scan, keep=False, threads=threads)
+        out, _ = cpu_kernels.scan_forward(**scan, save_for_backward=False, threads=threads)
         gradients = scan_gradients(grad_u[0], scan, threads=threads)
         return [u, out, *gradients, *cpu_kernels.conv_backward(grad_u, **conv, threads=threads)]
 
@@ -216,8 +216,8 @@ def test_results_are_the_same_bits_on_every_run_and_thread_count(case: Case) -> 
 
 def test_forward_without_residuals_gives_the_same_bits() -> None:
     _, scan = inputs(CASES[3])
-    kept, residuals = cpu_kernels.scan_forward(**scan, keep=True)
-    plain, nothing = cpu_kernels.scan_forward(**scan, keep=False)
+    kept, residuals = cpu_kernels.scan_forward(**scan, save_for_backward=True)
+    plain, nothing = cpu_kernels.scan_forward(**scan, save_for_backward=False)
     assert residuals is not None
     assert nothing is None
     np.testing.assert_array_equal(kept, plain)
@@ -226,8 +226,8 @@ def test_forward_without_residuals_gives_the_same_bits() -> None:
 def test_an_image_does_not_depend_on_the_batch_around_it() -> None:
     _, scan = inputs(CASES[3])
     alone = {**scan, **{n: scan[n][:, 1:] for n in ("u", "dt", "B", "C")}, "z": scan["z"][1:]}
-    whole = cpu_kernels.scan_forward(**scan, keep=False)[0]
-    np.testing.assert_array_equal(whole[1:], cpu_kernels.scan_forward(**alone, keep=False)[0])
+    whole = cpu_kernels.scan_forward(**scan, save_for_backward=False)[0]
+    np.testing.assert_array_equal(whole[1:], cpu_kernels.scan_forward(**alone, save_for_backward=False)[0])
 
 
 def test_inputs_are_not_modified_and_may_be_read_only() -> None:
@@ -272,7 +272,7 @@ def test_what_is_not_finite_stays_visible(name: str, value: float) -> None:
     _, scan = inputs(CASES[2])
     broken = scan[name].copy()
     broken.flat[-1] = value
-    out, _ = cpu_kernels.scan_forward(**{**scan, name: broken}, keep=False)
+    out, _ = cpu_kernels.scan_forward(**{**scan, name: broken}, save_for_backward=False)
     assert not np.isfinite(out).all()
 
 
@@ -299,8 +299,8 @@ def test_thread_count_of_other_numba_code_is_left_alone() -> None:
     before = numba.get_num_threads()
     cpu_kernels.set_threads(1)
     try:
-        cpu_kernels.scan_forward(**scan, keep=False)
-        cpu_kernels.scan_forward(**scan, keep=False, threads=1)
+        cpu_kernels.scan_forward(**scan, save_for_backward=False)
+        cpu_kernels.scan_forward(**scan, save_for_backward=False, threads=1)
     finally:
         cpu_kernels.set_threads(None)
     assert numba.get_num_threads() == before
@@ -332,7 +332,7 @@ def test_no_threads_are_refused(threads: int) -> None:
 def test_what_does_not_fit_is_refused_by_name(name: str, value: np.ndarray, sentence: str) -> None:
     _, scan = inputs(CASES[2])
     with pytest.raises(ValueError, match=sentence):
-        cpu_kernels.scan_forward(**{**scan, name: value}, keep=False)
+        cpu_kernels.scan_forward(**{**scan, name: value}, save_for_backward=False)
 
 
 def test_gradient_of_another_shape_is_refused() -> None:
@@ -377,5 +377,5 @@ def test_decays_end_where_their_products_would_become_subnormal() -> None:
 
 def test_a_batch_of_no_images_gives_no_images() -> None:
     _, scan = inputs(Case(2, 0, 7, 32, 8, 4))
-    assert cpu_kernels.scan_forward(**scan, keep=False)[0].shape == (0, 7, 32)
+    assert cpu_kernels.scan_forward(**scan, save_for_backward=False)[0].shape == (0, 7, 32)
     assert scan_gradients(np.zeros((0, 7, 32), np.float32), scan).A.shape == (2, 32, 8)

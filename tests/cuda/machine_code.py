@@ -77,9 +77,17 @@ class AbsentGPU:
 
 
 def rows(
-    architecture: int, states: int, dtype: torch.dtype, *, keep: bool = True, scan_only: bool = False
+    architecture: int,
+    states: int,
+    dtype: torch.dtype,
+    *,
+    save_for_backward: bool = True,
+    scan_only: bool = False,
 ) -> Iterator[Row]:
-    """All kernels of a mixer's forward and, with `keep`, backward; or those that depend on the states."""
+    """All kernels of a mixer's forward and, with `save_for_backward`, backward.
+
+    scan_only: only those that depend on the states.
+    """
     driver.set_active(AbsentGPU(architecture))
     found: list[Row] = []
 
@@ -111,10 +119,10 @@ def rows(
     vector = torch.ones(DIRECTIONS, CHANNELS)
     scan = (u, u, vector[..., None].expand(-1, -1, states), B, C, vector, vector, z, order)
     conv = (x, torch.ones(DIRECTIONS, CHANNELS, TAPS), vector, order)
-    out, mean, kept = launch.scan_forward(*scan, keep)
-    if keep:
+    out, mean, kept = launch.scan_forward(*scan, save_for_backward)
+    if save_for_backward:
         launch.scan_backward(out, mean, kept, *scan)
-    if keep and not scan_only:
+    if save_for_backward and not scan_only:
         launch.conv_forward(*conv)
         launch.conv_backward(u, *conv)
     yield from found
@@ -170,7 +178,7 @@ def table(*, everything: bool) -> Iterator[Row]:
             yield from rows(architecture, states, torch.bfloat16, scan_only=states != 16)
         if everything:
             yield from rows(architecture, 16, torch.float32)
-            yield from rows(architecture, 16, torch.bfloat16, keep=False, scan_only=True)
+            yield from rows(architecture, 16, torch.bfloat16, save_for_backward=False, scan_only=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,3 +161,17 @@ def test_a_mamba_ssm_that_imports_but_cannot_be_called_is_not_taken(monkeypatch:
         "mamba-ssm is installed but cannot run (TypeError: 'NoneType' object is not callable)"
     )
     assert "\n" not in reason
+
+
+@pytest.mark.usefixtures("no_verdicts")
+def test_the_name_of_the_scan_says_that_the_convolution_runs_in_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mamba_ssm, "find_spec", lambda name: None)
+    expected = "mamba-ssm (convolution by torch: causal-conv1d is not installed)"
+    assert scan.IMPLEMENTATIONS.label("mamba-ssm", 4) == expected
+    monkeypatch.setattr(mamba_ssm, "_conv_unusable", cache(lambda: None))
+    assert scan.IMPLEMENTATIONS.label("mamba-ssm", 4) == "mamba-ssm"
+    expected = "mamba-ssm (convolution by torch: causal-conv1d takes widths 2, 3, 4, not 5)"
+    assert scan.IMPLEMENTATIONS.label("mamba-ssm", 5) == expected
+    assert scan.IMPLEMENTATIONS.label("reference", 5) == "reference"

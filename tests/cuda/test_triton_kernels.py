@@ -213,5 +213,5 @@ def test_a_second_derivative_is_refused(device: str) -> None:
     for operator, name in (("directional_conv", "x"), ("selective_scan", "u")):
         out = call(values, operator)
         (gradient,) = torch.autograd.grad(out.square().sum(), values[name], create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative; take scan 'reference' to different"):
+        with pytest.raises(RuntimeError, match="no second derivative; use scan 'reference' to different"):
             gradient.sum().backward()

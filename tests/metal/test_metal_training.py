@@ -291,7 +291,7 @@ def test_without_gradients_nothing_is_kept(metal: Any, launched: Counter[str]) -
     arrays, order = scan_inputs()
     kept = scans.selective_scan(*arrays, order, impl="metal")
     launched.clear()
-    found = scans.selective_scan(*arrays, order, impl="metal", keep=False)
+    found = scans.selective_scan(*arrays, order, impl="metal", save_for_backward=False)
     assert launched == {"scan_forward": 1, "gate_forward": 1}
     np.testing.assert_array_equal(np.asarray(found), np.asarray(kept))
 

@@ -51,7 +51,7 @@ def test_mistaken_options_are_refused_in_one_line(pretrain_spec: PretrainSpec) -
     with pytest.raises(ValueError, match="expected auto, cpu or gpu, found 'cuda'"):
         make(pretrain_spec, device="cuda")
     with pytest.raises(
-        ValueError, match="unknown scan 'fast' for this backend; known are auto, metal, cpu, reference"
+        ValueError, match="unknown scan 'fast' for this backend; expected auto, metal, cpu, reference"
     ):
         make(pretrain_spec, device="cpu", scan="fast")
     if not mx.metal.is_available():

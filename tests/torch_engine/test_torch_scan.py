@@ -106,7 +106,9 @@ def test_cpu_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
     monkeypatch.setattr(
         scans.cpu_kernels,
         "scan_forward",
-        lambda *a, keep, **o: kept.append(keep) or forward(*a, keep=keep, **o),
+        lambda *a, save_for_backward, **o: (
+            kept.append(save_for_backward) or forward(*a, save_for_backward=save_for_backward, **o)
+        ),
     )
     with torch.no_grad():
         assert torch.equal(scans.selective_scan(*tensors, impl="cpu"), with_grad)

@@ -37,7 +37,7 @@ from arm_core.model.spec import ModelSpec
 from arm_cuda.distributed import local_device, peer_failures_named, place
 from arm_cuda.execution import check_execution, execute
 from arm_cuda.model import build_model, soft_cross_entropy
-from arm_cuda.scan import scans
+from arm_cuda.scan import IMPLEMENTATIONS, scans
 
 
 def resolve_device(name: str) -> torch.device:
@@ -110,10 +110,11 @@ class TorchEngine:
         self._device = local_device(options.device) if several else resolve_device(options.device)
         self._settings, self._ranks = optimizer, ranks
         self._bfloat16 = options.precision is Precision.BFLOAT16
-        self.scan = choose_scan(scans(self._device.type), options.scan)
+        scan = choose_scan(scans(self._device.type), options.scan)
+        self.scan = IMPLEMENTATIONS.label(scan, spec.encoder.conv_width)
         self.compile: Compile = Compile.NONE if options.compile is Compile.AUTO else options.compile
         options = replace(options, compile=self.compile)
-        check_execution(options, self.scan, self._device)
+        check_execution(options, scan, self._device)
         if self._device.type == "cpu":
             threads = options.threads or torch.get_num_threads()
             cpu_kernels.start_threads()  # resets torch's count, and the count decides the last bits of a sum
@@ -129,7 +130,7 @@ class TorchEngine:
             recompute=options.recompute,
             shards=ranks.world if options.shard else 1,
         )
-        self._model = build_model(spec, self.scan, self._device)
+        self._model = build_model(spec, scan, self._device)
         self._placement = place(ranks, shard=options.shard)
         self._forward = self._placement.wrap(self._model, execute(self._model, options), self._device)
         # Sharding puts other tensors in the place of the parameters.

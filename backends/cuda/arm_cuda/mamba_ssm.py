@@ -1,7 +1,7 @@
-"""The two operators on the kernels of mamba-ssm and causal-conv1d, where they are installed.
+"""The two operators on the kernels of mamba-ssm and causal-conv1d, if they are installed.
 
 All K directions are one call: they become K groups of channels, and tokens are put into scan order before
-it and back after it. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+it and back after it. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ INSTALL = (
     "(and pip install einops transformers)"
 )
 CONV_WIDTHS = (2, 3, 4)
-"""What causal-conv1d takes."""
+"""Convolution widths that causal-conv1d takes."""
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """As `arm_cuda.scan.directional_conv`: causal-conv1d where it is usable and takes the width, else torch.
+    """As `arm_cuda.scan.directional_conv`: causal-conv1d if it is usable and takes the width, else torch.
 
-    Both compute the same; which one runs follows from what is installed and from W alone.
+    Both compute the same. `convolution_note` says so in the printed name of the scan if torch runs.
     """
-    directions, channels, taps = weight.shape
+    directions, channels, width = weight.shape
     batch, length, _ = x.shape
     steps = x[:, order.long()].mT.contiguous().view(batch, -1, length)  # (B, K D, L) in scan order
-    weight, bias = weight.reshape(-1, taps).to(x.dtype), bias.reshape(-1).to(x.dtype)
-    if taps in CONV_WIDTHS and on_gpu(x) and _conv_unusable() is None:
+    weight, bias = weight.reshape(-1, width).to(x.dtype), bias.reshape(-1).to(x.dtype)
+    if on_gpu(x) and _conv_reason(width) is None:
         u = _causal_conv1d()(steps, weight, bias, activation="silu")
     else:
-        padded = F.pad(steps, (taps - 1, 0))
+        padded = F.pad(steps, (width - 1, 0))
         u = F.silu(F.conv1d(padded, weight[:, None], bias, groups=directions * channels))
     u = u.reshape(batch, directions, channels, length).permute(1, 0, 3, 2)
     return _reorder(u, order.argsort(1))
@@ -88,6 +88,19 @@ def unusable(device: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU here"
     return _scan_unusable()
+
+
+def convolution_note(conv_width: int) -> str | None:
+    """What the printed name of the scan says if the convolution runs in torch."""
+    reason = _conv_reason(conv_width)
+    return f"convolution by torch: {reason}" if reason else None
+
+
+def _conv_reason(width: int) -> str | None:
+    """Why causal-conv1d cannot run, None if it can."""
+    if width not in CONV_WIDTHS:
+        return f"causal-conv1d takes widths {', '.join(map(str, CONV_WIDTHS))}, not {width}"
+    return _conv_unusable()
 
 
 def on_gpu(tensor: Tensor) -> bool:

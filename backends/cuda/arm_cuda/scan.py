@@ -1,13 +1,12 @@
 """The mixer's two sequence operators in torch, by implementation.
 
-`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.model.reference.scan`
-states, with every gradient. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+`IMPLEMENTATIONS` is the table that `--scan` chooses from. Every implementation computes what
+`arm_core.model.reference.scan` defines, with all gradients. Sizes: K directions, B images, L tokens,
+D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from arm_core import cpu_kernels
+from arm_core.engine.scans import Implementation, Implementations
 from arm_cuda import mamba_ssm
 from arm_cuda.triton import availability
 
@@ -32,7 +32,7 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *, 
     Returns u: (K, B, L, D) in x.dtype.
     Raises ValueError on an unknown impl, and on a shape, dtype or device that impl does not take.
     """
-    return _implementation(impl).directional_conv(x, weight, bias, order)
+    return IMPLEMENTATIONS[impl].directional_conv(x, weight, bias, order)
 
 
 def selective_scan(
@@ -52,39 +52,22 @@ def selective_scan(
     Returns out: (B, L, D) in u.dtype; the state stays float32 (float64 for float64 inputs).
     Raises ValueError on an unknown impl, and on a shape, dtype or device that impl does not take.
     """
-    return _implementation(impl).selective_scan(u, dt, A, B, C, D, dt_bias, z, order)
+    return IMPLEMENTATIONS[impl].selective_scan(u, dt, A, B, C, D, dt_bias, z, order)
 
 
 def scans(device: str) -> dict[str, str | None]:
-    """Implementations in order of preference: None where usable on the device, else the reason why not."""
-    kind = torch.device(device).type
-    return {name: implementation.unusable(kind) for name, implementation in IMPLEMENTATIONS.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """One way to run the two operators; signatures as above, without `impl`."""
-
-    directional_conv: Callable[..., Tensor]
-    selective_scan: Callable[..., Tensor]
-    unusable: Callable[[str], str | None]
-    """Device type -> None, or why it cannot run there."""
-
-
-def _implementation(name: str) -> Implementation:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown scan {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+    """Implementations in order of preference: None if usable on the device, else the reason why not."""
+    return IMPLEMENTATIONS.usable(device)
 
 
 # reference: plain torch with autograd, any device and dtype
 
 
 def _reference_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    length, taps = x.shape[1], weight.shape[2]
-    steps = F.pad(x[:, order.long()], (0, 0, taps - 1, 0)).transpose(0, 1)  # (K, B, W - 1 + L, D)
+    length, width = x.shape[1], weight.shape[2]
+    steps = F.pad(x[:, order.long()], (0, 0, width - 1, 0)).transpose(0, 1)  # (K, B, W - 1 + L, D)
     weight = weight[:, None, None]  # (K, 1, 1, D, W)
-    total = sum(steps[:, :, j : j + length] * weight[..., j] for j in range(taps)) + bias[:, None, None]
+    total = sum(steps[:, :, j : j + length] * weight[..., j] for j in range(width)) + bias[:, None, None]
     return _reorder(F.silu(total), order.argsort(1)).to(x.dtype)
 
 
@@ -129,8 +112,8 @@ def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
 
 
 def _cpu_scan(*tensors: Tensor) -> Tensor:
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    result: Tensor = _CpuScan.apply(keep, *_unshared(*tensors))
+    save_for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    result: Tensor = _CpuScan.apply(save_for_backward, *_unshared(*tensors))
     return result
 
 
@@ -159,9 +142,11 @@ class _CpuConv(torch.autograd.Function):
 
 class _CpuScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keep: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, save_for_backward: bool, *tensors: Tensor) -> Tensor:
         arrays = _arrays(*tensors)
-        out, residuals = cpu_kernels.scan_forward(*arrays, keep=keep, threads=torch.get_num_threads())
+        out, residuals = cpu_kernels.scan_forward(
+            *arrays, save_for_backward=save_for_backward, threads=torch.get_num_threads()
+        )
         ctx.save_for_backward(*tensors)
         ctx.residuals = residuals
         return torch.from_numpy(out).to(tensors[0].dtype)
@@ -183,13 +168,13 @@ def _arrays(*tensors: Tensor) -> list[npt.NDArray[Any]]:
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
     if tensor.device.type != "cpu":
         raise ValueError(
-            f"scan 'cpu': expected tensors on the CPU, found {tensor.device}; move the model there"
+            f"scan 'cpu': expected tensors on the CPU, found {tensor.device}; move the model to the CPU"
         )
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
     array: npt.NDArray[Any] = tensor.detach().numpy()
     if array.dtype not in (np.float32, np.int32):
-        raise ValueError(f"scan 'cpu' computes in float32, found {tensor.dtype}; scan 'reference' takes any")
+        raise ValueError(f"scan 'cpu': expected float32, found {tensor.dtype}; use scan 'reference'")
     return array
 
 
@@ -214,26 +199,25 @@ def _triton_scan(*tensors: Tensor) -> Tensor:
     return operators.selective_scan(*tensors)
 
 
-IMPLEMENTATIONS = {
-    "cpu": Implementation(
-        directional_conv=_cpu_conv,
-        selective_scan=_cpu_scan,
-        unusable=lambda device: None if device == "cpu" else "its kernels read memory of the CPU",
-    ),
-    "triton": Implementation(
-        directional_conv=_triton_conv,
-        selective_scan=_triton_scan,
-        unusable=availability.unusable,
-    ),
-    "mamba-ssm": Implementation(
-        directional_conv=mamba_ssm.directional_conv,
-        selective_scan=mamba_ssm.selective_scan,
-        unusable=mamba_ssm.unusable,
-    ),
-    "reference": Implementation(
-        directional_conv=_reference_conv,
-        selective_scan=_reference_scan,
-        unusable=lambda device: None,
-    ),
-}
-"""Implementations by the name that `--scan` takes, the one that `auto` prefers first."""
+IMPLEMENTATIONS: Implementations[Tensor] = Implementations(
+    {
+        "cpu": Implementation(
+            directional_conv=_cpu_conv,
+            selective_scan=_cpu_scan,
+            unusable=lambda device: None if device == "cpu" else "its kernels run on the CPU",
+        ),
+        "triton": Implementation(
+            directional_conv=_triton_conv,
+            selective_scan=_triton_scan,
+            unusable=availability.unusable,
+        ),
+        "mamba-ssm": Implementation(
+            directional_conv=mamba_ssm.directional_conv,
+            selective_scan=mamba_ssm.selective_scan,
+            unusable=mamba_ssm.unusable,
+            note=mamba_ssm.convolution_note,
+        ),
+        "reference": Implementation(directional_conv=_reference_conv, selective_scan=_reference_scan),
+    }
+)
+"""What `--scan` chooses from; `auto` takes the first usable one."""

@@ -48,8 +48,8 @@ def update(
     (beta1, beta2), eps, follow = settings.betas, settings.eps, 1.0 - (settings.ema_decay or 1.0)
     for group in groups:
         rate = lr * group.lr_scale
-        keep, rate = 1.0 - rate * group.weight_decay, rate / corrections[0]
-        numbers = factor, beta1, 1 - beta1, beta2, 1 - beta2, 1 / corrections[1], eps, keep, rate, follow
+        decay, rate = 1.0 - rate * group.weight_decay, rate / corrections[0]
+        numbers = factor, beta1, 1 - beta1, beta2, 1 - beta2, 1 / corrections[1], eps, decay, rate, follow
         scalars = np.array(numbers, np.float32)
         for name in group.names:
             kept = (_view(a[name]) for a in (parameters, moments.exp_avg, moments.exp_avg_sq))
@@ -76,7 +76,7 @@ def _view(array: mx.array) -> Array:
 
 @nb.njit(**_KERNEL)
 def _adamw(p, m, v, ema, gradient, scalars):
-    factor, beta1, rest1, beta2, rest2, larger, eps, keep, rate, follow = scalars
+    factor, beta1, rest1, beta2, rest2, larger, eps, decay, rate, follow = scalars
     for chunk in nb.prange(-(-p.size // CHUNK)):
         part = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, p.size))
         p_, m_, v_, g_ = p[part], m[part], v[part], gradient[part]
@@ -84,7 +84,7 @@ def _adamw(p, m, v, ema, gradient, scalars):
             g = g_[i] * factor
             m_[i] = beta1 * m_[i] + rest1 * g
             v_[i] = beta2 * v_[i] + rest2 * (g * g)
-            p_[i] = p_[i] * keep - rate * m_[i] / (np.sqrt(v_[i] * larger) + eps)
+            p_[i] = p_[i] * decay - rate * m_[i] / (np.sqrt(v_[i] * larger) + eps)
         if ema.size:
             e_ = ema[part]
             for i in range(p_.size):

@@ -185,7 +185,7 @@ class Mixer(nn.Module):
             z,
             order,
             impl=self.scan,
-            keep=self.training or self.save_for_backward,
+            save_for_backward=self.training or self.save_for_backward,
         )
         return self.out_proj(out)
 

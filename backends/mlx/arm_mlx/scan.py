@@ -1,13 +1,13 @@
 """The mixer's two sequence operators in MLX, by implementation.
 
-`IMPLEMENTATIONS` is the table that `--scan` chooses from. All compute what `arm_core.model.reference.scan`
-states, with every gradient. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+`IMPLEMENTATIONS` is the table that `--scan` chooses from. Every implementation computes what
+`arm_core.model.reference.scan` defines, with all gradients. Sizes: K directions, B images, L tokens,
+D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_core import cpu_kernels
+from arm_core.engine.scans import Implementation, Implementations, check_axes
 from arm_mlx import metal
 
 Gradients = tuple[mx.array | None, ...]
@@ -33,8 +34,8 @@ def directional_conv(
     order: (K, L) int32.  impl: see `IMPLEMENTATIONS`.  Returns u: (K, B, L, D) in x.dtype.
     Raises ValueError on an unknown impl, and on a shape that does not fit.
     """
-    _check(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
-    implementation = _implementation(impl)
+    check_axes(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
+    implementation = IMPLEMENTATIONS[impl]
     dtype = x.dtype if implementation.half_precision else mx.float32
     weights = (a.astype(mx.float32) for a in (weight, bias))
     return implementation.directional_conv(x.astype(dtype), *weights, order).astype(x.dtype)
@@ -42,7 +43,7 @@ def directional_conv(
 
 def selective_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
-    z: mx.array, order: mx.array, *, impl: str, keep: bool = True,
+    z: mx.array, order: mx.array, *, impl: str, save_for_backward: bool = True,
 ) -> mx.array:  # fmt: skip
     """Selective scan over K directions, their mean, and the gate.
 
@@ -54,19 +55,20 @@ def selective_scan(
 
     u, dt: (K, B, L, D); dt before bias and softplus.  B, C: (K, B, L, N).  z: (B, L, D).  All of these
     float32, float16 or bfloat16.  A: (K, D, N), negative.  D, dt_bias: (K, D).  order: (K, L) int32.
-    impl: see `IMPLEMENTATIONS`.  keep: whether gradients may be asked for.
+    impl: see `IMPLEMENTATIONS`.  save_for_backward: whether gradients can be taken.
     Returns out: (B, L, D) in u.dtype; the state stays float32.
-    Raises ValueError on an unknown impl, on a shape that does not fit, and in a gradient without `keep`.
+    Raises ValueError on an unknown impl, on a shape that does not fit, and when a gradient is taken
+    without `save_for_backward`.
     """
-    _check(
+    check_axes(
         u=(u, "KBLD"), dt=(dt, "KBLD"), A=(A, "KDN"), B=(B, "KBLN"), C=(C, "KBLN"), D=(D, "KD"),
         dt_bias=(dt_bias, "KD"), z=(z, "BLD"), order=(order, "KL"),
     )  # fmt: skip
-    implementation = _implementation(impl)
+    implementation = IMPLEMENTATIONS[impl]
     by_token = (u, dt, B, C, z)
     dtype = mx.result_type(*by_token) if implementation.half_precision else mx.float32
-    run: Callable[..., mx.array] = partial(implementation.selective_scan, keep=keep)
-    if not keep:
+    run: Callable[..., mx.array] = partial(implementation.selective_scan, save_for_backward=save_for_backward)
+    if not save_for_backward:
         run = _without_gradients(run)
     u_, dt_, B_, C_, z_ = (a.astype(dtype) for a in by_token)
     A_, D_, bias_ = (a.astype(mx.float32) for a in (A, D, dt_bias))
@@ -74,51 +76,19 @@ def selective_scan(
 
 
 def scans(device: str) -> dict[str, str | None]:
-    """Implementations in order of preference: None where usable on `cpu` or `gpu`, else why not."""
-    return {name: implementation.unusable(device) for name, implementation in IMPLEMENTATIONS.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """One way to run the two operators; signatures as above without `impl`.
-
-    Parameters of the layer (weight, bias, A, D, dt_bias) come as float32, all else in one type.
-    """
-
-    directional_conv: Callable[..., mx.array]
-    selective_scan: Callable[..., mx.array]
-    half_precision: bool = False
-    """Whether it takes float16 and bfloat16 as they are; otherwise all is handed over as float32."""
-    unusable: Callable[[str], str | None]
-    """`cpu` or `gpu` -> None, or why it cannot run there."""
-
-
-def _implementation(name: str) -> Implementation:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown scan {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+    """Implementations in order of preference: None if usable on the device, else the reason why not."""
+    return IMPLEMENTATIONS.usable(device)
 
 
 def _without_gradients(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The function, refusing to be differentiated instead of forgetting a gradient."""
+    """The function, with a gradient that raises ValueError."""
     forward = mx.custom_function(lambda *inputs: function(*inputs))
 
     @forward.vjp
     def _(*_: Any) -> Gradients:
-        raise ValueError("selective_scan: expected keep=True where gradients are taken, found keep=False")
+        raise ValueError("selective_scan: gradients need save_for_backward=True, found False")
 
     return cast(Callable[..., mx.array], forward)
-
-
-def _check(**arrays: tuple[mx.array, str]) -> None:
-    """Each array against its axes by letter; the first array that has a letter sets its size."""
-    sizes: dict[str, int] = {}
-    for name, (array, axes) in arrays.items():
-        expected = tuple(sizes.get(letter, size) for letter, size in zip(axes, array.shape, strict=False))
-        if len(axes) != array.ndim or array.shape != expected:
-            known = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in axes)
-            raise ValueError(f"{name}: expected ({known}), found {array.shape}")
-        sizes |= zip(axes, array.shape, strict=True)
 
 
 def silu(x: mx.array) -> mx.array:
@@ -129,12 +99,12 @@ def silu(x: mx.array) -> mx.array:
 
 
 def _reference_conv(x: mx.array, weight: mx.array, bias: mx.array, order: mx.array) -> mx.array:
-    length, taps = x.shape[1], weight.shape[2]
-    steps = mx.pad(x[:, order], [(0, 0), (0, 0), (taps - 1, 0), (0, 0)]).swapaxes(
+    length, width = x.shape[1], weight.shape[2]
+    steps = mx.pad(x[:, order], [(0, 0), (0, 0), (width - 1, 0), (0, 0)]).swapaxes(
         0, 1
     )  # (K, B, W - 1 + L, D)
     total = bias[:, None, None]
-    for j in range(taps):
+    for j in range(width):
         total = total + steps[:, :, j : j + length] * weight[:, None, None, :, j]
     return _reorder(silu(total), mx.argsort(order, axis=1))
 
@@ -150,7 +120,7 @@ def _reference_scan(
     z: mx.array,
     order: mx.array,
     *,
-    keep: bool,
+    save_for_backward: bool,
 ) -> mx.array:
     step = mx.logaddexp(dt + dt_bias[:, None, None], 0.0)  # softplus
     y = _first(_recurrence(A, *(_reorder(tokens, order) for tokens in (step, step * u, B, C))))
@@ -216,10 +186,10 @@ def _cpu_conv(*inputs: mx.array) -> mx.array:
     return cast(mx.array, _cpu_conv_function(*inputs))
 
 
-def _cpu_scan(*inputs: mx.array, keep: bool) -> mx.array:
-    if keep:
+def _cpu_scan(*inputs: mx.array, save_for_backward: bool) -> mx.array:
+    if save_for_backward:
         return _first(_cpu_scan_function(*inputs))
-    out, _ = cpu_kernels.scan_forward(*evaluated(*inputs), keep=False)
+    out, _ = cpu_kernels.scan_forward(*evaluated(*inputs), save_for_backward=False)
     return mx.array(out)
 
 
@@ -236,7 +206,7 @@ def _cpu_conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> 
 
 @mx.custom_function
 def _cpu_scan_function(*inputs: mx.array) -> tuple[mx.array, ...]:
-    out, residuals = cpu_kernels.scan_forward(*evaluated(*inputs), keep=True)
+    out, residuals = cpu_kernels.scan_forward(*evaluated(*inputs), save_for_backward=True)
     assert residuals is not None
     return mx.array(out), mx.array(residuals.mean), mx.array(residuals.states)
 
@@ -264,25 +234,25 @@ def evaluated(*arrays: mx.array) -> list[npt.NDArray[Any]]:
 def _no_metal(device: str) -> str | None:
     if device == "cpu":
         return "its kernels run on Apple GPUs"
-    return None if mx.metal.is_available() else "MLX sees no Metal on this machine"
+    return None if mx.metal.is_available() else "MLX finds no Metal GPU here"
 
 
-IMPLEMENTATIONS = {
-    "metal": Implementation(
-        directional_conv=metal.directional_conv,
-        selective_scan=metal.selective_scan,
-        half_precision=True,
-        unusable=_no_metal,
-    ),
-    "cpu": Implementation(
-        directional_conv=_cpu_conv,
-        selective_scan=_cpu_scan,
-        unusable=lambda device: None if device == "cpu" else "its kernels run on the CPU",
-    ),
-    "reference": Implementation(
-        directional_conv=_reference_conv,
-        selective_scan=_reference_scan,
-        unusable=lambda device: None,
-    ),
-}
-"""Implementations by the name that `--scan` takes, the one that `auto` prefers first."""
+IMPLEMENTATIONS: Implementations[mx.array] = Implementations(
+    {
+        "metal": Implementation(
+            directional_conv=metal.directional_conv,
+            selective_scan=metal.selective_scan,
+            unusable=_no_metal,
+        ),
+        "cpu": Implementation(
+            directional_conv=_cpu_conv,
+            selective_scan=_cpu_scan,
+            half_precision=False,
+            unusable=lambda device: None if device == "cpu" else "its kernels run on the CPU",
+        ),
+        "reference": Implementation(
+            directional_conv=_reference_conv, selective_scan=_reference_scan, half_precision=False
+        ),
+    }
+)
+"""What `--scan` chooses from; `auto` takes the first usable one."""

@@ -44,7 +44,7 @@ class MlxScanTimer:
         scan = choose_scan(scans("gpu" if self._gpu else "cpu"), scan)
         return self.time_function(
             shape,
-            lambda *inputs: selective_scan(*inputs, impl=scan, keep=False),
+            lambda *inputs: selective_scan(*inputs, impl=scan, save_for_backward=False),
             lambda *inputs: selective_scan(*inputs, impl=scan),
             repeats=repeats,
         )

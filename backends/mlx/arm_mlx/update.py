@@ -59,13 +59,13 @@ def update(
     new: Arrays = {}
     for group in groups:
         scale = lr * group.lr_scale
-        keep, rate = 1.0 - scale * group.weight_decay, scale / corrections[0]
+        decay, rate = 1.0 - scale * group.weight_decay, scale / corrections[0]
         for name in group.names:
             p, m, v = before = parameters[name], moments.exp_avg[name], moments.exp_avg_sq[name]
             g = gradients[name] * factor
             m = settings.betas[0] * m + (1.0 - settings.betas[0]) * g
             v = settings.betas[1] * v + (1.0 - settings.betas[1]) * mx.square(g)
-            p = p * keep - rate * m / (mx.sqrt(v / corrections[1]) + settings.eps)
+            p = p * decay - rate * m / (mx.sqrt(v / corrections[1]) + settings.eps)
             new[name], moments.exp_avg[name], moments.exp_avg_sq[name] = (
                 mx.where(finite, after, old) for old, after in zip(before, (p, m, v), strict=True)
             )

@@ -103,7 +103,7 @@ def inverse(order: Tensor) -> Tensor:
 
 def scan_forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor, keep: bool,
+    order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out as in `arm_cuda.scan.selective_scan`; with `keep` what the backward reads, else empty tensors.
 
@@ -111,18 +111,18 @@ def scan_forward(
     """
     directions, batch, length, channels = u.shape
     y = torch.empty_like(u)
-    states = u.new_empty(state_shape(u, A) if keep else (0,), dtype=torch.float32)
+    states = u.new_empty(state_shape(u, A) if save_for_backward else (0,), dtype=torch.float32)
     launch(
         scan_kernels.scan_forward,
         batch * directions * blocks(channels, LANES),
         u, dt, A.mT.contiguous(), B, C, D, dt_bias, order, y, states,
         length, *B.stride()[:3], *C.stride()[:3],
         directions=directions, channels=channels, N=A.shape[2],
-        BLOCK=LANES, CHUNK=CHUNK, SAVE=keep, warps=scan_warps(A),
+        BLOCK=LANES, CHUNK=CHUNK, SAVE=save_for_backward, warps=scan_warps(A),
     )  # fmt: skip
     out = u.new_empty((batch, length, channels))
-    several = keep and directions > 1  # of one direction, y is the mean
-    mean = torch.empty_like(out) if several else y[0] if keep else u.new_empty((0,))
+    several = save_for_backward and directions > 1  # of one direction, y is the mean
+    mean = torch.empty_like(out) if several else y[0] if save_for_backward else u.new_empty((0,))
     launch(
         gate_kernels.gate_forward,
         batch * length * blocks(channels, GATE_BLOCK),

@@ -1,7 +1,7 @@
 """The two operators on Triton kernels, as torch.library operators with gradients.
 
 Registered, and not plain functions, so that torch.compile and torch.export take them as they are. A second
-derivative is refused. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+derivative is refused. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 # No `from __future__ import annotations`: torch.library reads the types below.
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from arm_core.engine.scans import HasShape, check_axes
 from arm_cuda.triton import launch
 from arm_cuda.triton.arithmetic import INTERPRETED
 
@@ -48,23 +49,16 @@ def selective_scan(
     _check_kind(order, **tensors)
     _check_contiguous(u=u, dt=dt, A=A, D=D, dt_bias=dt_bias, order=order)
     _check_rows(sizes["L"], u=u, B=B, C=C, z=z)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
-    result: Tensor = scan(u, dt, A, B, C, D, dt_bias, z, order, keep)[0]
+    save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+    result: Tensor = scan(u, dt, A, B, C, D, dt_bias, z, order, save_for_backward)[0]
     return result
 
 
 # checks
 
 
-def _check_shapes(**tensors: tuple[Tensor, str]) -> dict[str, int]:
-    """Each tensor against its axes by letter; the first tensor that has a letter sets its size."""
-    sizes: dict[str, int] = {}
-    for name, (tensor, axes) in tensors.items():
-        expected = tuple(sizes.get(letter, size) for letter, size in zip(axes, tensor.shape, strict=False))
-        if len(axes) != tensor.ndim or tensor.shape != expected:
-            known = ", ".join(f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in axes)
-            raise ValueError(f"scan 'triton': {name}: expected ({known}), found {tuple(tensor.shape)}")
-        sizes |= zip(axes, tensor.shape, strict=True)
+def _check_shapes(**tensors: tuple[HasShape, str]) -> dict[str, int]:
+    sizes = check_axes("scan 'triton': ", **tensors)
     if sizes["L"] == 0:
         raise ValueError("scan 'triton': expected at least one token, found none")
     return sizes
@@ -77,8 +71,8 @@ def _check_kind(order: Tensor, **tensors: Tensor) -> None:
     device = order.device
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         raise ValueError(
-            f"scan 'triton': expected tensors on an NVIDIA GPU, found {device}; move the model there, "
-            "or take scan 'reference'"
+            f"scan 'triton': expected tensors on an NVIDIA GPU, found {device}; move the model to the GPU, "
+            "or use scan 'reference'"
         )
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -133,9 +127,9 @@ def conv_backward(
 @torch.library.custom_op("arm_cuda::selective_scan", mutates_args=())
 def scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor, keep: bool,
+    order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch.scan_forward(u, dt, A, B, C, D, dt_bias, z, order, keep)
+    return launch.scan_forward(u, dt, A, B, C, D, dt_bias, z, order, save_for_backward)
 
 
 @torch.library.custom_op("arm_cuda::selective_scan_backward", mutates_args=())
@@ -166,10 +160,10 @@ def _(
 @scan.register_fake
 def _(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor, keep: bool,
+    order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    states = u.new_empty(launch.state_shape(u, A) if keep else (0,), dtype=torch.float32)
-    return u.new_empty(u.shape[1:]), u.new_empty(u.shape[1:] if keep else (0,)), states
+    states = u.new_empty(launch.state_shape(u, A) if save_for_backward else (0,), dtype=torch.float32)
+    return u.new_empty(u.shape[1:]), u.new_empty(u.shape[1:] if save_for_backward else (0,)), states
 
 
 @scan_backward.register_fake
@@ -192,8 +186,8 @@ def _conv_gradients(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, keep = inputs
-    assert keep, "a scan without the states of its forward has no gradient"
+    *tensors, save_for_backward = inputs
+    assert save_for_backward, "a scan without the states of its forward has no gradient"
     _, mean, states = output
     ctx.mark_non_differentiable(mean, states)
     ctx.save_for_backward(mean, states, *tensors)
@@ -204,7 +198,7 @@ def _scan_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
-    raise RuntimeError("scan 'triton' has no second derivative; take scan 'reference' to differentiate twice")
+    raise RuntimeError("scan 'triton' has no second derivative; use scan 'reference' to differentiate twice")
 
 
 conv.register_autograd(_conv_gradients, setup_context=_save_conv)

@@ -19,13 +19,13 @@ def directional_conv(x: mx.array, weight: mx.array, bias: mx.array, order: mx.ar
     return cast(mx.array, _conv(x, weight, bias, order))
 
 
-def selective_scan(*inputs: mx.array, keep: bool) -> mx.array:
+def selective_scan(*inputs: mx.array, save_for_backward: bool) -> mx.array:
     """As `arm_mlx.scan.selective_scan`; u, dt, B, C, z of one type, A, D, dt_bias float32.
 
-    Without `keep` nothing is written for a backward, and there is none.
+    Without `save_for_backward` nothing is written for a backward, and there is none.
     """
     tuning = tuning_for(inputs[2].shape[-1], architecture())
-    if keep:
+    if save_for_backward:
         return cast(tuple[mx.array, ...], scan_function(tuning)(*inputs))[0]
     scanned, z = _apart(inputs)
     y, _ = launch.scan_forward(scanned, tuning, save=False)
