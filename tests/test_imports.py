@@ -40,7 +40,7 @@ ROOMS = {
 }
 """Rooms of arm_core, and those that each may import."""
 FRAMEWORKS = {"torch", "mlx", "triton", "mamba_ssm"}
-HEAVY = {"numba", "grain", "matplotlib", "huggingface_hub"}
+HEAVY = {"numba", "pyarrow", "matplotlib", "huggingface_hub"}
 """Slow to import: a help text does not wait for them."""
 
 

@@ -16,9 +16,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.data.handover import Arrays
 from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
-from arm_core.data.prefetch import Prefetcher
+from arm_core.data.prefetch import Arrays, Prefetcher
 from arm_core.data.sources import ImageSource
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
 from arm_core.engine.protocol import Array, Batch
@@ -99,10 +98,10 @@ class TrainBatches:
 class TrainLoader:
     """This rank's micro-batches from a position on: `start + rank`, `start + rank + world`, ...
 
-    Iterating yields `Batch`es without end, with `drop_path_scale` None. `workers` processes prepare them
+    Iterating yields `Batch`es without end, with `drop_path_scale` None. `workers` threads prepare them
     ahead, `prefetch` each; 0 prepares each when it is asked for. Close the loader, or use it in a
     `with` statement. Raises ValueError for data smaller than a batch, another number of classes than
-    the data has, a broken image (naming it), or workers without Grain installed.
+    the data has, or a broken image (naming it).
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class TrainLoader:
         return Batch(images=arrays["images"], targets=arrays.get("targets"))
 
     def close(self) -> None:
-        """Stop the worker processes; the loader is then empty."""
+        """Stop the threads; the loader is then empty."""
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
@@ -198,8 +197,8 @@ class EvalBatches:
 class EvalLoader:
     """This rank's share of a source: batches `rank`, `rank + world`, ...; over all ranks every sample once.
 
-    Each `for` loop is a new pass, with its own worker processes that end with it.
-    Raises ValueError for a broken image (naming it), or workers without Grain installed.
+    Each `for` loop is a new pass, with its own threads that end with it.
+    Raises ValueError for a broken image, naming it.
     """
 
     def __init__(
@@ -228,7 +227,7 @@ class EvalLoader:
         return -(-len(self.batches) // self._world)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        workers = min(self._workers, len(self))  # no process without a batch to make
+        workers = min(self._workers, len(self))  # no thread without a batch to make
         with Prefetcher(
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
         ) as prefetcher:

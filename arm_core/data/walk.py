@@ -10,9 +10,10 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from arm_core.files.reading import open_regular
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -151,28 +152,13 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     for), or has more than `limit` bytes.
     """
     try:
-        # A FIFO without a writer would block the call.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(None, "Is a directory")
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{path}: not a regular file")
-            if status.st_size > limit:
-                raise ValueError(
-                    f"{path}: {status.st_size / 2**20:.0f} MiB, image files may have {limit / 2**20:.0f} MiB"
-                )
-            return b"".join(_blocks(file, limit))
+        with open_regular(path, buffering=0) as file:
+            content = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _blocks(file: object, limit: int) -> Iterator[bytes]:
-    """What can be read up to the limit: files such as those of /proc say that they have 0 bytes."""
-    while limit > 0 and (block := file.read(limit)):  # type: ignore[attr-defined]
-        limit -= len(block)
-        yield block
+    if len(content) > limit:
+        raise ValueError(f"{path}: image files may have {limit / 2**20:.0f} MiB, this one is larger")
+    return content
 
 
 def _some(names: list[str]) -> str:

@@ -23,16 +23,16 @@ from arm_core.recipe.sections import TrainingSettings
 from arm_core.recipe.toml import Span
 
 
-class WorkersFailed(RuntimeError):  # noqa: N818
-    """The processes that prepare images ended: killed, or out of memory. No training step is half done."""
+class BatchFailed(ValueError):  # noqa: N818
+    """A batch cannot be made: its data cannot be read or decoded. No training step is half done."""
 
 
 @contextmanager
-def _naming_lost_workers() -> Iterator[None]:
+def _naming_failed_batches() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        raise WorkersFailed(f"the processes that prepare images ended: {error}") from error
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+        raise BatchFailed(str(error)) from error
 
 
 class Plan:
@@ -104,7 +104,7 @@ class Plan:
 
     def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
         """This rank's micro-batches of one update, with drop path; `loader` is at `position`."""
-        with _naming_lost_workers():
+        with _naming_failed_batches():
             return [self._with_drop_path(next(loader), p) for p in self._own(position)]
 
     def image_names(self, position: int) -> list[str]:
@@ -138,7 +138,7 @@ class Plan:
         """One pass over a loader."""
         batches = iter(loader)
         while True:
-            with _naming_lost_workers():
+            with _naming_failed_batches():
                 batch = next(batches, None)
             if batch is None:
                 return

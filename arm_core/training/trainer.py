@@ -30,7 +30,7 @@ from arm_core.training.checkpoint import (
 from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate, with_ema_weights
 from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
 from arm_core.training.observer import Observer, Outcome
-from arm_core.training.plan import Plan, WorkersFailed
+from arm_core.training.plan import Plan, BatchFailed
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
 
@@ -80,26 +80,26 @@ class Trainer:
     def train(self) -> Outcome:
         """Train to the end, or until SIGINT, SIGTERM or SIGHUP: then finish the step and save.
 
-        Raises NonFiniteError if a loss or gradient is not finite, WorkersFailed if data workers were killed,
+        Raises NonFiniteError if a loss or gradient is not finite, BatchFailed if a batch cannot be made,
         PeerFailed if another process of the job ended, ValueError for corrupt data and for a batch that
         exceeds the device's memory, and OSError if the disk fails. The run keeps an intact checkpoint in
         each case.
         """
-        lost: WorkersFailed | OutOfMemory | None = None
+        lost: BatchFailed | OutOfMemory | None = None
         with StopOnSignal(self.observer.warned) as noted:
             stop = StopTogether(self._ranks, lambda: noted.signal)
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
                 try:
                     self._take_steps(loader, stop)
-                except (WorkersFailed, OutOfMemory) as error:
+                except (BatchFailed, OutOfMemory) as error:
                     if self._ranks.world > 1:  # the others are in the middle of a step
                         raise self._interrupted(error) from error
                     lost = error
                     stop.asked()
             complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
             checkpoint = self._save()
-        if lost and not stop.signal:  # a signal to the whole process group ends the workers, too
+        if lost:
             raise self._interrupted(lost, saved=f"saved step {self.step}, ") from lost
         return self._outcome(checkpoint, None if complete else stop.signal)
 
@@ -292,10 +292,10 @@ class Trainer:
         last = self.run.path / FOLDER / step_name(steps[-1]) if steps else None
         return NonFiniteError(step, what, cause, names, last, self.run.resume_command)
 
-    def _interrupted(self, error: WorkersFailed | OutOfMemory, *, saved: str = "") -> Exception:
+    def _interrupted(self, error: BatchFailed | OutOfMemory, *, saved: str = "") -> Exception:
         """The error, with what the user can do."""
-        if isinstance(error, WorkersFailed):
-            return WorkersFailed(f"{error}; {saved}resume with: {self.run.resume_command}")
+        if isinstance(error, BatchFailed):
+            return BatchFailed(f"{error}; {saved}resume with: {self.run.resume_command}")
         batch, fitting = self._training.batch_size, error.fitting or 0
         smaller = [n for n in range(self._training.accumulation + 1, batch + 1) if batch % n == 0]
         enough = next((n for n in smaller if batch // n <= fitting), smaller[-1] if smaller else None)

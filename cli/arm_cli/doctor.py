@@ -16,7 +16,7 @@ from arm_cli.show import print_json
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Backend
 
-PACKAGES = ("numpy", "numba", "pillow", "grain", "safetensors", "torch", "triton", "mamba-ssm", "mlx")
+PACKAGES = ("numpy", "numba", "pillow", "safetensors", "torch", "triton", "mamba-ssm", "mlx")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

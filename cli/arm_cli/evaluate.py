@@ -22,7 +22,7 @@ DIGITS = "digits"
 @click.argument("model")
 @click.option("--data", metavar="FOLDER", help="Images to evaluate on, or `digits` for its test split.")
 @batch_size_option(64)
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that read images.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Threads that read images.")
 @weights_option
 @engine_options
 @json_option

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from arm_core.data import (
     Synthetic,
     TrainLoader,
     TrainTransform,
-    handover,
 )
-from arm_core.data.handover import Folder, Parcels
+from arm_core.data.prefetch import Prefetcher
 from arm_core.engine.protocol import Batch
 from arm_core.model.rng import KeyedRng
 
@@ -98,7 +98,7 @@ def numbered(count: int, batch_size: int, **changes: object) -> TrainLoader:
 
 
 @pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 11), (3, 5)])
-def test_worker_processes_yield_the_batches_of_this_process(
+def test_threads_yield_the_batches_of_this_thread(
     workers: int, start: int, uninterrupted: list[Batch]
 ) -> None:
     assert_same(take(finetuning(workers=workers, start=start), 27 - start), uninterrupted[start:])
@@ -242,7 +242,7 @@ def test_ranks_evaluate_every_sample_exactly_once_together(world: int) -> None:
     assert sorted(indices) == list(range(21))
 
 
-# Broken images, missing Grain, and workers that must not outlive us
+# Broken images, and threads that must not outlive their loader
 
 
 @pytest.fixture
@@ -269,135 +269,68 @@ def test_a_broken_image_stops_training_and_evaluation_with_its_name(
             list(EvalLoader(damaged, EvalTransform(), size=SIZE, batch_size=2))
 
 
-def test_without_grain_this_process_makes_the_batches_and_workers_are_refused(
+def test_importing_the_data_package_loads_no_framework(
     fresh_python: Callable[[str], str],
 ) -> None:
-    printed = fresh_python(
-        "import sys; sys.modules['grain'] = None\n"
-        "from arm_core.data import *\n"
-        "settings = dict(size=(16, 16), batch_size=4, seed=0)\n"
-        "print(next(TrainLoader(Synthetic(8), PRETRAIN, **settings)).images.shape)\n"
-        "try: TrainLoader(Synthetic(8), PRETRAIN, workers=2, **settings)\n"
-        "except ValueError as error: print(error)\n"
-    )
-    assert printed.splitlines() == [
-        "(4, 16, 16, 3)",
-        "2 data workers need the package 'grain': install it, or use 0 workers",
-    ]
-
-
-def test_importing_the_data_package_loads_no_framework_and_no_grain(
-    fresh_python: Callable[[str], str],
-) -> None:
-    names = "{'torch', 'mlx', 'grain', 'jax', 'absl', 'sklearn', 'numba'}"
+    names = "{'torch', 'mlx', 'pyarrow', 'sklearn', 'numba'}"
     assert fresh_python(f"import sys, arm_core.data; print({names} & set(sys.modules))").strip() == "set()"
 
 
+def test_threads_end_with_their_loader_and_with_a_forgotten_one() -> None:
+    before = threading.active_count()
+    loader = finetuning(workers=2)
+    next(loader)
+    assert threading.active_count() == before + 2
+    loader.close()
+    assert threading.active_count() == before
+    loader = finetuning(workers=2)
+    next(loader)
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_threads_make_as_many_batches_ahead_as_asked() -> None:
+    made: list[int] = []
+
+    class Maker:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, number: int) -> dict:
+            made.append(number)
+            return {"number": np.array(number)}
+
+    with Prefetcher(Maker(), workers=2, prefetch=2) as sets:
+        assert next(sets)["number"] == 0
+        deadline = time.monotonic() + 20
+        while len(made) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert sorted(made) == [0, 1, 2, 3, 4]
+        assert [int(arrays["number"]) for arrays in sets] == list(range(1, 10))
+
+
 SCRIPT = """
-import sys, multiprocessing
-from pathlib import Path
-from arm_core.data import PRETRAIN, Synthetic, TrainLoader, EvalLoader, EvalTransform, handover
+import time
+from arm_core.data import PRETRAIN, Synthetic, TrainLoader
 
-handover.MEMORY_FILES, handover.ROOM = Path(sys.argv[1]), 0
-
-if __name__ == "__main__":
-    source, settings = Synthetic(64, (32, 32)), dict(size=(32, 32), batch_size=8)
-    with TrainLoader(source, PRETRAIN, seed=0, workers=2, **settings) as loader:
-        next(loader), next(loader)  # one from each worker, so both are up
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-        if "wait" in sys.argv:
-            sys.stdin.read()
-    print(sum(len(batch.images) for batch in EvalLoader(source, EvalTransform(), workers=2, **settings)))
-    forgotten = TrainLoader(source, PRETRAIN, seed=0, workers=1, **settings)
-    next(forgotten)
+loader = TrainLoader(Synthetic(64, (32, 32)), PRETRAIN, size=(32, 32), batch_size=8, seed=0, workers=2)
+next(loader)
+print("ready", flush=True)
+time.sleep(60)
 """
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-def test_workers_print_and_leave_nothing_of_their_own(script: Path) -> None:
-    """No remark about JAX, no leaked memory, no exception at exit, and no files left behind."""
-    folder = script.parent
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "64"
-    assert done.stderr == ""
-    assert list(folder.iterdir()) == [script]
-
-
-@pytest.fixture
-def running(script: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that waits with two workers alive, and the workers' numbers."""
-    process = subprocess.Popen(
-        [sys.executable, script, script.parent, "wait"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+def test_an_interrupted_script_with_busy_threads_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    workers = [int(pid) for pid in process.stdout.readline().split()]
-    yield process, workers
-    for pid in (process.pid, *workers):
-        if alive(pid):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_workers_leave_signals_to_the_main_process_and_end_with_a_killed_main_process(
-    running: tuple[subprocess.Popen[str], list[int]], script: Path
-) -> None:
-    process, workers = running
-    assert any(script.parent.glob("arm-batches-*/*.npy"))
-    assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
-    time.sleep(0.3)
-    assert all(alive(pid) for pid in workers)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in workers)
-    assert list(script.parent.iterdir()) == [script]
-
-
-def test_a_folder_of_prepared_batches_goes_with_its_owner_or_with_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(handover, "MEMORY_FILES", tmp_path)
-    monkeypatch.setattr(handover, "ROOM", 0)
-    live = Folder()
-    (live.path / "0.npy").write_bytes(b"x")
-    killed = tmp_path / "arm-batches-killed"
-    killed.mkdir()
-    (killed / "lock").write_bytes(b"")
-    other = Folder()
-    assert live.path.exists()
-    assert not killed.exists()
-    other.remove()
-    live.remove()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_one_line_that_says_what_helps(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone: cannot hold prepared batches \(No such file.*TMPDIR"):
-        Parcels(numbered(4, 2).batches, tmp_path / "gone")[0]
+    with process.stdout:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) != 0

@@ -18,7 +18,7 @@ from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import evaluate
 from arm_core.training.nonfinite import NonFiniteError
 from arm_core.training.observer import Observer
-from arm_core.training.plan import Plan, WorkersFailed
+from arm_core.training.plan import Plan, BatchFailed
 from arm_core.training.records import read_rows
 from arm_core.training.run_folder import resume_run, start_run
 from arm_core.training.trainer import Trainer
@@ -286,7 +286,7 @@ def test_a_full_disk_ends_all_ranks(tmp_path, monkeypatch):
     assert "cannot be written" in str(found[0])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Worker was terminated"), ValueError("7.png: broken")])
+@pytest.mark.parametrize("error", [OSError("Stale file handle"), ValueError("7.png: broken")])
 def test_a_rank_that_fails_ends_the_others(tmp_path, error):
     class Broken(Synthetic):
         def item(self, index, epoch=0):
@@ -296,11 +296,10 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, error):
 
     found = run_ranks(2, lambda ranks: train(tmp_path, ranks, source=Broken(43, (8, 8), classes=4)))
     kinds = {type(end) for end in found}
-    assert kinds == {WorkersFailed if isinstance(error, RuntimeError) else ValueError, PeerFailed}
-    if isinstance(error, RuntimeError):
-        (lost,) = (end for end in found if isinstance(end, WorkersFailed))
-        assert "resume with: arm finetune --resume" in str(lost)
-        assert "saved" not in str(lost)
+    assert kinds == {BatchFailed, PeerFailed}
+    (lost,) = (end for end in found if isinstance(end, BatchFailed))
+    assert "resume with: arm finetune --resume" in str(lost)
+    assert "saved" not in str(lost)
     assert final(tmp_path) is not None
 
 
