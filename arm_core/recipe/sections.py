@@ -131,7 +131,7 @@ class DataSettings:
     eval_crop: float | None = None
     """Centre crop in evaluation (`EvalTransform.crop_fraction`); None for the official rule."""
     workers: int = 4
-    """Processes that decode and augment images; 0 uses the training process. Does not change the result."""
+    """Threads that decode and augment images; 0 uses the training thread. Does not change the result."""
 
     def __post_init__(self) -> None:
         check_ranges(
