@@ -30,7 +30,7 @@ from arm_core.training.checkpoint import (
 from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate, with_ema_weights
 from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
 from arm_core.training.observer import Observer, Outcome
-from arm_core.training.plan import Plan, BatchFailed
+from arm_core.training.plan import BatchFailed, Plan
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
 

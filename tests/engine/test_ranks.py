@@ -18,7 +18,7 @@ from arm_core.training.checkpoint import newest_checkpoint, saved_steps
 from arm_core.training.evaluation import evaluate
 from arm_core.training.nonfinite import NonFiniteError
 from arm_core.training.observer import Observer
-from arm_core.training.plan import Plan, BatchFailed
+from arm_core.training.plan import BatchFailed, Plan
 from arm_core.training.records import read_rows
 from arm_core.training.run_folder import resume_run, start_run
 from arm_core.training.trainer import Trainer
