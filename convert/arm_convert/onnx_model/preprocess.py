@@ -1,0 +1,47 @@
+"""The evaluation transform as ONNX nodes: uint8 pixels in, resized, cropped and normalised.
+
+The same arithmetic as `arm_core.data.transforms.center_crop` and `normalize`: the resized size is cut to
+whole pixels in integers, the filter is Pillow's antialiased bicubic one (`Resize` since opset 18), and the
+result is rounded to 8 bits before it is normalised.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from arm_convert.onnx_model.builder import FLOAT, HALF, INT64, Builder
+from arm_core.data.transforms import EvalTransform
+
+RESIZE_OPSET = 18
+"""The first operator set whose `Resize` antialiases."""
+
+
+def preprocess(
+    g: Builder, pixels: str, transform: EvalTransform, size: tuple[int, int], dtype: type[np.floating]
+) -> str:
+    """pixels: (B, H, W, 3) uint8, any H and W. Returns (B, 3, height, width), normalised, for `size`."""
+    height, width = size
+    covered = np.array([int(side / transform.fraction(size)) for side in size], np.int64)
+    image = g("Transpose", pixels, perm=[0, 3, 1, 2])
+    found = g("Shape", image, start=2, end=4)  # H, W
+    swapped = g("Gather", found, g.ints(1, 0), axis=0)
+    # The side that is tight gets its size in `covered`, the other follows, rounded down:
+    # [covered width * H // W, covered height * W // H].
+    follows = g("Div", g("Mul", found, g.shared(covered[::-1].copy())), swapped)
+    resized = g("Max", g.shared(covered), follows)
+    # ONNX takes (B, C, height, width); B and C stay.
+    kept = g("Shape", image, start=0, end=2)
+    target = g("Concat", kept, resized, axis=0)
+    image = g(
+        "Resize", image, "", "", target,
+        mode="cubic", cubic_coeff_a=-0.5, antialias=1, coordinate_transformation_mode="half_pixel",
+        name="resize",
+    )  # fmt: skip
+    margin = g("Cast", g("Sub", resized, g.ints(height, width)), to=FLOAT)
+    start = g("Cast", g("Round", g("Mul", margin, g.shared(np.float32(0.5)))), to=INT64)
+    end = g("Add", start, g.ints(height, width))
+    image = g("Slice", image, start, end, g.ints(2, 3), name="crop")
+    values = g("Div", g("Cast", image, to=FLOAT), g.shared(np.float32(255)))
+    mean, std = (np.array(color, np.float32)[:, None, None] for color in (transform.mean, transform.std))
+    values = g("Div", g("Sub", values, g.shared(mean)), g.shared(std), name="normalize")
+    return values if dtype is np.float32 else g("Cast", values, to=HALF)
