@@ -10,6 +10,7 @@ It speaks the DevTools protocol over the browser's debugging pipe, so that no dr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -84,10 +85,8 @@ class Page:
 
     def __exit__(self, *_: object) -> None:
         self._session = None
-        try:
+        with contextlib.suppress(OSError):
             self._call("Browser.close")
-        except OSError:
-            pass
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:

@@ -40,7 +40,7 @@ ROOMS = {
 }
 """Rooms of arm_core, and those that each may import."""
 FRAMEWORKS = {"torch", "mlx", "triton", "mamba_ssm"}
-HEAVY = {"numba", "pyarrow", "matplotlib", "huggingface_hub"}
+HEAVY = {"numba", "pyarrow", "matplotlib", "huggingface_hub", "onnx", "onnxruntime"}
 """Slow to import: a help text does not wait for them."""
 
 
@@ -85,7 +85,7 @@ def rooms(file: Path) -> set[str]:
 def test_no_module_of_the_core_or_the_converters_loads_a_framework(fresh_python, package):
     loaded = loaded_after(fresh_python, f"import {', '.join(modules(package))}")
     assert package in loaded
-    assert not loaded & FRAMEWORKS
+    assert not loaded & (FRAMEWORKS | {"onnx", "onnxruntime"})
 
 
 @pytest.mark.parametrize("package", ["arm_mlx", "arm_cuda"])

@@ -18,6 +18,7 @@ COMMANDS = (
     "predict",
     "embed",
     "convert",
+    "export",
     "info",
     "bench",
     "doctor",

@@ -33,6 +33,8 @@ class Opened:
     transform: EvalTransform
     """What its images go through: that of its run, else the official one."""
     folder: Path
+    metadata: dict[str, str]
+    """The strings stored with its weights."""
 
 
 def find_model(name: str) -> ModelSource:
@@ -70,6 +72,7 @@ def open_model(name: str, *, weights: str = "raw") -> Opened:
         named="classes" in model.metadata,
         transform=eval_transform(model),
         folder=model.path,
+        metadata=model.metadata,
     )
 
 

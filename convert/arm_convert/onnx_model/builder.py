@@ -7,16 +7,18 @@ body is a `Builder` of its own that may read the constants of the outer one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper
+
+if TYPE_CHECKING:
+    import onnx
 
 AnyArray = npt.NDArray[Any]
 
-FLOAT, HALF, INT64, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8
+FLOAT, UINT8, INT64, HALF = 1, 2, 7, 10
+"""Numbers of the types in the ONNX standard (`TensorProto.DataType`)."""
 TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.float16): HALF, np.dtype(np.int64): INT64}
 
 
@@ -38,6 +40,8 @@ class Builder:
         self, op: str, *inputs: str, outputs: int, name: str | None = None, **attributes: Any
     ) -> list[str]:
         """Add a node with several outputs, and return their names."""
+        from onnx import helper
+
         name = self._fresh(name or op.lower())
         results = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), results, name=name, **attributes))
@@ -74,4 +78,6 @@ class Builder:
 
 def value(name: str, dtype: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     """Name, type and shape of an input or output; a string stands for a size that is not fixed."""
+    from onnx import helper
+
     return helper.make_tensor_value_info(name, dtype, list(shape))

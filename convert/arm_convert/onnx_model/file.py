@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from arm_convert.onnx_model.builder import FLOAT, HALF, TYPES, UINT8, AnyArray, Builder, value
+from arm_convert.onnx_model.mixer import Float
 from arm_convert.onnx_model.model import network
 from arm_convert.onnx_model.preprocess import preprocess
 from arm_core.data.transforms import EvalTransform
@@ -20,11 +20,17 @@ from arm_core.files.atomic import new_file
 from arm_core.model.parameters import check_parameters
 from arm_core.model.spec import ClassifierSpec, ModelSpec, to_json
 
+if TYPE_CHECKING:
+    import onnx
+
 MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 18, 18, 23
 """Operator sets that can be chosen: 18 brought the antialiased `Resize` and axes as inputs."""
 
 LARGEST_FILE = 1_900_000_000
 """Bytes of constants up to which they stay in the file: protobuf ends at 2 GiB."""
+
+NO_LICENSE = "not stated with the model"
+"""Value of `license` in the metadata where the model does not name its licence."""
 
 PIXELS, IMAGE = "pixel_values", "image"
 """Names of the input: normalised (B, 3, H, W), or uint8 (B, H, W, 3) with the transform inside."""
@@ -61,11 +67,17 @@ class OnnxModel:
         """Nodes of the graph and of the bodies of its `Scan`s."""
         return _count(self.proto.graph)
 
+    @property
+    def opset(self) -> int:
+        return int(self.proto.opset_import[0].version)
+
     def write(self, path: Path, *, force: bool) -> None:
         """Write the file; constants beyond `LARGEST_FILE` bytes go into PATH.data beside it.
 
         Raises ValueError where a file exists and `force` is not set.
         """
+        import onnx
+
         data = path.with_name(f"{path.name}.data")
         large = sum(array.nbytes for array in self.constants.values()) > LARGEST_FILE
         proto = onnx.ModelProto()
@@ -74,6 +86,9 @@ class OnnxModel:
             if large:
                 with new_file(data, force=force) as data_draft, data_draft.open("wb") as file:
                     for name, array in self.constants.items():
+                        if array.dtype == np.int64:  # shapes, which are read before the weights
+                            proto.graph.initializer.append(_tensor(name, array, raw_data=array.tobytes()))
+                            continue
                         proto.graph.initializer.append(_external(name, array, data.name, file.tell()))
                         file.write(array.tobytes())
             else:
@@ -97,12 +112,14 @@ def build(
     Raises ValueError for parameters that are not the spec's, and for a pretraining model without
     `options.features`.
     """
+    from onnx import helper
+
     check_parameters(spec, parameters)
     if not isinstance(spec, ClassifierSpec) and not options.features:
         raise ValueError("a pretraining model has no classes; pass --features to export its encoder")
     batch = None if options.dynamic_batch else 1
     size: int | str = "batch" if batch is None else batch
-    dtype: type[np.floating] = np.float16 if options.half else np.float32
+    dtype: Float = np.float16 if options.half else np.float32
     parameters = {name: np.asarray(array, np.float32) for name, array in parameters.items()}
 
     g = Builder()
@@ -131,7 +148,12 @@ def build(
         producer_version=version("arm-vision"),
         doc_string="Vision Mamba of ARM (arXiv:2406.07537)",
     )
-    strings = {**(metadata or {}), "spec": json.dumps(to_json(spec))}
+    strings = {
+        "license": NO_LICENSE,
+        **(metadata or {}),
+        "spec": json.dumps(to_json(spec)),
+        "precision": "float16" if options.half else "float32",
+    }
     if classes and "logits" in found:
         strings["classes"] = json.dumps(list(classes))
     helper.set_model_props(proto, strings)
@@ -142,6 +164,8 @@ def build(
 
 def check(model: OnnxModel) -> None:
     """Hold a graph against the ONNX standard, with shape inference; what it refuses is our mistake."""
+    import onnx
+
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     # Weights are inputs here: the checker needs their types, not their bytes.
@@ -154,15 +178,19 @@ def check(model: OnnxModel) -> None:
 
 
 def _count(graph: onnx.GraphProto) -> int:
-    bodies = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return len(graph.node) + sum(_count(body) for body in bodies)
 
 
-def _tensor(name: str, array: AnyArray, **content: bytes) -> TensorProto:
+def _tensor(name: str, array: AnyArray, **content: bytes) -> onnx.TensorProto:
+    from onnx import TensorProto
+
     return TensorProto(name=name, dims=array.shape, data_type=TYPES[array.dtype], **content)  # type: ignore[arg-type]
 
 
-def _external(name: str, array: AnyArray, file: str, offset: int) -> TensorProto:
+def _external(name: str, array: AnyArray, file: str, offset: int) -> onnx.TensorProto:
+    from onnx import TensorProto
+
     tensor = _tensor(name, array)
     tensor.data_location = TensorProto.EXTERNAL
     for key, text in {"location": file, "offset": str(offset), "length": str(array.nbytes)}.items():

@@ -9,14 +9,21 @@ the state as (K, B, N, D): channels innermost, so that each step is a few long v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from onnx import helper
 
-from arm_convert.onnx_model.builder import FLOAT, Builder, value
+from arm_convert.onnx_model.builder import FLOAT, TYPES, Builder, value
 from arm_core.model.reference.model import Weights
 from arm_core.model.spec import EncoderSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+Float = type[np.float32] | type[np.float16]
+"""Type of weights and activations outside the recurrence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class Directions:
     state: str
     """Name of the initial state, (K, B, N, D) float32 zeros."""
     batch: int | str
-    dtype: type[np.floating]
+    dtype: Float
     """Type of everything but the recurrence, which is float32."""
 
     @property
@@ -51,7 +58,7 @@ def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> 
     encoder, k, dtype = directions.encoder, directions.count, directions.dtype
     tokens, width, state = directions.order.shape[1], encoder.width, encoder.state
 
-    def weight(suffix: str, array: npt.NDArray[np.float64], to: type[np.floating] = dtype) -> str:
+    def weight(suffix: str, array: npt.NDArray[np.float64], to: Float = dtype) -> str:
         return g.constant(f"{name}.{suffix}", array.astype(to))
 
     projected = g("MatMul", x, weight("in_proj", w["in_proj.weight"].T), name=f"{name}.in_proj.matmul")
@@ -87,7 +94,7 @@ def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> 
     mean = g("ReduceMean", to_tokens(g, g("Reshape", y, g.ints(k, tokens, -1, width)), directions),
              g.ints(0), keepdims=0)  # fmt: skip
     if dtype is not np.float32:
-        mean = g("Cast", mean, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+        mean = g("Cast", mean, to=TYPES[np.dtype(dtype)])
     out = g("Mul", silu(g, z), mean)
     return g("MatMul", out, weight("out_proj", w["out_proj.weight"].T), name=f"{name}.out_proj.matmul")
 
@@ -111,8 +118,10 @@ def convolution(g: Builder, w: Weights, x: str, directions: Directions, name: st
     return silu(g, g("Sum", *terms, bias))
 
 
-def scan_body(prefix: str, A: str, directions: Directions):
+def scan_body(prefix: str, A: str, directions: Directions) -> onnx.GraphProto:
     """One step: h = exp(dt A) h + B (dt u), y = C h; state (K, B, N, D), A of the outer graph."""
+    from onnx import helper
+
     g = Builder(prefix)
     k, b, n, d = directions.count, directions.batch, directions.encoder.state, directions.encoder.width
     h, dt, du, B, C = (f"{prefix}{name}" for name in ("h", "dt", "du", "B", "C"))

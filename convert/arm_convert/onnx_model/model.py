@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from arm_convert.onnx_model.builder import FLOAT, AnyArray, Builder
-from arm_convert.onnx_model.mixer import Directions, mixer, silu
+from arm_convert.onnx_model.mixer import Directions, Float, mixer, silu
 from arm_core.model.reference.model import Weights
 from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec
 from arm_core.model.tokens import direction_orders, encoder_patches
@@ -25,7 +25,7 @@ class _Network:
         spec: ModelSpec,
         parameters: Mapping[str, AnyArray],
         batch: int | None,
-        dtype: type[np.floating],
+        dtype: Float,
     ) -> None:
         self.g, self.spec, self.dtype, self.batch = g, spec, dtype, batch
         self.w = Weights(parameters)
@@ -130,7 +130,7 @@ def network(
     images: str,
     *,
     batch: int | None,
-    dtype: type[np.floating],
+    dtype: Float,
     features: bool,
 ) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     """Add a model's nodes; returns the tensor and the shape of each output by its name.
@@ -142,9 +142,10 @@ def network(
     net = _Network(g, spec, parameters, batch, dtype)
     size: int | str = "batch" if batch is None else batch
     width = spec.encoder.width
+    outputs: dict[str, tuple[str, tuple[int | str, ...]]]
     if isinstance(spec, PretrainSpec):
-        shape = (size, spec.tokens, spec.decoder_width, spec.decoder_depth)
-        outputs = {"encoder": (net.encoder(images), shape)}
+        latents = (size, spec.tokens, spec.decoder_width, spec.decoder_depth)
+        outputs = {"encoder": (net.encoder(images), latents)}
     else:
         found = net.classifier(images)
         if features:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import numpy as np
 
 from arm_convert.onnx_model.builder import FLOAT, HALF, INT64, Builder
+from arm_convert.onnx_model.mixer import Float
 from arm_core.data.transforms import EvalTransform
 
 RESIZE_OPSET = 18
 """The first operator set whose `Resize` antialiases."""
 
 
-def preprocess(
-    g: Builder, pixels: str, transform: EvalTransform, size: tuple[int, int], dtype: type[np.floating]
-) -> str:
+def preprocess(g: Builder, pixels: str, transform: EvalTransform, size: tuple[int, int], dtype: Float) -> str:
     """pixels: (B, H, W, 3) uint8, any H and W. Returns (B, 3, height, width), normalised, for `size`."""
     height, width = size
     covered = np.array([int(side / transform.fraction(size)) for side in size], np.int64)
@@ -34,14 +33,14 @@ def preprocess(
     target = g("Concat", kept, resized, axis=0)
     image = g(
         "Resize", image, "", "", target,
-        mode="cubic", cubic_coeff_a=-0.5, antialias=1, coordinate_transformation_mode="half_pixel",
-        name="resize",
+        mode="cubic", cubic_coeff_a=-0.5, antialias=1, exclude_outside=1,
+        coordinate_transformation_mode="half_pixel", name="resize",
     )  # fmt: skip
     margin = g("Cast", g("Sub", resized, g.ints(height, width)), to=FLOAT)
-    start = g("Cast", g("Round", g("Mul", margin, g.shared(np.float32(0.5)))), to=INT64)
+    start = g("Cast", g("Round", g("Mul", margin, g.shared(np.array(0.5, np.float32)))), to=INT64)
     end = g("Add", start, g.ints(height, width))
     image = g("Slice", image, start, end, g.ints(2, 3), name="crop")
-    values = g("Div", g("Cast", image, to=FLOAT), g.shared(np.float32(255)))
+    values = g("Div", g("Cast", image, to=FLOAT), g.shared(np.array(255, np.float32)))
     mean, std = (np.array(color, np.float32)[:, None, None] for color in (transform.mean, transform.std))
     values = g("Div", g("Sub", values, g.shared(mean)), g.shared(std), name="normalize")
     return values if dtype is np.float32 else g("Cast", values, to=HALF)

@@ -1,0 +1,224 @@
+"""`arm export`: a model as a file that runs without this package."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arm_cli.options import EngineChoice, json_option, weights_option
+
+if TYPE_CHECKING:
+    from arm_cli.models import Opened
+    from arm_convert.exported import Comparison, ExportedFile
+    from arm_core.data.sources import Pixels
+
+FORMATS = {".onnx": "onnx", ".html": "browser", ".pt2": "torch", ".mlpackage": "coreml"}
+"""Formats by the suffix of OUT."""
+
+NOISE_IMAGES = 4
+"""Pictures that a file is compared on where --data names none."""
+
+
+@click.command(short_help="Write a model as ONNX or as a web page.")
+@click.argument("model")
+@click.argument("out", required=False)
+@click.option("--to", type=click.Choice(tuple(FORMATS.values())), help="Format. [default: OUT's suffix]")
+@click.option("--browser", metavar="OUT.HTML", help="Write a web page that runs the model; same as OUT.html.")
+@click.option("--features", is_flag=True, help="Output features instead of logits.")
+@click.option("--dynamic-batch", is_flag=True, help="Accept any number of images at a time.")
+@click.option("--precision", type=click.Choice(("float32", "float16")), default="float32", show_default=True,
+              help="Type of weights and matrix products; the recurrence stays float32.")  # fmt: skip
+@click.option("--quantize", type=click.Choice(("int8",)), help="int8 weights of the matrix products.")
+@click.option("--opset", type=int, help="ONNX operator set.  [default: 18]")
+@click.option("--preprocess", is_flag=True, help="Accept uint8 images; resize, crop and normalize inside.")
+@click.option("--runtime", metavar="FOLDER", help="An unpacked onnxruntime-web package, for a web page.")
+@click.option("--check", metavar="FILE", help="Write nothing: compare an exported FILE with MODEL.")
+@click.option("--no-check", is_flag=True, help="Do not compare the file with the model.")
+@click.option("--data", metavar="FOLDER", help="Images to compare on: a folder, or `digits`.")
+@click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True,
+              help="Images of --data to compare on, evenly spaced.")  # fmt: skip
+@click.option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine to compare with.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the comparison.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@weights_option
+@json_option
+@click.pass_context
+def export(
+    ctx: click.Context, /, model: str, out: str | None, to: str | None, browser: str | None,
+    check: str | None, no_check: bool, as_json: bool, weights: str, **settings: Any,
+) -> None:  # fmt: skip
+    """Write MODEL to OUT as a file that runs without this package.
+
+    OUT.onnx is a plain ONNX model, OUT.html a web page that runs it. The file is then compared with the
+    model: the largest difference of an output relative to the model's largest value, how often both give
+    the same answer, and the latency of one image. Without --data the comparison uses noise images, which
+    show differences but not accuracy. Exit code 1 where the difference is beyond the tolerance.
+    """
+    from arm_cli.models import open_model
+
+    if check is not None and (out or browser):
+        raise ValueError("--check compares an existing file: give no OUT with it")
+    opened = open_model(model, weights=weights)
+    report: dict[str, Any] = {"model": str(opened.folder)}
+    if check is not None:
+        path, kind = Path(check), _format(check, to)
+    else:
+        path = Path(_target(out, browser))
+        kind = "browser" if browser else _format(str(path), to)
+        report |= _write(kind, opened, path, settings)
+    report["file"] = str(path)
+    comparison = None
+    if kind == "onnx" and not no_check:
+        comparison = _compare(opened, path, settings)
+        plain = asdict(comparison)
+        if comparison.tolerance == float("inf"):
+            plain["tolerance"] = None  # JSON has no infinity
+        report["comparison"] = {**plain, "within": comparison.within}
+    elif check is not None:
+        raise ValueError(f"{check}: expected an .onnx file; a page holds one that can be compared by itself")
+    _show(report, comparison, settings["data"], as_json)
+    if comparison is not None and not comparison.within:
+        ctx.exit(1)
+
+
+def _target(out: str | None, browser: str | None) -> str:
+    if out is not None and browser is not None:
+        raise ValueError("give either OUT or --browser OUT.html")
+    name = out or browser
+    if name is None:
+        raise ValueError("expected OUT, a file to write (OUT.onnx or OUT.html), or --check FILE")
+    return name
+
+
+def _format(name: str, to: str | None) -> str:
+    kind = to or FORMATS.get(Path(name).suffix)
+    if kind is None:
+        raise ValueError(f"{name}: expected a name that ends in {', '.join(FORMATS)}; or pass --to")
+    return kind
+
+
+def _write(kind: str, opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the file; returns facts for the report."""
+    match kind:
+        case "onnx":
+            return _write_onnx(opened, path, settings)
+        case "browser":
+            return _write_page(opened, path, settings)
+        case _:
+            from arm_convert.other_formats import REASONS
+
+            raise ValueError(REASONS[kind])
+
+
+def _build(opened: Opened, settings: dict[str, Any], **changes: Any) -> Any:
+    from arm_convert.onnx_model.file import DEFAULT_OPSET, OnnxOptions, build
+    from arm_convert.onnx_model.session import require
+
+    require()
+    values: dict[str, Any] = {
+        "features": settings["features"],
+        "dynamic_batch": settings["dynamic_batch"],
+        "half": settings["precision"] == "float16",
+        "opset": settings["opset"] or DEFAULT_OPSET,
+        "preprocess": opened.transform if settings["preprocess"] else None,
+    }
+    options = OnnxOptions(**{**values, **changes})
+    if options.half and settings["quantize"]:
+        raise ValueError("--quantize int8 starts from float32: give no --precision float16 with it")
+    classes = opened.classes if opened.named else ()
+    return build(opened.spec, opened.parameters, options=options, classes=classes, metadata=opened.metadata)
+
+
+def _write_onnx(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from arm_convert.onnx_model.quantize import write_int8
+
+    built = _build(opened, settings)
+    if settings["quantize"]:
+        write_int8(built, path, force=settings["force"])
+    else:
+        built.write(path, force=settings["force"])
+    return {"nodes": built.nodes, "opset": built.opset}
+
+
+def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from arm_convert.browser.page import write_page
+    from arm_convert.browser.runtime import find_runtime
+
+    runtime = find_runtime(settings["runtime"])
+    built = _build(opened, settings, preprocess=None, features=False, dynamic_batch=False)
+    write_page(
+        path, built, opened.spec, opened.transform,
+        classes=opened.classes, runtime=runtime, force=settings["force"], int8=bool(settings["quantize"]),
+    )  # fmt: skip
+    return {"runtime": runtime.version, "bytes": path.stat().st_size}
+
+
+def _compare(opened: Opened, path: Path, settings: dict[str, Any]) -> Comparison:
+    from arm_convert.exported import compare, noise_images
+    from arm_convert.onnx_model.session import OnnxFile
+
+    file: ExportedFile = OnnxFile(path, threads=settings["threads"])
+    if opened.spec.encoder.channels != 3:
+        raise ValueError(f"the comparison needs images of 3 colours; pass --no-check to write {path} alone")
+    choice = EngineChoice(
+        backend=settings["backend"], device="cpu", scan="auto", precision=None, threads=settings["threads"]
+    )
+    engine = choice.create(opened.spec, opened.parameters)
+    labels: list[int] | None = None
+    if settings["data"]:
+        images, labels = _read(settings["data"], opened, settings["limit"])
+    else:
+        images = noise_images(opened.spec, NOISE_IMAGES)
+    return compare(file, engine.forward, images, spec=opened.spec, transform=opened.transform, labels=labels)
+
+
+def _read(data: str, opened: Opened, limit: int) -> tuple[list[Pixels], list[int] | None]:
+    """Decoded images, evenly spaced, and their labels where the model has classes."""
+    import numpy as np
+
+    from arm_cli.evaluate import open_data
+    from arm_core.data.decode import decode
+    from arm_core.model.spec import ClassifierSpec
+
+    source = open_data(data, opened)
+    items = [source.item(i) for i in np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)]
+    images = [np.asarray(decode(item.image, item.name)) for item in items]
+    labelled = isinstance(opened.spec, ClassifierSpec)
+    return images, [item.label for item in items] if labelled else None
+
+
+def _show(report: dict[str, Any], found: Comparison | None, data: str | None, as_json: bool) -> None:
+    from arm_cli.show import print_json
+
+    if as_json:
+        print_json(report)
+        return
+    name = report["file"]
+    size = (found.facts if found else report).get("bytes") or Path(name).stat().st_size
+    parts = [f"{size / 1e6:.1f} MB"]
+    if "nodes" in report:
+        parts.append(f"{report['nodes']} nodes, opset {report['opset']}")
+    if "runtime" in report:
+        parts.append(f"with onnxruntime-web {report['runtime']}; open it in a browser")
+    if found is None:
+        click.echo(f"{name}: {', '.join(parts)}")
+        return
+    click.echo(f"{name}: {', '.join(parts)}, loads in {found.facts['load_seconds']:.1f} s")
+    many = f"{found.images} images" if data else f"{found.images} noise images"
+    for output, difference in found.differences.items():
+        click.echo(f"{output}: largest difference {difference:.1e} of the largest value ({many})")
+    if found.same_answers is not None:
+        click.echo(f"same answer: {100 * found.same_answers:.1f} % of {many}")
+    if found.accuracy is not None:
+        click.echo(f"top-1: file {100 * found.accuracy[0]:.2f} %, model {100 * found.accuracy[1]:.2f} %")
+    file, engine = (1e3 * seconds for seconds in found.latency)
+    click.echo(
+        f"latency of one image: file {file:.1f} ms, engine {engine:.1f} ms ({file / engine:.2f} times)"
+    )
+    if not found.within:
+        click.echo(
+            f"BEYOND the tolerance of {found.precision}: the file does not compute what the model does"
+        )
