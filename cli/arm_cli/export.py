@@ -13,7 +13,7 @@ from arm_cli.options import EngineChoice, json_option, weights_option
 if TYPE_CHECKING:
     from arm_cli.models import Opened
     from arm_convert.exported import Comparison, ExportedFile
-    from arm_core.data.sources import Pixels
+    from arm_core.data.decode import Pixels
 
 FORMATS = {".onnx": "onnx", ".html": "browser", ".pt2": "torch", ".mlpackage": "coreml"}
 """Formats by the suffix of OUT."""

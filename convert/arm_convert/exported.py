@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.data.sources import Item, Pixels
+from arm_core.data.decode import Pixels
+from arm_core.data.sources import Item
 from arm_core.data.transforms import EvalTransform
 from arm_core.engine.protocol import Array
 from arm_core.model.rng import KeyedRng

@@ -84,7 +84,7 @@ def test_an_existing_file_is_replaced_with_force_only(tmp_path, model):
     out.write_text("mine")
     result = arm("export", model, out)
     assert result.exit_code == 2
-    assert "exists already" in result.output
+    assert "already exists" in result.output
     assert out.read_text() == "mine"
     assert arm("export", model, out, "--force", "--no-check").exit_code == 0
     assert out.stat().st_size > 1000

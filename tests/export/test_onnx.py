@@ -8,7 +8,7 @@ import pytest
 
 from arm_core.data.sources import Item
 from arm_core.data.transforms import EvalTransform
-from arm_core.engine.protocol import EngineOptions
+from arm_core.engine.protocol import EngineOptions, TrainingState
 from arm_core.engine.registry import installed_backends
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.presets import classifier_preset
@@ -127,7 +127,8 @@ def test_an_engine_gives_the_same_logits(tmp_path, classifier_spec, backend):
     if found is None or found.missing():
         pytest.skip(f"needs the {backend} engine")
     parameters, images = noisy_parameters(classifier_spec), normal_images(classifier_spec)
-    engine = found.create_engine(classifier_spec, parameters, options=EngineOptions(device="cpu"))
+    state = TrainingState(parameters=parameters)
+    engine = found.create_engine(classifier_spec, state, options=EngineOptions(device="cpu"))
     file = written(tmp_path, classifier_spec, parameters, dynamic_batch=True)
     assert difference(file.run(images)["logits"], engine.forward(images)["logits"]) < FLOAT32
 
@@ -163,7 +164,7 @@ def test_int8_weights_stay_close_and_shrink_the_file(tmp_path):
     expected = full.run(images)["logits"]
     assert FLOAT32 < difference(quantized.run(images)["logits"], expected) < 0.1
     assert quantized.facts["bytes"] < 0.5 * full.facts["bytes"]
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         write_int8(model, tmp_path / "int8.onnx", force=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.onnx", "int8.onnx"]
 
