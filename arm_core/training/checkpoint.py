@@ -102,8 +102,8 @@ def saved_steps(run: Path) -> list[int]:
     """Steps that have a checkpoint folder, intact or not, oldest first; other names are ignored."""
     folder = run / FOLDER
     names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
-    steps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
-    return sorted(step for step in steps if step_name(step) in names)
+    steps = {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+    return sorted(step for name, step in steps.items() if name == step_name(step))
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
@@ -172,6 +172,8 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     values = read_json_file(folder / STATE)
     try:
         progress = _progress(values)
+        if _NAME.fullmatch(folder.name) and folder.name != step_name(progress.step):
+            raise ValueError(f"found step {progress.step}, expected that of the folder {folder.name}")
     except ValueError as error:
         raise BadFileError(f"{folder / STATE}: {error}") from None
     return Checkpoint(spec=spec, progress=progress, state=state, metadata=model.metadata)

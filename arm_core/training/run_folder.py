@@ -181,7 +181,7 @@ def resume_run(
 
 
 def _resume(folder: Path, overrides: Sequence[str], warn: Warn) -> RunFolder:
-    if not (folder / RECIPE).is_file():
+    if not (folder / RECIPE).exists():
         what = f"contains no {RECIPE}" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: {what}; expected the folder of a run")
     with _locked(folder) as lock:
