@@ -236,7 +236,8 @@ def test_data_paths_become_absolute(tmp_path, recipe, monkeypatch):
 
 def test_a_path_that_the_locale_cannot_represent_leaves_no_folder(tmp_path):
     code = (
-        "import sys; from arm_core.recipe.recipe import *; from arm_core.training.run_folder import start_run;"
+        "import sys; from arm_core.recipe.recipe import load_recipe, override;"
+        "from arm_core.training.run_folder import start_run;"
         "r = override(load_recipe('pretrain-digits'), ['data.source=folder', 'data.path=' + sys.argv[1]]);"
         "start_run(sys.argv[2], r, r.spec())"
     )
