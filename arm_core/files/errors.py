@@ -20,6 +20,12 @@ class BadFileError(ValueError):
         super().__init__(shown(message))
 
 
+def located(path: Path | str, error: ValueError) -> BadFileError:
+    """The same error as one of a file: its message starts with the file's name."""
+    message = str(error)
+    return BadFileError(message if message.startswith(str(path)) else f"{path}: {message}")
+
+
 def printable(text: str) -> str:
     """Text for a terminal: control characters, invisible ones and undecodable bytes as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

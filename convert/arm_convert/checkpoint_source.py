@@ -1,7 +1,7 @@
-"""Whatever a user calls a model, opened: model folders, runs, official checkpoints, plain files.
+"""Opens model folders, runs, official checkpoints and exported files in one way.
 
-A `CheckpointSource` knows what the file says about itself and holds its tensors unread. It is the same for
-inspecting, importing, comparing and verifying.
+A `CheckpointSource` holds what a file says about itself, and its tensors unread. All commands of
+`arm convert` use it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,41 @@ from typing import Any
 from arm_convert import hub
 from arm_convert.pickle_machine import Attributes, brief
 from arm_convert.torch_file import is_torch_file, read_torch
-from arm_core.files.errors import BadFileError
+from arm_core.files.errors import BadFileError, reading
+from arm_core.files.metadata import CONFIG, FRAMEWORK, LAYOUT
 from arm_core.files.model_folder import parse_config
+from arm_core.files.reading import open_regular
 from arm_core.files.safetensors import Tensor, check_names, read_tensors
 from arm_core.model.spec import ModelSpec
 from arm_core.training.checkpoint import Warn
 from arm_core.training.model_source import open_folder
 
-LAYOUT_KEY, CONFIG_KEY = "arm.layout", "arm.config"
-"""Metadata by which a file that we exported says what it holds."""
-
-FRAMEWORK_KEY = "format"
-"""Metadata by which safetensors files name the framework that they are for."""
-
 ABOUT = "arm_vision"
-"""Entry of a `.pth` that we exported, with the same keys."""
+"""Entry of an exported `.pth` that holds the metadata."""
+
+_FORMATS = {
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image",
+    b"BM": "a BMP image",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z": "a 7z archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x89HDF": "an HDF5 file",
+    b"PAR1": "a Parquet file",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a NumPy array",
+    b"{": "a JSON file",
+}
+"""Formats that are not checkpoints, by their first bytes."""
+
+_TAR = b"ustar"
+_TAR_OFFSET = 257
 
 
 class Layout(StrEnum):
-    """Whose names and layouts the tensors have."""
+    """The names and tensor layouts of a file."""
 
     CANONICAL = "canonical"
     OFFICIAL = "official"
@@ -43,40 +59,66 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A model as it stands in a file or folder."""
+    """The content of a file or folder that holds a model; tensors are read on demand."""
 
     path: Path
     format: str
-    """In words: `model folder`, `run`, `torch (zip)`, `torch (legacy)`, `safetensors`."""
+    """For people: `model folder`, `run, ...`, `torch (zip)`, `torch (legacy)`, `safetensors`."""
     layout: Layout
     tensors: dict[str, Tensor]
     """By the file's own names, without a wrapper's prefix."""
     prefix: str = ""
-    """What stood in front of every name (`module.`, `model.`)."""
+    """The prefix that was removed from every name (`module.`, `model.`)."""
     average: dict[str, Tensor] | None = None
-    """The moving average of the weights, where one is kept."""
+    """The moving average of the weights, where the file holds one."""
     spec: ModelSpec | None = None
-    """Where the file says it itself."""
+    """The specification, where the file states it."""
     metadata: dict[str, str] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     """Training arguments of an official checkpoint."""
     entries: dict[str, Any] = field(default_factory=dict)
-    """Everything else at the top of an official checkpoint: optimizer, epoch, scaler, ..."""
+    """Other top-level entries of an official checkpoint: optimizer, epoch, scaler, ..."""
     run: Path | None = None
-    """The folder of the run that this is a checkpoint of."""
+    """The folder of the run, where this is one of its checkpoints."""
 
 
 def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
-    """Open a model of any kind; `warn` is told of damaged checkpoints that a run passes over."""
+    """Open a model folder, run, checkpoint or file.
+
+    warn: receives a sentence for each checkpoint of a run that is corrupt and skipped.
+    Raises ValueError, or BadFileError (a ValueError) where a file is damaged or of another format.
+    """
     path = hub.fetch(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if path.is_dir():
-        return _from_folder(path, warn)
-    if not path.is_file():
-        raise ValueError(f"{path}: neither a file nor a folder")
-    if is_torch_file(path):
-        return _open_torch(path)
+    with reading(path):
+        if path.is_dir():
+            return _from_folder(path, warn)
+        with open_regular(path) as file:
+            start = file.read(_TAR_OFFSET + len(_TAR))
+        if is_torch_file(start):
+            return _open_torch(path)
+        _refuse_other_formats(path, start)
+        return _open_safetensors(path)
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """Say what a file is that is not a checkpoint; start: its first bytes."""
+    expected = "expected a .pth file of torch.save, a .safetensors file, a model folder or a run"
+    if start[_TAR_OFFSET:] == _TAR:
+        raise BadFileError(
+            f"{path}: a tar archive, as torch before 0.1.10 saved checkpoints: not supported; "
+            "load it with torch and save it again"
+        )
+    if not start:
+        raise BadFileError(f"{path}: not a checkpoint: the file is empty; {expected}")
+    if start[8:9] == b"{":
+        return
+    kind = next((f": {kind}" for magic, kind in _FORMATS.items() if start.startswith(magic)), "")
+    raise BadFileError(f"{path}: not a checkpoint{kind}; {expected}")
+
+
+def _open_safetensors(path: Path) -> CheckpointSource:
     file = read_tensors(path)
     metadata = dict(file.metadata)
     layout, spec = _self_description(path, metadata)
@@ -99,16 +141,14 @@ def _from_folder(path: Path, warn: Warn) -> CheckpointSource:
 
 
 def _self_description(path: Path, metadata: dict[str, str]) -> tuple[Layout, ModelSpec | None]:
-    """Layout and spec that our own exports state; those keys are taken out of `metadata`."""
-    metadata.pop(FRAMEWORK_KEY, None)
-    layout, config = metadata.pop(LAYOUT_KEY, None), metadata.pop(CONFIG_KEY, None)
+    """Layout and spec as exported files state them; their keys are removed from `metadata`."""
+    metadata.pop(FRAMEWORK, None)
+    layout, config = metadata.pop(LAYOUT, None), metadata.pop(CONFIG, None)
     if layout is None or config is None:
         return Layout.OFFICIAL, None
     if layout not in list(Layout):
-        raise BadFileError(
-            f"{path}: {LAYOUT_KEY}: expected one of {', '.join(Layout)}, found {brief(layout)}"
-        )
-    return Layout(layout), parse_config(path, config.encode())
+        raise BadFileError(f"{path}: {LAYOUT}: expected one of {', '.join(Layout)}, found {brief(layout)}")
+    return Layout(layout), parse_config(path, config)
 
 
 def _open_torch(path: Path) -> CheckpointSource:
@@ -157,7 +197,7 @@ def _only_tensors(path: Path, entries: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Names without what wrappers (DDP, EMA, torch.compile) put in front of all of them, and that prefix."""
+    """Remove the prefix that wrappers (DDP, EMA, torch.compile) add to all names; returns it too."""
     prefix, names = "", list(tensors)
     while names:
         found = next(

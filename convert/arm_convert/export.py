@@ -1,7 +1,7 @@
-"""Models for other programs: the official code, and plain `torch.nn` or `mlx.nn` modules.
+"""Exports models to other programs: the official code, and plain `torch.nn` or `mlx.nn` modules.
 
-Each export is one file that also says which model it is (`arm.layout`, `arm.config` in its metadata), so
-that importing it gives back the same bytes.
+The metadata of an exported file states its layout and specification (`arm.layout`, `arm.config`), so
+importing it gives the same bytes again.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 
-from arm_convert.checkpoint_source import CONFIG_KEY, FRAMEWORK_KEY, LAYOUT_KEY
 from arm_convert.layouts import to_foreign
 from arm_convert.official import SUFFIXES, to_official
 from arm_convert.plain import Framework, plain_table
 from arm_convert.torch_writer import write_torch
 from arm_core.files.atomic import new_file
+from arm_core.files.metadata import CONFIG, FRAMEWORK, LAYOUT
 from arm_core.files.safetensors import Tensor, write_tensors
 from arm_core.model.presets import DECODER_HEAD_WIDTH
 from arm_core.model.spec import ClassifierSpec, ModelSpec, PredictionOrder, PretrainSpec, Target, to_json
 
 
 class Format(StrEnum):
-    """What a model is exported for."""
+    """The target of an export."""
 
     OFFICIAL = "official"
     TORCH = "torch"
@@ -35,7 +35,7 @@ SUFFIXES_OF = {
     Format.TORCH: (".safetensors", ".pth"),
     Format.MLX: (".safetensors",),
 }
-"""File types of each format, by the ending of the name."""
+"""File types of each format, by file extension."""
 
 
 def export_model(
@@ -47,29 +47,29 @@ def export_model(
     *,
     force: bool = False,
 ) -> None:
-    """Write a model in a foreign format, one tensor at a time; the ending of `out` chooses the file type.
+    """Write a model in a foreign format, one tensor at a time; the extension of `out` selects the file type.
 
-    Raises ValueError for an ending that the format has not, and for a model that the official code
-    cannot build.
+    Raises ValueError for an extension that the format does not support, and for a model that the official
+    code cannot build.
     """
     if out.suffix not in SUFFIXES_OF[to]:
-        raise ValueError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES_OF[to])} for {to}")
+        raise ValueError(f"{out}: expected a file name that ends in {' or '.join(SUFFIXES_OF[to])} for {to}")
     if to is Format.OFFICIAL:
         _check_official(spec)
         foreign = to_official(spec, tensors)
     else:
         foreign = to_foreign(plain_table(spec, Framework(to)), tensors)
-    about = {**metadata, LAYOUT_KEY: str(to), CONFIG_KEY: json.dumps(to_json(spec))}
+    about = {**metadata, LAYOUT: str(to), CONFIG: json.dumps(to_json(spec))}
     with new_file(out, force=force) as draft:
         if out.suffix == ".pth":
             write_torch(draft, foreign, about)
         else:
             framework = "mlx" if to is Format.MLX else "pt"
-            write_tensors(draft, foreign, {FRAMEWORK_KEY: framework, **about})
+            write_tensors(draft, foreign, {FRAMEWORK: framework, **about})
 
 
 def _check_official(spec: ModelSpec) -> None:
-    """The official code has fixed choices where our spec is free."""
+    """Refuse settings that are fixed in the official code."""
     if isinstance(spec, ClassifierSpec):
         fixed: dict[str, tuple[object, object]] = {
             "scan directions": (list(spec.scan_directions), list(SUFFIXES)),

@@ -1,7 +1,8 @@
-"""From any source to the parameter table: which model it is, what fits, what is left over.
+"""Imports: from a `CheckpointSource` to the parameter table.
 
-`resolve` decides and explains; nothing is read but names, shapes and the decoder's mask. `import_model`
-then streams the tensors into a model folder.
+`resolve` finds the specification, the tensors that belong to it and those that do not, and explains each
+choice. It reads names, shapes and the decoder's mask only. `import_model` then copies the tensors into a
+model folder, one at a time.
 """
 
 from __future__ import annotations
@@ -15,35 +16,38 @@ import numpy as np
 
 from arm_convert.card import model_card, run_recipe
 from arm_convert.checkpoint_source import CheckpointSource, Layout
-from arm_convert.layouts import to_canonical
+from arm_convert.layouts import Row, to_canonical
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
-from arm_core.files.errors import BadFileError
+from arm_core.files.errors import BadFileError, located, reading
 from arm_core.files.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_core.files.model_folder import check_new, write_model
 from arm_core.files.quantized import QuantizedTensor
 from arm_core.files.safetensors import FLOATS, AnyArray, Tensor
-from arm_core.model.parameters import initial_value, parameter_table
+from arm_core.model.parameters import Parameter, initial_value, parameter_table
 from arm_core.model.spec import ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.training.checkpoint import step_name
 from arm_core.training.model_source import Weights
 from arm_core.training.records import read_rows
 from arm_core.training.run_folder import METRICS
 
+MAX_MASK = 2**30
+"""Largest attention mask that is read, bytes: over 16,000 tokens."""
+
 
 @dataclass(frozen=True)
 class Resolved:
-    """A source understood: a model by our names, and everything there is to say about it."""
+    """A source as a model of the parameter table, with an account of what was decided."""
 
     spec: ModelSpec
     tensors: dict[str, Tensor]
     """By the names of the parameter table, read on demand."""
     metadata: dict[str, str]
     choices: list[str]
-    """What was decided, and from what; one sentence each."""
+    """A sentence for each choice and its reason."""
     left_out: list[str]
-    """What the file holds beyond the model."""
+    """Contents of the file that do not belong to the model."""
 
 
 def resolve(
@@ -56,8 +60,8 @@ def resolve(
 ) -> Resolved:
     """Match a source with the parameter table.
 
-    kind: `auto`, or `pretrain` or `classifier` to insist.  pooling, image_size: for official files, where
-    weights cannot tell.  Raises ValueError naming file, tensor, expected and found.
+    kind: `pretrain` or `classifier` to require that kind, else `auto`.  pooling, image_size: for official
+    files, whose tensors do not determine them.  Raises ValueError naming file, tensor, expected and found.
     """
     tensors = source.tensors
     if weights is Weights.EMA:
@@ -65,16 +69,15 @@ def resolve(
             raise ValueError(f"{source.path}: holds no moving average of the weights; pass --weights raw")
         tensors = source.average
     try:
-        if source.layout is Layout.OFFICIAL:
-            resolved = _resolve_official(source, tensors, weights, pooling, image_size)
-        else:
-            if pooling is not None or image_size is not None:
-                raise ValueError("says its own pooling and image size; leave out --pooling and --image-size")
-            resolved = _resolve_ours(source, tensors, weights)
+        with reading(source.path):
+            if source.layout is Layout.OFFICIAL:
+                resolved = _resolve_official(source, tensors, weights, pooling, image_size)
+            elif pooling is not None or image_size is not None:
+                raise ValueError("states its pooling and image size; leave out --pooling and --image-size")
+            else:
+                resolved = _resolve_ours(source, tensors, weights)
     except ValueError as error:
-        message = str(error)
-        located = message if message.startswith(str(source.path)) else f"{source.path}: {message}"
-        raise BadFileError(located) from None
+        raise located(source.path, error) from None
     if kind not in ("auto", kind_of(resolved.spec)):
         raise ValueError(f"{source.path}: expected a {kind} model, found a {kind_of(resolved.spec)} model")
     stored = {name: _as_float(source.path, name, tensor) for name, tensor in resolved.tensors.items()}
@@ -96,53 +99,62 @@ def _resolve_official(
 ) -> Resolved:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if "layers.0.mixer.conv.weight" in shapes:
-        raise ValueError("holds the tensors of a model folder; pass that folder, with its config.json")
+        raise ValueError("this is a file of a model folder; pass the folder, which holds config.json too")
     spec = source.spec or spec_from_official(shapes, source.args, pooling=pooling, image_size=image_size)
     choices = [] if source.spec else _choices(spec, source, pooling)
     if source.prefix:
-        choices.append(f"names: without the prefix {source.prefix!r} that all of them carry")
+        choices.append(f"names: the common prefix {source.prefix!r} was removed")
     rows = official_table(spec)
     held = dict(tensors)
     parameters = parameter_table(spec)
     for row in rows:
         if not parameters[row.name].trainable and row.names[0] not in held:
-            table = row.split(initial_value(parameters[row.name], 0))
-            held[row.names[0]] = Tensor.of(table[row.names[0]])
+            # Computed when it is read: a hostile file could claim a size that no memory holds.
+            held[row.names[0]] = Tensor(row.foreign_shape, "F32", partial(_table, row, parameters[row.name]))
             choices.append(f"{row.names[0]}: missing in the file; computed, since it is a fixed table")
+    canonical = to_canonical(rows, held)
     if isinstance(spec, PretrainSpec):
         _check_mask(spec, held.pop(MASK, None), choices)
     known = {name for row in rows for name in row.names}
     left_out = [f"tensor {name} {tensor.shape}" for name, tensor in held.items() if name not in known]
     metadata = dict(source.metadata) if source.spec else _new_metadata(source, weights)
-    return Resolved(spec, to_canonical(rows, held), metadata, choices, left_out)
+    return Resolved(spec, canonical, metadata, choices, left_out)
+
+
+def _table(row: Row, parameter: Parameter) -> AnyArray:
+    """The fixed table of a parameter in the official layout."""
+    return row.split(initial_value(parameter, 0))[row.names[0]]
 
 
 def _choices(spec: ModelSpec, source: CheckpointSource, pooling: Pooling | None) -> list[str]:
-    """How everything was decided that names and shapes do not say."""
+    """The choices that names and shapes do not determine."""
     if isinstance(spec, PretrainSpec):
         return [
-            f"target: {spec.target} pixels, as the official code always takes",
-            f"prediction order: {spec.prediction_order}, decoder heads: {spec.decoder_heads}, as there",
+            f"target: {spec.target} pixels, as in the official code",
+            f"prediction order: {spec.prediction_order}, decoder heads: {spec.decoder_heads}, "
+            "as in the official code",
         ]
     if pooling is not None:
         why = "by --pooling"
     elif pooling_from_args(source.args) is not None:
         why = f"from the checkpoint's args (global_pool={source.args['global_pool']})"
     else:
-        why = "assumed, for the file does not say; pass --pooling cls if it reads the class token"
+        why = "assumed, since the file does not state it; pass --pooling cls if the class token is pooled"
     return [f"pooling: {spec.pooling}, {why}"]
 
 
 def _check_mask(spec: PretrainSpec, mask: Tensor | None, choices: list[str]) -> None:
-    """The mask is not stored by us: it follows from the spec, so it must be the one that follows."""
+    """The mask is derived from the spec and not stored: the file's mask must be equal to it."""
     if mask is None:
-        choices.append("mask: missing in the file; not needed, it follows from the clusters")
+        choices.append("mask: missing in the file; not needed, since it is derived from the clusters")
+    elif mask.nbytes > MAX_MASK:
+        raise ValueError(f"mask: expected at most {MAX_MASK:,} bytes, found {mask.nbytes:,}")
     elif mask.shape != (spec.tokens, spec.tokens) or not np.array_equal(mask.read(), official_mask(spec)):
         raise ValueError(f"mask: expected blocks of {spec.patches_per_cluster} tokens, lower triangular")
 
 
 def _resolve_ours(source: CheckpointSource, tensors: dict[str, Tensor], weights: Weights) -> Resolved:
-    assert source.spec is not None  # every other layout states it
+    assert source.spec is not None  # all other layouts state it
     spec = source.spec
     if source.layout is not Layout.CANONICAL:
         rows = plain_table(spec, Framework(source.layout))
@@ -150,13 +162,13 @@ def _resolve_ours(source: CheckpointSource, tensors: dict[str, Tensor], weights:
         left_out = [f"tensor {name} {tensor.shape}" for name, tensor in tensors.items() if name not in known]
         return Resolved(spec, to_canonical(rows, tensors), dict(source.metadata), [], left_out)
     count = sum(isinstance(tensor, QuantizedTensor) for tensor in tensors.values())
-    choices = [f"{count} quantized matrices: as the float32 values that they stand for"] if count else []
+    choices = [f"{count} quantized matrices: read as float32 values"] if count else []
     metadata = dict(source.metadata) if source.run is None else _run_metadata(source, source.run, weights)
     return Resolved(spec, dict(tensors), metadata, choices, [])
 
 
 def _run_metadata(source: CheckpointSource, run: Path, weights: Weights) -> dict[str, str]:
-    """A run's metadata with where it stands, and what it measured at that step."""
+    """The metadata of a run's checkpoint: its step, and the results of the evaluation at that step."""
     metadata = with_history(
         source.metadata, f"taken from run {run.name}, {source.path.name} ({_ENTRIES[weights]})"
     )
@@ -182,7 +194,7 @@ _TOLD_ARGS = (
     *("weight_decay", "layer_decay", "clip_grad", "drop_path", "ema_decay"),
     *("aa", "reprob", "smoothing", "mixup", "cutmix"),
 )
-"""Training arguments that a card tells; the rest are paths and machines, which are nobody's business."""
+"""Training arguments for the model card; paths and machine settings are left out."""
 
 
 _ENTRIES = {Weights.RAW: "model", Weights.EMA: "ema"}
@@ -190,7 +202,7 @@ _ENTRIES = {Weights.RAW: "model", Weights.EMA: "ema"}
 
 
 def _new_metadata(source: CheckpointSource, weights: Weights) -> dict[str, str]:
-    """What the card will say of an official checkpoint."""
+    """Metadata for the model card of an official checkpoint."""
     step = f"imported from {source.path.name} ({source.format}, weights: {_ENTRIES[weights]})"
     metadata = {HISTORY: json.dumps([step])}
     told = {k: source.args[k] for k in _TOLD_ARGS if k in source.args}
@@ -214,8 +226,8 @@ def import_model(
 ) -> list[str]:
     """Write a resolved source as a model folder, one tensor at a time.
 
-    Returns a sentence for each tensor with NaN or infinite values, which are refused (ValueError) unless
-    `allow_nonfinite`.
+    Returns a sentence for each tensor with NaN or infinite values. They raise ValueError unless
+    `allow_nonfinite` is set.
     """
     check_new(out, force=force)
     reports: list[str] = []
@@ -236,7 +248,7 @@ def import_model(
 
 
 def watch_finite(tensor: Tensor, owner: str, reports: list[str], *, refuse: bool) -> Tensor:
-    """The same tensor, which reports or refuses values that are not finite when it is read."""
+    """The same tensor; reading it reports or refuses values that are not finite."""
     return Tensor(tensor.shape, tensor.dtype, partial(_fetch_finite, tensor, owner, reports, refuse))
 
 
@@ -248,6 +260,6 @@ def _fetch_finite(tensor: Tensor, owner: str, reports: list[str], refuse: bool) 
     if not np.isfinite(total) and (count := int(values.size - np.isfinite(values).sum())):
         report = f"{owner}: {count} of {values.size} values are NaN or infinite"
         if refuse:
-            raise BadFileError(f"{report}; was this run diverging? Pass --allow-nonfinite to take it anyway")
+            raise BadFileError(f"{report}; did the run diverge? Pass --allow-nonfinite to import it anyway")
         reports.append(report)
     return bits

@@ -1,7 +1,7 @@
-"""An official checkpoint as a run that goes on here: AdamW's moments, the step, and the recipe.
+"""An official checkpoint as a run that can be resumed: AdamW's moments, the step, and the recipe.
 
-The official optimizer numbers its parameters by group, without names. The groups are built again as the
-official code builds them, from the order of the state dict, and every moment's shape is compared.
+The official optimizer numbers its parameters by group and stores no names. The groups are rebuilt like in
+the official code, from the order of the state dict, and the shape of every moment is compared.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from arm_core.data.transforms import TrainTransform
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Array, Precision, TrainingState
 from arm_core.files.atomic import new_folder
+from arm_core.files.errors import located, reading
 from arm_core.files.model_folder import check_new
 from arm_core.files.safetensors import Tensor
 from arm_core.model.parameters import parameter_table
@@ -54,13 +55,13 @@ class OptimizerState:
 
 
 def optimizer_state(source: CheckpointSource, spec: ModelSpec) -> OptimizerState:
-    """The optimizer of an official checkpoint; ValueError says what does not fit."""
+    """The optimizer state of an official checkpoint; ValueError where it does not match the model."""
     optimizer = source.entries.get("optimizer")
     if not isinstance(optimizer, dict):
-        raise ValueError(f"{source.path}: holds no optimizer; import it without --with-optimizer")
+        raise ValueError(f"{source.path}: has no optimizer state; import it without --with-optimizer")
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(state, dict) or not state or not isinstance(groups, list):
-        raise ValueError(f"{source.path}: its optimizer has no state; import it without --with-optimizer")
+        raise ValueError(f"{source.path}: its optimizer state is empty; import it without --with-optimizer")
     expected = official_groups(source, spec)
     if [len(_numbers(source, group)) for group in groups] != [len(names) for names in expected]:
         raise ValueError(
@@ -139,9 +140,8 @@ def _step(value: object) -> int | None:
 def official_recipe(source: CheckpointSource, spec: ModelSpec, state: OptimizerState) -> Recipe:
     """The recipe in the checkpoint's training arguments; ValueError names one that is missing."""
     args = _Arguments(source)
-    devices = args.number("world_size", 1)
-    micro_batches = int(args.number("accum_iter", 1) * devices)
-    batch = int(args.number("batch_size")) * micro_batches
+    micro_batches = args.count("accum_iter", 1) * args.count("world_size", 1)
+    batch = args.count("batch_size") * micro_batches
     stage = Stage.PRETRAIN if isinstance(spec, PretrainSpec) else Stage.FINETUNE
     return Recipe(
         stage=stage,
@@ -168,13 +168,13 @@ def official_recipe(source: CheckpointSource, spec: ModelSpec, state: OptimizerS
             accumulation=micro_batches,
             drop_path=args.number("drop_path", 0.0),
             precision=Precision.BFLOAT16,  # the official code always autocasts
-            seed=int(args.number("seed", 0)),
+            seed=args.count("seed", 0, low=0),
         ),
     )
 
 
 class _Arguments:
-    """Training arguments, each checked when it is asked for."""
+    """Training arguments; each is checked when it is read."""
 
     def __init__(self, source: CheckpointSource) -> None:
         self._source = source
@@ -188,6 +188,14 @@ class _Arguments:
         if value is None and default is None:
             raise ValueError(f"{self._source.path}: args.{name} is missing; import without --with-optimizer")
         return cast(float, default if value is None else value)
+
+    def count(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        value = self.number(name, default)
+        if not value.is_integer() or not low <= value < 2**31:
+            raise ValueError(
+                f"{self._source.path}: args.{name}: expected a whole number, {low} or more, found {value:g}"
+            )
+        return int(value)
 
     def text(self, name: str) -> str | None:
         value = self._source.args.get(name)
@@ -204,7 +212,7 @@ def _model(spec: ModelSpec) -> PretrainModel | ClassifierModel:
         names = ("cluster", "prediction_order", "decoder_width", "decoder_depth", "decoder_heads", "target")
         return PretrainModel(**size, **{name: getattr(spec, name) for name in names})
     if spec.scan_directions != DIRECTIONS[spec.directions]:
-        raise ValueError(f"a recipe has no name for the directions {', '.join(spec.scan_directions)}")
+        raise ValueError(f"a recipe cannot express the directions {', '.join(spec.scan_directions)}")
     return ClassifierModel(**size, classes=spec.classes, directions=spec.directions, pooling=spec.pooling)
 
 
@@ -229,14 +237,18 @@ def _mixing(args: _Arguments) -> Mixing:
 
 
 def import_run(source: CheckpointSource, resolved: Resolved, out: Path) -> Recipe:
-    """Write a run folder that `arm pretrain|finetune --resume OUT` goes on with; whole or not at all.
+    """Write a run folder, atomically, that `arm pretrain|finetune --resume OUT` resumes.
 
-    The official code's data order is its own, so the data begins where the same number of micro-batches
-    of ours would have been consumed.
+    The official data order is not reproduced: the data starts at the position that a run of this package
+    has after the same number of micro-batches.
     """
     spec = resolved.spec
-    state = optimizer_state(source, spec)
-    recipe = official_recipe(source, spec, state)
+    try:
+        with reading(source.path):
+            state = optimizer_state(source, spec)
+            recipe = official_recipe(source, spec, state)
+    except ValueError as error:
+        raise located(source.path, error) from None
     watched = {
         "parameters": resolved.tensors,
         "exp_avg": state.exp_avg,

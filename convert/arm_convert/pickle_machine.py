@@ -1,8 +1,8 @@
-"""A pickle reader that can build plain data and nothing else.
+"""A restricted pickle reader that builds plain data only.
 
-Pickle is a little language whose programs may call any function. This machine runs the part of it that
-describes data; the few functions that a checkpoint needs are imitated by constructors handed in by name,
-and every other name is refused. No object of the file is ever called, imported or looked up.
+A pickle is a program that may call any function. This reader executes the operations that describe data.
+The few functions that a checkpoint needs are replaced by constructors that the caller passes in by name,
+and every other name is refused. No object that the file names is called, imported or looked up.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 from arm_core.files.errors import BadFileError
 
-MAX_OPERATIONS = 5_000_000
-"""A checkpoint of the largest official model takes about 200,000."""
+MAX_OPERATIONS = 1_000_000
+"""Operations and copied items that a pickle may take; the largest official checkpoint takes about 200,000."""
 
 
 class Readable(Protocol):
-    """What a pickle is read from."""
+    """A source of bytes to read a pickle from."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -28,12 +28,12 @@ class Readable(Protocol):
 
 
 class Attributes(dict[str, Any]):
-    """The attributes of an object whose class is not known here (`argparse.Namespace`)."""
+    """The attributes of an `argparse.Namespace`, as plain data."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A name that the file may call, and what is done instead."""
+    """A name that the file may call, and the function that is called instead."""
 
     name: str
     call: Callable[..., Any]
@@ -60,7 +60,7 @@ _KEYS = (str, int, float, bool, bytes, type(None))
 
 
 def brief(value: object) -> str:
-    """A value of a file in a few words, at little cost however it is nested (it may contain itself)."""
+    """A short description of a value from a file; cheap for any nesting (a value may contain itself)."""
     if isinstance(value, (str, bytes)):
         return repr(value[:60])
     if isinstance(value, int) and abs(value) >= 2**64:
@@ -83,10 +83,10 @@ def read_pickle(
     known: Mapping[str, Function | Name],
     persistent: Callable[[object], Any],
 ) -> Any:
-    """Run one pickle from the file's position, leaving the file behind its end.
+    """Read one pickle from the file's position; the file is left at its end.
 
-    source: what errors call it.  known: what may be named, by `module.name`.  persistent: what a
-    persistent id stands for.  Raises BadFileError for anything else, naming it.
+    source: how errors name the file.  known: the names that are allowed, as `module.name`.
+    persistent: returns the object of a persistent id.  Raises BadFileError for anything else, naming it.
     """
     try:
         return _run(file, known, persistent)
@@ -95,8 +95,8 @@ def read_pickle(
     except BadFileError:
         raise
     except (ValueError, TypeError, IndexError, KeyError, struct.error, OverflowError) as error:
-        # Constructors and pickletools meet whatever the file holds; nothing of it has been run.
-        raise BadFileError(f"{source}: damaged pickle: {str(error)[:160] or type(error).__name__}") from None
+        # Constructors and pickletools raise these for invalid arguments.
+        raise BadFileError(f"{source}: corrupt pickle: {str(error)[:160] or type(error).__name__}") from None
 
 
 def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Callable[[object], Any]) -> Any:
@@ -109,21 +109,23 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
                 items = stack[i + 1 :]
                 del stack[i:]
                 return items
-        raise _RefusedError("damaged pickle: no mark on the stack")
+        raise _RefusedError("corrupt pickle: no mark on the stack")
 
     def look_up(module: object, name: object) -> Function | Name:
         found = known.get(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
             raise _RefusedError(
                 f"the file asks for {_dotted(module, name)}, which no checkpoint needs: "
-                "refused, and nothing was run"
+                "refused, and nothing was executed"
             )
         return found
 
     argument: Any
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
-        if number > MAX_OPERATIONS:
-            raise _RefusedError(f"more than {MAX_OPERATIONS} operations")
+    spent = 0
+    for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
+        spent += 1
+        if spent > MAX_OPERATIONS:
+            raise _RefusedError(f"takes more than {MAX_OPERATIONS:,} operations")
         operation = opcode.name
         if operation in _VALUES:
             if isinstance(argument, str):
@@ -156,7 +158,7 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
             target = _top(stack, dict)
             for key, value in _pairs(items).items():
                 if key in target:
-                    raise _RefusedError(f"{brief(key)} stands twice")
+                    raise _RefusedError(f"{brief(key)} appears twice")
                 target[key] = value
         elif operation == "GLOBAL":
             module, _, name = argument.partition(" ")
@@ -167,10 +169,11 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         elif operation in ("REDUCE", "NEWOBJ"):
             arguments, function = _pop(stack), _pop(stack)
             if not isinstance(function, Function) or not isinstance(arguments, tuple):
-                raise _RefusedError(f"the file calls {brief(function)}: refused, and nothing was run")
+                raise _RefusedError(f"the file calls {brief(function)}: refused, and nothing was executed")
             stack.append(function.call(*arguments))
         elif operation == "BUILD":
-            _build(_pop(stack), _top(stack))
+            # A memoized dictionary can be copied again and again: each copied item counts.
+            spent += _build(_pop(stack), _top(stack), MAX_OPERATIONS - spent)
         elif operation == "BINPERSID":
             stack.append(persistent(_pop(stack)))
         elif operation == "POP":
@@ -178,11 +181,11 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         elif operation == "STOP":
             result = _pop(stack)
             if stack:
-                raise _RefusedError("damaged pickle: values left on the stack")
+                raise _RefusedError("corrupt pickle: values left on the stack")
             return result
         elif operation not in ("PROTO", "FRAME"):
-            raise _RefusedError(f"the pickle operation {operation} belongs to no checkpoint: refused")
-    raise _RefusedError("damaged pickle: it has no end")
+            raise _RefusedError(f"the pickle operation {operation} is not used in checkpoints: refused")
+    raise _RefusedError("corrupt pickle: it has no end")
 
 
 def _dotted(module: object, name: object) -> str:
@@ -192,34 +195,40 @@ def _dotted(module: object, name: object) -> str:
 
 def _pop(stack: list[Any]) -> Any:
     if not stack or stack[-1] is _MARK:
-        raise _RefusedError("damaged pickle: the stack is empty")
+        raise _RefusedError("corrupt pickle: the stack is empty")
     return stack.pop()
 
 
 def _top(stack: list[Any], kind: type[Any] = object) -> Any:
     if not stack or stack[-1] is _MARK or not isinstance(stack[-1], kind):
-        raise _RefusedError(f"damaged pickle: expected a {kind.__name__} on the stack")
+        raise _RefusedError(f"corrupt pickle: expected a {kind.__name__} on the stack")
     return stack[-1]
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
-        raise _RefusedError("damaged pickle: a key without a value")
+        raise _RefusedError("corrupt pickle: a key without a value")
     pairs: dict[Any, Any] = {}
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, _KEYS):  # hashing nested tuples can take forever
             raise _RefusedError(f"expected plain keys, found a {type(key).__name__}")
         if key in pairs:
-            raise _RefusedError(f"{brief(key)} stands twice")
+            raise _RefusedError(f"{brief(key)} appears twice")
         pairs[key] = value
     return pairs
 
 
-def _build(state: object, target: object) -> None:
-    """Set attributes: those of an unknown object are kept, a state dict's `_metadata` is not needed."""
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+def _build(state: object, target: object, budget: int) -> int:
+    """Set at most `budget` attributes and return their number; a state dict's `_metadata` is not needed."""
+    if not isinstance(state, dict):
         raise _RefusedError(f"expected attributes, found a {type(state).__name__}")
+    if len(state) > budget:
+        raise _RefusedError(f"takes more than {MAX_OPERATIONS:,} operations")
+    if not all(isinstance(key, str) for key in state):
+        raise _RefusedError("expected names of attributes")
     if isinstance(target, Attributes):
         target.update(state)
     elif not isinstance(target, dict) or set(state) != {"_metadata"}:
-        raise _RefusedError(f"the file sets {', '.join(state)[:80]} on a {type(target).__name__}: refused")
+        names = ", ".join(key[:80] for key in list(state)[:3])
+        raise _RefusedError(f"the file sets {names} on a {type(target).__name__}: refused")
+    return len(state)

@@ -1,14 +1,15 @@
-"""Files written by `torch.save`, read without torch and without running anything in them.
+"""Reads files of `torch.save` without torch, and without executing anything in them.
 
-Both formats are known: the zip archive of torch 1.6 and later (`data.pkl` describes the objects, `data/0`,
-`data/1`, ... hold the storages) and the stream of pickles before it. Tensors come out as `Tensor`s whose
-bytes are fetched on demand.
+Both formats are supported: the zip archive of torch 1.6 and later (`data.pkl` describes the objects,
+`data/0`, `data/1`, ... hold the storages) and the earlier sequence of pickles. Tensors are returned as
+`Tensor`s whose bytes are read on demand.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 from arm_convert.pickle_machine import Attributes, Function, Name, Readable, brief, read_pickle
 from arm_convert.zip_file import Record, check_bytes, check_record, read_directory, read_record
 from arm_core.files.errors import BadFileError
+from arm_core.files.reading import open_regular
 from arm_core.files.safetensors import DTYPES, AnyArray, Shape, Tensor, read_range
 
 STORAGES = {
@@ -37,7 +39,7 @@ STORAGES = {
 """torch's storage classes and their types in `DTYPES`."""
 
 MAX_PICKLE = 16 * 2**20
-"""Largest description of objects read, bytes; official checkpoints have 0.3 MB."""
+"""Largest pickle that is read, bytes; official checkpoints have 0.3 MB."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -45,7 +47,7 @@ _LEGACY_PROTOCOL = 1001
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of values in the file, of which tensors are views."""
+    """A range of values in the file; tensors are views of it."""
 
     key: str
     dtype: str
@@ -56,7 +58,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a file holds: dicts, lists, plain values and `Tensor`s."""
+    """The content of a file: dicts, lists, plain values and `Tensor`s."""
 
     path: Path
     value: Any
@@ -64,23 +66,21 @@ class TorchFile:
     """`zip` or `legacy`."""
 
 
-def is_torch_file(path: Path) -> bool:
-    """Whether the first bytes are those of `torch.save` (or of any zip archive or pickle)."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start == b"PK\3\4" or (len(start) == 4 and start[0] == 0x80 and start[1] <= 5)
+def is_torch_file(start: bytes) -> bool:
+    """Whether these are the first bytes of a zip archive or a pickle, the formats of `torch.save`."""
+    return start[:4] == b"PK\3\4" or (len(start) >= 4 and start[0] == 0x80 and start[1] <= 5)
 
 
 def read_torch(path: Path) -> TorchFile:
     """Open a file of `torch.save`; the bytes of its tensors are read later."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(4) == b"PK\3\4":
             return TorchFile(path, _read_zip(path), "zip")
     return TorchFile(path, _read_legacy(path), "legacy")
 
 
 def _known() -> dict[str, Function | Name]:
-    """Everything that a checkpoint may name."""
+    """All names that a checkpoint may use."""
     known: dict[str, Function | Name] = {
         f"{module}.{name}": Name(name, dtype)
         for name, dtype in STORAGES.items()
@@ -113,7 +113,7 @@ def _rebuild_parameter(data: object, requires_grad: object = True, hooks: object
 
 
 def _rebuild_tensor(storage: object, offset: object, shape: object, stride: object, *_: object) -> Tensor:
-    """A view of a storage; everything after the stride (grad flag, hooks) is of no use here."""
+    """A view of a storage; the arguments after the stride (grad flag, hooks) are not needed."""
     if not isinstance(storage, Storage) or not _is_count(offset):
         raise ValueError("a tensor without a storage")
     name = f"storage {storage.key}"
@@ -127,7 +127,7 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, stride: obje
     )
     if count > storage.count or (count and last >= storage.count) or offset > storage.count:
         raise ValueError(
-            f"{name}: a tensor of {count} values from value {offset} on does not fit its {storage.count}"
+            f"{name}: a tensor of {count} values from value {offset} does not fit its {storage.count} values"
         )
     return Tensor(shape, storage.dtype, partial(_view, storage, offset, shape, stride))
 
@@ -188,11 +188,11 @@ def _read_zip(path: Path) -> Any:
 def _fetch_record(
     path: Path, record: Record, dtype: str, checked: set[str], start: int, count: int
 ) -> AnyArray:
-    """Values of a record, whose checksum is compared when it is first touched."""
+    """Values of a record; its checksum is compared at the first access."""
     width = DTYPES[dtype].itemsize
     values = read_range(path, record.name, record.start + start * width, DTYPES[dtype], count)
     if record.name not in checked:
-        if values.nbytes == record.size:  # the rule: a tensor has its storage to itself, and is read once
+        if values.nbytes == record.size:  # the usual case: a tensor is the whole storage
             check_bytes(path, record, values.view(np.uint8).data)
         else:
             check_record(path, record)
@@ -219,7 +219,6 @@ def _storage_of(identifier: object) -> tuple[str, str, int]:
 
 def _read_legacy(path: Path) -> Any:
     """Five pickles (magic, protocol, system, objects, keys), then each storage: its count and its bytes."""
-    size = path.stat().st_size
     storages: dict[str, tuple[str, int]] = {}
     starts: dict[str, int] = {}
 
@@ -229,7 +228,8 @@ def _read_legacy(path: Path) -> Any:
             raise ValueError(f"storage {key} is described in two ways")
         return Storage(key, dtype, count, partial(_fetch_legacy, path, key, dtype, starts))
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         bounded = _Bounded(file, MAX_PICKLE)
         if _plain(bounded, path) != _LEGACY_MAGIC:
             raise BadFileError(f"{path}: a pickle, but not one of torch.save")
@@ -251,7 +251,7 @@ def _read_legacy(path: Path) -> Any:
             starts[key] = file.tell()
             file.seek(min(starts[key] + count * DTYPES[dtype].itemsize, size + 1))
         if file.tell() != size:
-            raise BadFileError(f"{path}: expected {file.tell()} bytes, found {size}: truncated or damaged")
+            raise BadFileError(f"{path}: expected {file.tell()} bytes, found {size}: truncated or corrupt")
     return value
 
 
@@ -271,7 +271,7 @@ def _no_storage(identifier: object) -> Any:
 
 
 class _Bounded:
-    """A file's own position, with a limit on how much may be read through it."""
+    """Reads from a file up to a limit, and moves its position."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._left = file, limit
@@ -285,5 +285,5 @@ class _Bounded:
     def _count(self, data: bytes) -> bytes:
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError("the description of its objects is too long")
+            raise ValueError(f"the pickle is larger than {MAX_PICKLE:,} bytes")
         return data

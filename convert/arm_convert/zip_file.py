@@ -1,34 +1,35 @@
-"""The directory of an uncompressed zip archive, checked before anything in it is read.
+"""The records of an uncompressed zip archive, as `torch.save` writes it.
 
-`torch.save` stores its records without compression, so a record is a range of bytes in the file. Nothing
-is ever inflated: an archive cannot grow in memory, and its names are never used as paths.
+Python's `zipfile` reads the directory. `torch.save` stores records without compression, so a record is a
+range of bytes in the file. The checks that `zipfile` leaves to its caller are here: nothing is ever
+decompressed, records do not overlap, names are unique and are never used as paths, and the directory has
+a bounded size.
 """
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from arm_core.files.errors import BadFileError
+from arm_core.files.reading import open_regular
 
-MAX_DIRECTORY = 64 * 2**20
-"""Largest central directory read, bytes: half a million records."""
+MAX_DIRECTORY = 8 * 2**20
+"""Largest directory that is read, bytes: over 100,000 records; official checkpoints have about 1,000."""
 
 CHUNK = 2**20
 
-_END = struct.Struct("<4s4H2LH")  # end of central directory
-_END64_PLACE = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_ENTRY = struct.Struct("<4s6H3L5H2L")  # central directory entry
 _LOCAL = struct.Struct("<4s5H3L2H")  # header in front of a record
 
 
 @dataclass(frozen=True)
 class Record:
-    """One stored file: the range of its bytes and their checksum."""
+    """A stored file: the range of its bytes and their checksum."""
 
     name: str
     start: int
@@ -36,109 +37,75 @@ class Record:
     crc: int
 
 
+class _BoundedReads(io.BufferedReader):
+    """A file that refuses to read a directory of more than `MAX_DIRECTORY` bytes at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size} bytes")
+        return super().read(size)
+
+
 def read_directory(path: Path) -> dict[str, Record]:
     """All records of the archive by name; BadFileError for anything `torch.save` would not write."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        count, directory_size, directory_start = _find_end(path, file, size)
-        if directory_start + directory_size > size:
-            raise BadFileError(f"{path}: the zip directory lies outside the file: truncated or damaged")
-        if directory_size > MAX_DIRECTORY:
-            raise BadFileError(f"{path}: the zip directory claims {directory_size} bytes")
-        file.seek(directory_start)
-        directory = file.read(directory_size)
+    with _BoundedReads(cast(io.RawIOBase, open_regular(path, buffering=0))) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            ValueError,
+            OSError,
+            EOFError,
+            struct.error,
+        ) as error:
+            raise BadFileError(f"{path}: corrupt or truncated zip archive: {str(error)[:200]}") from None
         records: dict[str, Record] = {}
-        place = 0
-        for _ in range(count):
-            record, place = _read_entry(path, file, directory, place, directory_start)
+        end = 0
+        for entry in sorted(entries, key=lambda entry: (entry.header_offset, entry.file_size)):
+            record = _record(path, file, entry)
             if record.name in records:
-                raise BadFileError(f"{path}: {record.name!r} stands twice in the zip directory")
+                raise BadFileError(f"{path}: {record.name!r} appears twice in the zip directory")
+            if entry.header_offset < end:
+                raise BadFileError(f"{path}: the record {record.name!r} overlaps another one")
+            end = record.start + record.size
             records[record.name] = record
-    previous: Record | None = None
-    for record in sorted(records.values(), key=lambda r: (r.start, r.size)):
-        if previous and record.start < previous.start + previous.size:
-            raise BadFileError(f"{path}: the records {previous.name!r} and {record.name!r} overlap")
-        previous = record
     return records
 
 
-def _find_end(path: Path, file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """(records, directory bytes, directory start) from the end of the archive."""
-    tail_start = max(0, size - _END.size - 0xFFFF)
-    file.seek(tail_start)
-    tail = file.read(size - tail_start)
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) - at < _END.size:
-        raise BadFileError(f"{path}: the zip archive has no end: truncated")
-    _, disk, first_disk, here, count, directory_size, start, _ = _END.unpack_from(tail, at)
-    place = tail_start + at - _END64_PLACE.size
-    if place >= 0:
-        file.seek(place)
-        magic, _, end64, _ = _END64_PLACE.unpack(file.read(_END64_PLACE.size))
-        if magic == b"PK\6\7":
-            file.seek(min(end64, size))
-            data = file.read(_END64.size)
-            if len(data) < _END64.size or data[:4] != b"PK\6\6":
-                raise BadFileError(f"{path}: the zip64 end record is damaged")
-            _, _, _, _, disk, first_disk, here, count, directory_size, start = _END64.unpack(data)
-    if disk or first_disk or here != count:
-        raise BadFileError(f"{path}: the zip archive is one part of several")
-    return count, directory_size, start
-
-
-def _read_entry(path: Path, file: BinaryIO, data: bytes, place: int, limit: int) -> tuple[Record, int]:
-    if len(data) - place < _ENTRY.size or data[place : place + 4] != b"PK\1\2":
-        raise BadFileError(f"{path}: the zip directory is damaged at byte {place}")
-    fields = _ENTRY.unpack_from(data, place)
-    flags, method, crc, packed, size = fields[3], fields[4], *fields[7:10]
-    name_length, extra_length, comment_length, start = *fields[10:13], fields[16]
-    name_end = place + _ENTRY.size + name_length
-    following = name_end + extra_length + comment_length
-    if following > len(data):
-        raise BadFileError(f"{path}: the zip directory is damaged at byte {place}")
-    raw_name = data[place + _ENTRY.size : name_end]
-    try:
-        name = raw_name.decode()
-    except UnicodeDecodeError:
-        raise BadFileError(f"{path}: the record name {raw_name[:40]!r} is not UTF-8") from None
+def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo) -> Record:
+    """The record of a directory entry, compared with the header in front of its bytes."""
+    name = entry.orig_filename
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise BadFileError(f"{path}: the record name {name[:80]!r} is not one that torch.save writes")
-    size, packed, start = _wide(data[name_end : name_end + extra_length], size, packed, start)
-    if flags & 1:
+    if entry.flag_bits & 1:
         raise BadFileError(f"{path}: the record {name!r} is encrypted")
-    if method != 0 or packed != size:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise BadFileError(
-            f"{path}: the record {name!r} is compressed, and torch.save writes none such; "
-            "unpack the archive, pack it again without compression (zip -0), and retry"
+            f"{path}: the record {name!r} is compressed, which torch.save never does; "
+            "unpack the archive, pack it without compression (zip -0), and retry"
         )
-    if start + _LOCAL.size > limit:
-        raise BadFileError(f"{path}: the record {name!r} lies outside the file")
-    file.seek(start)
-    local = _LOCAL.unpack(file.read(_LOCAL.size))
-    begin = start + _LOCAL.size + local[9] + local[10]
-    if local[0] != b"PK\3\4" or file.read(local[9]) != raw_name or begin + size > limit:
-        raise BadFileError(f"{path}: the record {name!r} is not where the zip directory says: damaged")
-    return Record(name, begin, size, crc), following
-
-
-def _wide(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
-    """The 64-bit values that replace fields too large for the entry."""
-    place = 0
-    while len(extra) - place >= 4:
-        kind, length = struct.unpack_from("<2H", extra, place)
-        values = extra[place + 4 : place + 4 + length]
-        if kind == 1:
-            wide = iter(struct.unpack(f"<{len(values) // 8}Q", values[: len(values) // 8 * 8]))
-            size = next(wide, size) if size == 0xFFFFFFFF else size
-            packed = next(wide, packed) if packed == 0xFFFFFFFF else packed
-            start = next(wide, start) if start == 0xFFFFFFFF else start
-        place += 4 + length
-    return size, packed, start
+    if entry.header_offset < 0:
+        raise BadFileError(f"{path}: the record {name!r} begins before the file: corrupt")
+    file.seek(entry.header_offset)
+    header = file.read(_LOCAL.size)
+    damaged = len(header) < _LOCAL.size or header[:4] != b"PK\3\4"
+    if not damaged:
+        name_length, extra_length = _LOCAL.unpack(header)[-2:]
+        encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
+        damaged = file.read(name_length) != name.encode(encoding)
+    if damaged:
+        raise BadFileError(f"{path}: the record {name!r} is not where the zip directory says: corrupt")
+    start = entry.header_offset + _LOCAL.size + name_length + extra_length
+    if start + entry.file_size > file.seek(0, io.SEEK_END):
+        raise BadFileError(f"{path}: the record {name!r} extends beyond the file: truncated")
+    return Record(name, start, entry.file_size, entry.CRC)
 
 
 def read_record(path: Path, record: Record) -> bytes:
     """The bytes of a small record, checked against its checksum."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(record.start)
         data = file.read(record.size)
     check_bytes(path, record, data)
@@ -154,7 +121,7 @@ def check_bytes(path: Path, record: Record, data: bytes | memoryview) -> None:
 def check_record(path: Path, record: Record) -> None:
     """Compare a record of any size with its checksum, a chunk at a time."""
     crc, left = 0, record.size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(record.start)
         while left and (data := file.read(min(left, CHUNK))):
             crc, left = zlib.crc32(data, crc), left - len(data)
@@ -163,4 +130,4 @@ def check_record(path: Path, record: Record) -> None:
 
 
 def _damaged(path: Path, record: Record) -> BadFileError:
-    return BadFileError(f"{path}: {record.name}: the checksum does not match: the file is damaged")
+    return BadFileError(f"{path}: {record.name}: the checksum does not match: corrupt")

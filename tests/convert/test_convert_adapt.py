@@ -298,4 +298,4 @@ def test_an_existing_output_stops_a_conversion_before_it_begins(finetuned, tmp_p
     }
     result = convert(*words[command])
     assert result.exit_code == 2
-    assert f"{finetuned}: exists already" in result.output
+    assert f"{finetuned}: already exists" in result.output

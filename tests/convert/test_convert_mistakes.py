@@ -199,7 +199,7 @@ def test_an_existing_output_is_replaced_on_request_only(tmp_path, official):
 def test_an_ending_that_a_format_has_not_is_refused(tmp_path):
     folder = model_folder(tmp_path / "a", "pretrain")
     result = convert("export", folder, tmp_path / "m.pth", "--to", "mlx")
-    refused(tmp_path, result, r"expected a name that ends in \.safetensors for mlx")
+    refused(tmp_path, result, r"expected a file name that ends in \.safetensors for mlx")
 
 
 def test_control_characters_of_a_file_never_reach_the_terminal(tmp_path):
