@@ -143,7 +143,7 @@ def join(stored: Mapping[str, Tensor], bits: int, owner: str) -> dict[str, Tenso
         if not _fit(packed, scales, biases, bits):
             raise BadFileError(
                 f"{owner}: {name}: packed {packed.shape}, scales {scales.shape} and biases {biases.shape} "
-                f"are not the parts of a {bits}-bit matrix"
+                f"do not match: expected a matrix of {bits} bits"
             )
         shape = packed.shape[0], packed.shape[1] * 32 // bits
         group_size = shape[1] // scales.shape[1]

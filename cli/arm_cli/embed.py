@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from arm_cli.options import EngineChoice, batch_size_option, engine_options, weights_option
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Array
@@ -70,4 +71,4 @@ def embed(
         arrays["images"] = names
     write_npz(Path(out), arrays)
     shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items())
-    click.echo(f"{out}: {shapes}", err=True)
+    echo(f"{out}: {shapes}", err=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from arm_cli.options import EngineChoice, batch_size_option, engine_options, json_option, weights_option
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_cli.models import Opened
@@ -82,7 +83,7 @@ def _report(opened: Opened, found: Evaluation, as_json: bool) -> None:
         if found.top1 is not None
         else ""
     )
-    click.echo(f"{top}loss {found.loss:.4f} ({found.images} images)")
+    echo(f"{top}loss {found.loss:.4f} ({found.images} images)")
 
 
 def open_data(data: str, opened: Opened) -> ImageSource:

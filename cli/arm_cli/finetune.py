@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from arm_cli.show import echo
 from arm_cli.training import Request, fresh_parameters, run_training, training_options
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...
     # A classifier of the very same classes keeps its head, any other start gets a new one.
     keep_head = isinstance(model.spec, ClassifierSpec) and class_names(model, model.spec) == classes
     kind = "classifier" if isinstance(model.spec, ClassifierSpec) else "pretraining model"
-    click.echo(f"from {model.path} ({kind}), {'its head kept' if keep_head else 'with a new head'}", err=True)
+    echo(f"from {model.path} ({kind}), {'its head kept' if keep_head else 'with a new head'}", err=True)
     grown = to_classifier(
         model.spec,
         model.arrays,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arm_cli.options import json_option
-from arm_cli.show import print_json, print_table, scaled
+from arm_cli.show import echo, print_json, print_table, scaled
 
 if TYPE_CHECKING:
     from arm_core.files.model_folder import Model
@@ -37,7 +37,7 @@ def info(name: str, as_json: bool) -> None:
         return
     for key in ("dtype", "metadata"):
         if found := report.get(key):
-            click.echo(f"{key}: {_plain(found)}")
+            echo(f"{key}: {_plain(found)}")
     for spec, described in zip(specs, report["models"], strict=True):
         _print(spec, described)
 
@@ -81,31 +81,31 @@ def _print(spec: ModelSpec, report: dict[str, Any]) -> None:
 
     encoder, (rows, columns) = spec.encoder, spec.grid
     kind = "Pretraining" if isinstance(spec, PretrainSpec) else "Classifier"
-    click.secho(f"\n{kind}", bold=True)
-    click.echo(
+    echo(f"\n{kind}", bold=True)
+    echo(
         f"  image {spec.image_size[0]}x{spec.image_size[1]}, {rows}x{columns} patches of {encoder.patch}x"
         f"{encoder.patch}; encoder {encoder.width} wide, {encoder.depth} deep, {encoder.state} states"
     )
     if isinstance(spec, PretrainSpec):
-        click.echo(
+        echo(
             f"  {spec.clusters} clusters of {spec.cluster[0]}x{spec.cluster[1]} patches, predicted in "
             f"{spec.prediction_order} order; decoder {spec.decoder_width} wide, {spec.decoder_depth} deep"
         )
     else:
-        click.echo(
+        echo(
             f"  {spec.classes} classes; scans {', '.join(spec.scan_directions)}; pooling by "
             f"{spec.pooling}; {spec.tokens} tokens"
         )
     count = report["parameters"]
     fixed = f" ({count['total']:,} with the fixed position tables)" if count["fixed"] else ""
     state = scaled(report["training_state_bytes"], "B")
-    click.echo(f"  trainable parameters  {count['trainable']:,}{fixed}")
-    click.echo(f"  multiply-adds         {scaled(report['multiply_adds_per_image'])} per image, forward")
-    click.echo(
+    echo(f"  trainable parameters  {count['trainable']:,}{fixed}")
+    echo(f"  multiply-adds         {scaled(report['multiply_adds_per_image'])} per image, forward")
+    echo(
         f"  activations           {scaled(report['activation_bytes_per_image'], 'B')} per image, kept in "
         "float32 by a training step"
     )
-    click.echo(f"  training state        {state}: weight, gradient, two moments of AdamW, float32")
+    echo(f"  training state        {state}: weight, gradient, two moments of AdamW, float32")
     total = count["trainable"] + count["fixed"]
     print_table(
         ("part", "parameters", "share", "multiply-adds", "activations"),

@@ -53,7 +53,7 @@ class Commands(click.Group):
 
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(COMMANDS)}"
-            raise UserError(f"no command {name!r}; {hint}")
+            raise UserError(f"no command {in_short(name)!r}; {hint}")
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -67,7 +67,7 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe went away; click ends quietly
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             if ctx.params["traceback"]:
                 raise
             raise UserError(one_line(error)) from error
@@ -82,20 +82,29 @@ def in_one_line() -> Iterator[None]:
         raise
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        raise UserError(" ".join(error.format_message().split()) + where) from error
+        raise UserError(in_short(error.format_message()) + where) from error
 
 
-def one_line(error: ValueError | OSError) -> str:
-    """An error's message without line breaks; that of an OSError leads with its file."""
-    if isinstance(error, OSError) and error.strerror:
+def one_line(error: ValueError | OSError | MemoryError) -> str:
+    """An error's message as one printable line of limited length; that of an OSError names its file first."""
+    if isinstance(error, MemoryError):
+        text = f"not enough memory ({error})" if str(error) else "not enough memory"
+    elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return in_short(text)
+
+
+def in_short(text: str) -> str:
+    """Text as one line, with control characters escaped and its middle left out where it is long."""
+    from arm_core.files.errors import shown
+
+    return shown(" ".join(text[:100_000].split()))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"Warning: {message}", err=True)
+    click.echo(f"Warning: {in_short(str(message))}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_core.data.transforms import EvalTransform
@@ -53,7 +53,7 @@ def find_model(name: str) -> ModelSource:
         if path.suffix in FOREIGN:
             raise ValueError(f"{name}: import it first: arm convert import {name} {path.stem}")
         raise ValueError(f"{name}: expected a model folder, a run or a checkpoint, found a file")
-    return open_folder(path, warn=lambda text: click.echo(f"Warning: {path}: {text}", err=True))
+    return open_folder(path, warn=lambda text: echo(f"Warning: {path}: {text}", err=True))
 
 
 def open_model(name: str, *, weights: str = "raw") -> Opened:

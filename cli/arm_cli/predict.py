@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arm_cli.options import EngineChoice, batch_size_option, engine_options, json_option, weights_option
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Array
@@ -59,7 +60,7 @@ def predict(
         return
     for result in results:
         shown = "  ".join(f"{found['class']} {100 * found['probability']:.1f} %" for found in result["top"])
-        click.echo(f"{result['image']}: {shown}")
+        echo(f"{result['image']}: {shown}")
 
 
 def _model_and_images(model: str | None, words: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

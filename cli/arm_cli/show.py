@@ -1,4 +1,8 @@
-"""How results look: tables and numbers on stdout for people, JSON for programs."""
+"""Output: text and tables for people, JSON for programs.
+
+File names, class names and metadata can hold escape sequences that control a terminal, so all text is
+printed with such characters escaped.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,28 @@ from typing import Any
 
 import click
 
+from arm_core.files.errors import printable
+
+
+def echo(text: str, *, err: bool = False, bold: bool = False) -> None:
+    """Print text with control characters escaped, except for line breaks; `err`: to stderr."""
+    click.secho("\n".join(printable(line) for line in text.split("\n")), err=err, bold=bold or None)
+
 
 def print_json(data: Any) -> None:
-    """Data on stdout, alone, so that a pipe can read it. Numbers that are not finite become null."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print only the data, on stdout, for other programs."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def print_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, total: Sequence[str] | None = None
 ) -> None:
-    """A table on stdout: the first `left` columns flush left, numbers flush right, `total` set apart."""
+    """Print a table: the first `left` columns are left-aligned, the others right; `total` is the last row."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*head, box=box.SIMPLE, pad_edge=False, show_footer=total is not None)
     for i, column in enumerate(table.columns):
@@ -28,12 +41,12 @@ def print_table(
         column.overflow = "fold"
         column.footer = total[i] if total else ""
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """A large number in three figures: 12.3 G, 4.56 M; a factor of 1000 each."""
+    """A large number with three digits and a prefix: 12.3 G, 4.56 M; powers of 1000."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"

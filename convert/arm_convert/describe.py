@@ -1,4 +1,4 @@
-"""What is in a file, from its header alone: kind, size, types, names, and what importing it would do."""
+"""Describes a file from its header: kind, size, types, names, and what an import would do."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from arm_convert.checkpoint_source import CheckpointSource
 from arm_convert.importing import Resolved, resolve
 from arm_core.model.parameters import count_parameters
 from arm_core.model.presets import PRESETS
-from arm_core.model.spec import kind_of, to_json
+from arm_core.model.spec import ModelSpec, kind_of, to_json
 
 
 @dataclass(frozen=True)
 class Description:
-    """A source in plain values."""
+    """A source and what is known about it."""
 
     source: CheckpointSource
     resolved: Resolved | None
     problem: str | None
-    """Why it is no model that could be imported."""
+    """The reason why it cannot be imported."""
 
     @property
     def types(self) -> dict[str, int]:
-        """How many tensors of each type."""
+        """Number of tensors of each type."""
         return dict(Counter(tensor.dtype for tensor in self.source.tensors.values()))
 
     @property
@@ -34,7 +34,7 @@ class Description:
 
     @property
     def size(self) -> str:
-        """The preset of that size, or width x depth."""
+        """The name of the preset of that size, or width and depth."""
         if self.resolved is None:
             return "unknown"
         encoder = self.resolved.spec.encoder
@@ -42,7 +42,7 @@ class Description:
         return names[0] if names else f"width {encoder.width}, depth {encoder.depth}"
 
     def facts(self) -> dict[str, str]:
-        """One line each, for people."""
+        """Lines for people, by topic."""
         source, resolved = self.source, self.resolved
         layout = f", {source.layout} names" if resolved else ""
         prefix = f", prefix {source.prefix!r}" if source.prefix else ""
@@ -66,7 +66,7 @@ class Description:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All values, for programs."""
         source, resolved = self.source, self.resolved
         return {
             "file": str(source.path),
@@ -87,8 +87,31 @@ class Description:
 
 
 def describe(source: CheckpointSource) -> Description:
-    """Describe a source; one that is no ARM model is described too, with the reason."""
+    """Describe a source; for one that is not an ARM model, the description holds the reason."""
     try:
         return Description(source, resolve(source), None)
     except ValueError as error:
         return Description(source, None, str(error).removeprefix(f"{source.path}: "))
+
+
+def differing_fields(first: ModelSpec, second: ModelSpec) -> str:
+    """The fields in which two specifications differ, with both values; empty where they are equal."""
+    a, b = (_fields(to_json(spec)) for spec in (first, second))
+    if kind_of(first) != kind_of(second):
+        return f"{kind_of(first)} and {kind_of(second)}"
+    return ", ".join(f"{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name])
+
+
+def _fields(config: dict[str, Any]) -> dict[str, str]:
+    """The values of a config as text, nested ones by dotted names; lists as 192x192 or row/column."""
+    fields: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= {f"{name}.{key}": text for key, text in _fields(value).items()}
+        elif isinstance(value, list):
+            fields[name] = ("x" if all(isinstance(item, int) for item in value) else "/").join(
+                map(str, value)
+            )
+        else:
+            fields[name] = str(value)
+    return fields

@@ -190,7 +190,7 @@ class _Arguments:
         return cast(float, default if value is None else value)
 
     def count(self, name: str, default: int | None = None, *, low: int = 1) -> int:
-        value = self.number(name, default)
+        value = float(self.number(name, default))
         if not value.is_integer() or not low <= value < 2**31:
             raise ValueError(
                 f"{self._source.path}: args.{name}: expected a whole number, {low} or more, found {value:g}"

@@ -1,4 +1,4 @@
-"""Whether two engines, or two models, compute the same: a fixed batch through each, and a certificate."""
+"""Parity reports: whether two backends, or two models, compute the same from a fixed batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arm_convert.describe import differing_fields
 from arm_core.engine.protocol import Array, Backend, Batch, EngineOptions, TrainingState
 from arm_core.engine.registry import choose_backend, installed_backends
 from arm_core.model.cost import PATTERNS
@@ -26,22 +27,22 @@ TOLERANCES = {"outputs": 1e-4, "loss": 1e-5, "gradients": 1e-3}
 """Largest difference relative to the tensor's largest value, float32 against float32 or float64."""
 
 FAINT = 1e-3
-"""A tensor fainter than this part of its group's largest is compared with that part instead: a gradient
-that is nothing but rounding proves nothing."""
+"""Differences are relative to at least this part of the largest value in the tensor's group: small
+gradients consist mostly of rounding errors."""
 
 OUTPUTS = {"pretrain": ("encoder", "prediction", "loss_per_token"), "classifier": ("features", "logits")}
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What one engine made of the batch."""
+    """The outputs, loss and gradients of one backend."""
 
     name: str
     how: str
     outputs: Mapping[str, Floats]
     loss: float
     gradients: Mapping[str, Floats] | None
-    """None where the engine has none."""
+    """None where the backend computes none."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Line:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All comparisons of one run."""
+    """All comparisons of one call."""
 
     kind: str
     batch: int
     seed: int
     ran: dict[str, str]
-    """What ran, by name: version, device, scan."""
+    """Version, device and scan by backend or model."""
     lines: list[Line]
 
     @property
@@ -79,7 +80,7 @@ class ParityReport:
 
 
 def fixed_batch(spec: ModelSpec, size: int, seed: int) -> Batch:
-    """The same standard normal images, and classes for a classifier, on every machine."""
+    """Standard normal images, and classes for a classifier; the same on every machine."""
     height, width = spec.image_size
     shape = (size, height, width, spec.encoder.channels)
     rng = KeyedRng(seed, "verify")
@@ -91,7 +92,7 @@ def fixed_batch(spec: ModelSpec, size: int, seed: int) -> Batch:
 
 
 def usable_backends() -> list[str]:
-    """The reference and every backend that can run here."""
+    """The reference and all backends that can run on this machine."""
     return [REFERENCE, *(name for name, found in installed_backends().items() if found.missing() is None)]
 
 
@@ -135,7 +136,7 @@ def compare(first: Computed, second: Computed, *, scale: float = 1.0) -> list[Li
 
     def line(quantity: str, kind: str, a: Sequence[Any], b: Sequence[Any]) -> Line:
         pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, b, strict=True)]
-        # np.max, unlike max, lets NaN through: a model that computes nothing is within no tolerance.
+        # np.max, unlike max, propagates NaN, which is within no tolerance.
         absolute = np.array([np.abs(x - y).max() for x, y in pairs])
         largest = np.array([np.abs(x).max() for x, _ in pairs])
         floor = np.maximum(largest, FAINT * largest.max())
@@ -171,13 +172,17 @@ def verify(
     """One model through several backends, or two models through each backend.
 
     models: (label, spec, parameters), one or two of them.  scale: factor on `TOLERANCES`.
-    Raises ValueError where there is nothing to compare or the two models differ in kind or size.
+    Raises ValueError where there is nothing to compare or the two models have different specifications.
     """
     (label, spec, _), others = models[0], models[1:]
+    backends = list(dict.fromkeys(backends))
     if not others and len(backends) < 2:
-        raise ValueError("nothing to compare: name two backends or two models")
-    if others and others[0][1] != spec:
-        raise ValueError(f"{label} and {others[0][0]} are different models: {spec} and {others[0][1]}")
+        raise ValueError(
+            f"nothing to compare: one model and only the backend {', '.join(backends) or 'none'}; "
+            "pass a second model, or two backends with --backends"
+        )
+    if others and (different := differing_fields(spec, others[0][1])):
+        raise ValueError(f"{label} and {others[0][0]} are different models: {different}")
     batch = fixed_batch(spec, batch_size, seed)
     lines: list[Line] = []
     ran: dict[str, str] = {}

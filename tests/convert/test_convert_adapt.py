@@ -160,7 +160,7 @@ def test_directions_pooling_and_a_rectangle_are_as_asked(pretrained, tmp_path, d
 def test_a_pretraining_model_needs_to_be_told_its_classes(pretrained, tmp_path):
     result = convert("to-classifier", pretrained, tmp_path / "m")
     assert result.exit_code == 2
-    assert "say how many with --classes" in result.output
+    assert "pass --classes N" in result.output
 
 
 def test_classes_on_a_classifier_replace_its_head_alone(finetuned, tmp_path):
@@ -281,11 +281,19 @@ def test_the_average_of_models_is_their_mean(tmp_path):
     assert "averaged over m0, m1, m2" in (tmp_path / "mean/README.md").read_text()
 
 
+OTHER = replace(foreign.CLASSIFIER, classes=7, image_size=(16, 24))
+
+
 def test_an_average_needs_two_models_of_one_specification(pretrained, finetuned, tmp_path):
-    assert "two models or more" in convert("average", pretrained, tmp_path / "m").output
+    assert "two or more models" in convert("average", pretrained, tmp_path / "m").output
     result = convert("average", pretrained, finetuned, tmp_path / "m")
     assert result.exit_code == 2
-    assert "is another model than" in result.output
+    assert "are different models: pretrain and classifier" in result.output
+    other = write_model(tmp_path / "other", OTHER, initial_parameters(OTHER, 0))
+    result = convert("average", finetuned, other, tmp_path / "m")
+    assert result.exit_code == 2
+    message = f"{finetuned} and {other} are different models: classes 3 and 7, image_size 16x16 and 16x24"
+    assert result.output == f"Error: {message}\n"
 
 
 @pytest.mark.parametrize("command", ["to-classifier", "resize", "cast", "average"])

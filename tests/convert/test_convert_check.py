@@ -94,13 +94,15 @@ def test_there_must_be_something_to_compare():
     models = [("m", foreign.PRETRAIN, strange(foreign.PRETRAIN))]
     with pytest.raises(ValueError, match="nothing to compare"):
         verify(models, ["reference"])
-    with pytest.raises(ValueError, match="are different models"):
+    with pytest.raises(ValueError, match="only the backend torch; pass a second model"):
+        verify(models, ["torch", "torch"])
+    with pytest.raises(ValueError, match="m and n are different models: pretrain and classifier"):
         verify([*models, ("n", foreign.CLASSIFIER, {})], ["reference"])
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         verify(models, ["reference", "tpu"])
 
 
-def test_the_command_prints_a_certificate_and_its_exit_code_says_whether_it_holds(tmp_path):
+def test_the_command_prints_a_parity_report_and_its_exit_code_says_whether_it_holds(tmp_path):
     first = strange(foreign.PRETRAIN)
     a = write_model(tmp_path / "a", foreign.PRETRAIN, first)
     write_model(tmp_path / "b", foreign.PRETRAIN, {**first, "prediction.bias": first["prediction.bias"] + 1})
@@ -110,7 +112,7 @@ def test_the_command_prints_a_certificate_and_its_exit_code_says_whether_it_hold
     assert good.output.strip().endswith("agree")
     bad = convert("verify", a, tmp_path / "b", "--backends", "reference")
     assert bad.exit_code == 1
-    assert "BEYOND" in bad.output
+    assert "EXCEEDED" in bad.output
     data = json.loads(convert("verify", a, tmp_path / "b", "--backends", "reference", "--json").output)
     assert data["holds"] is False
     assert {line["quantity"]: line["within"] for line in data["lines"]}["prediction"] is False

@@ -88,7 +88,7 @@ def test_the_mlx_example_loads_strictly_and_computes_the_same_embedding(folder):
 
 
 def test_every_command_that_the_page_names_exists():
-    from arm_cli.convert import convert
+    from arm_cli.convert import COMMANDS
 
     named = set(re.findall(r"arm convert ([a-z-]+)", TEXT))
-    assert named == set(convert.commands)
+    assert named == set(COMMANDS)

@@ -86,7 +86,7 @@ def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, prefix):
     state = {prefix + name: value for name, value in foreign.official_state(foreign.PRETRAIN, 3).items()}
     path = foreign.save(tmp_path / "x.pth", foreign.torch_zip({"state_dict": state}))
     result = convert("import", path, tmp_path / "m")
-    assert f"without the prefix '{prefix}'" in result.output
+    assert f"the common prefix '{prefix}' was removed" in result.output
     assert read_model(tmp_path / "m").spec == foreign.PRETRAIN
 
 

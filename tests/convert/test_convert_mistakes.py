@@ -97,10 +97,23 @@ def test_a_source_that_is_not_there_or_is_no_model_is_refused(tmp_path, name):
     refused(tmp_path, convert("import", tmp_path / name, tmp_path / "m"), name)
 
 
-def test_text_and_images_are_refused(tmp_path):
-    for content in (b"hello world, this is text", b"\x89PNG\r\n\x1a\n" + bytes(40), b""):
-        path = foreign.save(tmp_path / "x.pth", content)
-        refused(tmp_path, convert("import", path, tmp_path / "m"), r"x\.pth")
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(40), "not a checkpoint: a JPEG image; expected a .pth"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "not a checkpoint: a PNG image"),
+        (b"hello world, this is text", "not a checkpoint; expected a .pth file"),
+        (b"", "not a checkpoint: the file is empty"),
+        (
+            b"storages".ljust(257, b"\0") + b"ustar\x0000" + bytes(300),
+            "a tar archive, as torch before 0.1.10",
+        ),
+    ],
+    ids=["jpeg", "png", "text", "empty", "tar"],
+)
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_its_kind(tmp_path, content, kind):
+    path = foreign.save(tmp_path / "x.jpg", content)
+    refused(tmp_path, convert("import", path, tmp_path / "m"), r"x\.jpg: ", re.escape(kind))
 
 
 @pytest.mark.parametrize("command", ["import", "export", "cast"])

@@ -151,7 +151,7 @@ def test_predict_and_evaluate_run_a_quantized_classifier(quantized, tmp_path, ba
 
 def test_other_conversions_take_the_rounded_values(quantized, tmp_path):
     result = arm("convert", "import", quantized, tmp_path / "f")
-    assert "8 quantized matrices: as the float32 values that they stand for" in result.output
+    assert "8 quantized matrices: read as float32 values" in result.output
     assert arm("convert", "diff", quantized, tmp_path / "f").exit_code == 0
     plain = read_model(tmp_path / "f")
     assert not any(isinstance(tensor, QuantizedTensor) for tensor in plain.arrays.values())
@@ -176,13 +176,16 @@ def test_what_cannot_be_quantized_is_one_line(tmp_path, spec, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, m: t.pop("layers.0.mlp.w1.scales"), "layers.0.mlp.w1.weight: quantized, but without"),
+        (
+            lambda t, m: t.pop("layers.0.mlp.w1.scales"),
+            "layers.0.mlp.w1.weight: quantized, but scales or biases are missing",
+        ),
         (lambda t, m: m.update(quantization="affine, 3 bits"), "unknown quantization 'affine, 3 bits'"),
         (lambda t, m: m.pop("quantization"), "unexpected layers.0.mixer.in_proj"),
-        (lambda t, m: m.update(quantization="affine, 4 bits"), "are no matrix of 4 bits|expected"),
+        (lambda t, m: m.update(quantization="affine, 4 bits"), "expected a matrix of 4 bits|expected"),
         (
             lambda t, m: t.update({"layers.0.mlp.w1.biases": np.zeros((85, 3), np.float32)}),
-            "no matrix of 8 bits",
+            "expected a matrix of 8 bits",
         ),
     ],
     ids=["no scales", "unknown", "undeclared", "other bits", "misshaped"],

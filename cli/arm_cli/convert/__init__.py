@@ -1,31 +1,63 @@
-"""`arm convert`: checkpoints in and out, models made from models, and proof that nothing was lost."""
+"""`arm convert`: import, export, change and compare checkpoints; one module per command."""
 
 from __future__ import annotations
 
+import importlib
+import signal
+from types import FrameType
+from typing import Any
+
 import click
 
-from arm_cli.convert.change import average, cast, quantize, resize, to_classifier
-from arm_cli.convert.check import diff, inspect, verify
-from arm_cli.convert.transfer import export_command, import_command, push
+COMMANDS = {
+    "import": "import_checkpoint",
+    "export": "export",
+    "push": "push",
+    "to-classifier": "to_classifier",
+    "resize": "resize",
+    "cast": "cast",
+    "quantize": "quantize",
+    "average": "average",
+    "verify": "verify",
+    "inspect": "inspect",
+    "diff": "diff",
+}
+"""In the order of the help; the module, and the name of the command in it."""
 
 
-class InOrder(click.Group):
-    """Lists its commands in the order in which they were added."""
+class ConvertCommands(click.Group):
+    """Loads a command's module on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        name = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"arm_cli.convert.{name}"), name)
+        return command
 
 
-@click.group(cls=InOrder)
-def convert() -> None:
-    """Bring checkpoints in and out, change models, and compare them.
+@click.group(cls=ConvertCommands)
+@click.pass_context
+def convert(ctx: click.Context) -> None:
+    """Import, export, change and compare checkpoints.
 
     A MODEL is a model folder, a run or one of its checkpoints, an official .pth or .safetensors file, a
     file that `arm convert export` wrote, or hf://user/name[@revision][/file].
     """
+    _clean_up_on_sigterm(ctx)
 
 
-for command in (import_command, export_command, push):
-    convert.add_command(command)
-for command in (to_classifier, resize, cast, quantize, average, verify, inspect, diff):
-    convert.add_command(command)
+def _clean_up_on_sigterm(ctx: click.Context) -> None:
+    """Let SIGTERM end the command like an error does, so that unfinished output is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before: Any = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        return
+    ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))

@@ -1,4 +1,4 @@
-"""Options that the conversions share, and how a model is opened."""
+"""What the commands of `arm convert` share: options, opening a model, writing one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_convert.checkpoint_source import CheckpointSource
@@ -43,7 +45,7 @@ class FileSize(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", str(value).upper())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?B?)", str(value).upper())
         if match is None or (match[2] and match[2] not in UNITS):
             self.fail(f"expected a size like 5GB or 500MB, found {value!r}", param, ctx)
         size = int(float(match[1]) * UNITS[match[2]])
@@ -52,19 +54,19 @@ class FileSize(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
-force_option = click.option("--force", is_flag=True, help="Replace an OUT that is a model.")
+force_option = click.option("--force", is_flag=True, help="Replace OUT if it is a model.")
 shard_option = click.option(
     "--shard-size",
     type=FileSize(),
     default="5GB",
     show_default=True,
-    help="Cut weights into files of this size.",
+    help="Split the weights into files of at most this size.",
 )
 image_size_option = click.option("--image-size", type=ImageSize(), help="224, or height x width: 192x256.")
 
 
 def writing_options(command: F) -> F:
-    """Add --force and --shard-size of a command that writes a model folder."""
+    """Add --force and --shard-size to a command that writes a model folder."""
     return force_option(shard_option(command))
 
 
@@ -77,10 +79,10 @@ def resolve_model(name: str, weights: str = "raw") -> Resolved:
 
 
 def open_named(name: str) -> CheckpointSource:
-    """Open whatever the user named; warnings go to stderr."""
+    """Open a MODEL of the command line; warnings go to stderr."""
     from arm_convert.checkpoint_source import open_checkpoint_source
 
-    return open_checkpoint_source(name, warn=lambda text: click.echo(f"Warning: {name}: {text}", err=True))
+    return open_checkpoint_source(name, warn=lambda text: echo(f"Warning: {name}: {text}", err=True))
 
 
 def write_changed(
@@ -92,18 +94,18 @@ def write_changed(
     force: bool,
     shard_size: int,
 ) -> None:
-    """Write a model folder with its card, and say so."""
+    """Write a model folder with its card, and print its size."""
     from arm_convert.card import model_card
     from arm_core.files.model_folder import write_model
     from arm_core.model.parameters import count_parameters
 
     card = model_card(spec, metadata)
     write_model(out, spec, tensors, metadata=metadata, force=force, shard_size=shard_size, card=card)
-    click.echo(f"{Path(out)}: {count_parameters(spec):,} trainable parameters")
+    echo(f"{Path(out)}: {count_parameters(spec):,} trainable parameters")
 
 
 def changes_model(command: F) -> F:
-    """Check that OUT is free before a long conversion begins, then run it."""
+    """Check that OUT can be written before a long conversion begins, then run the command."""
 
     @functools.wraps(command)
     def checked(*args: Any, out: str, force: bool, **others: Any) -> Any:
