@@ -75,4 +75,6 @@ $(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 # The development extra holds all that the demo needs.
 $(VENV)/test.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(INSTALL) '.[dev]'
+	@# Without what it requires: torchvision asks for a torch of its own, and the tests stand in for it.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --constraint constraints.txt timm
 	@touch $(VENV)/demo.installed $@

@@ -43,7 +43,7 @@ def embed(
 
     from arm_cli.arrays import join, read_array, write_npz
     from arm_cli.images import image_batches, image_files
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
 
     if bool(images) == (array is not None):

@@ -12,7 +12,7 @@ from arm_cli.options import EngineChoice, batch_size_option, engine_options, jso
 from arm_cli.show import echo
 
 if TYPE_CHECKING:
-    from arm_cli.models import Opened
+    from arm_cli.opening import Opened
     from arm_core.data.sources import ImageSource
     from arm_core.training.evaluation import Evaluation
 
@@ -42,7 +42,7 @@ def evaluate(
     --data, the images are those that MODEL's run evaluates on, and after a run on the built-in digits
     the test split, which training never sees. Several processes (torchrun) share the images out.
     """
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
     from arm_core.data.loader import EvalLoader
     from arm_core.engine.ranks import together

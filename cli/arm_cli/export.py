@@ -11,7 +11,7 @@ import click
 from arm_cli.options import EngineChoice, json_option, weights_option
 
 if TYPE_CHECKING:
-    from arm_cli.models import Opened
+    from arm_cli.opening import Opened
     from arm_convert.exported import Comparison, ExportedFile
     from arm_core.data.decode import Pixels
 
@@ -57,7 +57,7 @@ def export(
     the same answer, and the latency of one image. Without --data the comparison uses noise images, which
     show differences but not accuracy. Exit code 1 where the difference is beyond the tolerance.
     """
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
 
     if check is not None and (out or browser):
         raise ValueError("--check compares an existing file: give no OUT with it")

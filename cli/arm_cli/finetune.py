@@ -43,7 +43,7 @@ def finetune(request: Request, origin: str | None) -> None:
 
 def _grown(origin: str, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...]) -> Mapping[str, Array]:
     """The classifier's weights grown from the model at `origin`."""
-    from arm_cli.models import class_names, find_model
+    from arm_cli.opening import class_names, find_model
     from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
     from arm_core.model.spec import ClassifierSpec
     from arm_core.recipe.sections import ClassifierModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from arm_cli.models import Opened
+    from arm_cli.opening import Opened
     from arm_core.engine.protocol import Array
 
 

@@ -43,7 +43,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
-    from arm_cli.models import find_model
+    from arm_cli.opening import find_model
     from arm_core.model.checks import near_match
     from arm_core.model.presets import PRESETS, classifier_preset, pretrain_preset
 

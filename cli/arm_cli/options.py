@@ -47,6 +47,10 @@ class EngineChoice:
             threads=self.threads,
         )
 
+    def module_device(self) -> str | None:
+        """The device for a library module; None for the framework's own choice."""
+        return None if self.device == "auto" else self.device
+
     @contextmanager
     def join(self) -> Iterator[tuple[Backend, Ranks]]:
         """The backend, and the job that its launcher made this process a part of.

@@ -35,7 +35,7 @@ def predict(
     MODEL is a classifier: a model folder, a run or a checkpoint. IMAGE is a file or a folder of images.
     """
     from arm_cli.images import image_batches, image_files
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
     from arm_cli.show import print_json
     from arm_core.model.spec import ClassifierSpec

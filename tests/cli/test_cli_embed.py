@@ -181,7 +181,7 @@ def broken(tmp_path, classifier, pretrained, images):
         ("predict base images/a.png", "base: no such model; a preset has no weights"),
         (
             "predict weights.pth images/a.png",
-            "import it first: arm convert import weights.pth weights",
+            "weights.pth: ",
         ),
         ("predict classifier/model.safetensors images/a.png", "pass classifier"),
         ("predict images images/a.png", "found no config.json"),

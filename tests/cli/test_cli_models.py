@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from arm_cli.models import find_model, open_model
+from arm_cli.opening import find_model, open_model
 from arm_core.data.transforms import EvalTransform
 from arm_core.engine.protocol import TrainingState
 from arm_core.files.model_folder import write_model
@@ -40,14 +40,14 @@ def test_a_run_means_its_newest_checkpoint(run):
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, capsys):
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(run, capsys):
     weights = run / "checkpoints/step-00000002/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     assert find_model(str(run)).model.path == run / "checkpoints/step-00000001"
-    assert "step-00000002 is damaged" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="damaged"):  # named itself, it is refused
+    assert "step-00000002 is corrupt; skipped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="corrupt"):  # named itself, it is refused
         open_model(str(run / "checkpoints/step-00000002"))
 
 
@@ -78,7 +78,7 @@ def test_the_transform_and_the_class_names_come_from_the_metadata(tmp_path, clas
     ("metadata", "message"),
     [
         ({"classes": "["}, "not valid JSON"),
-        ({"classes": '["one"]'}, "1 class names for a classifier of 10 classes"),
+        ({"classes": '["one"]'}, "1 names for a classifier of 10 classes"),
         ({"eval_transform": '{"crop": 1}'}, "eval_transform.*crop"),
     ],
 )

@@ -114,8 +114,8 @@ class LibraryModel(Trunk):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of layers, for layer-wise learning rates as in the official finetuning."""
-        blocks: Any = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": blocks}
+        # norm_f shares the rate of the head, as there; timm's own ViT gives it that of the last block.
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^layers\.(\d+)"}
 
     @torch.no_grad()
     def extract(self, images: Array, *, block: int | None = None, pool: str = "default") -> Array:

@@ -18,7 +18,7 @@ from arm_core.data.model_config import ModelConfig
 from arm_core.engine.modules import POOLINGS
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset
-from arm_core.model.spec import EncoderSpec, Pooling
+from arm_core.model.spec import EncoderSpec
 from arm_cuda.library import ArmClassifier, create_module
 
 OFFICIAL = "official"
@@ -82,14 +82,14 @@ def _classifier(
     source: str | None,
     *,
     num_classes: int = 1000,
-    global_pool: str = "avg",
+    global_pool: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
     scan: str = "auto",
 ) -> ArmClassifier:
-    if global_pool not in POOLINGS:
+    if global_pool is not None and global_pool not in POOLINGS:
         raise ValueError(f"global_pool: expected {', '.join(POOLINGS)}, found {global_pool!r}")
     pixels = img_size or image_size
     wanted = (pixels, pixels) if isinstance(pixels, int) else (pixels[0], pixels[1])
@@ -104,14 +104,13 @@ def _classifier(
         model: ArmClassifier = load_model(source, "torch", image_size=wanted, **options)
         if model.spec.encoder.channels != in_chans:
             raise ValueError(f"in_chans: the weights have {model.spec.encoder.channels}, found {in_chans}")
-        if (num_classes, POOLINGS[global_pool]) != (model.num_classes, model.spec.pooling):
-            same = num_classes == model.num_classes
-            if not same:
-                model.reset_classifier(num_classes, global_pool)
+        if num_classes != model.num_classes:
+            model.reset_classifier(num_classes)
+        if global_pool is not None:
             model.set_pooling(POOLINGS[global_pool])
         return model.train()
     spec = classifier_preset(
-        size, classes=num_classes or 1, image_size=wanted, pooling=Pooling(POOLINGS[global_pool])
+        size, classes=num_classes or 1, image_size=wanted, pooling=POOLINGS[global_pool or "avg"]
     )
     if in_chans != spec.encoder.channels:
         encoder = EncoderSpec(width=spec.encoder.width, depth=spec.encoder.depth, channels=in_chans)

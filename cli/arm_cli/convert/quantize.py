@@ -68,7 +68,7 @@ def _report_change(
     """Print the size, and the change in accuracy on `data` or in the logits of a fixed batch."""
     import numpy as np
 
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_convert.verify import fixed_batch
 
     after = open_model(out)
@@ -93,7 +93,7 @@ def _report_change(
 
 def _accuracy(runner: Engine, out: str, data: str) -> float:
     from arm_cli.evaluate import open_data
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
     from arm_core.data.loader import EvalLoader
     from arm_core.training.evaluation import evaluate

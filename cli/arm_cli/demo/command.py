@@ -189,7 +189,7 @@ class _Demo:
         )
 
     def _engine(self, folder: Path) -> Engine:
-        from arm_cli.models import open_model
+        from arm_cli.opening import open_model
         from arm_core.engine.protocol import TrainingState
 
         opened = open_model(str(folder))

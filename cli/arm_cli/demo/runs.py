@@ -75,7 +75,7 @@ def training_digits(recipe: Recipe) -> Digits:
 
 def first_weights(job: Job, spec: ModelSpec) -> Mapping[str, Array]:
     """Weights that a job starts from."""
-    from arm_cli.models import find_model
+    from arm_cli.opening import find_model
     from arm_convert.adapt import to_classifier
     from arm_core.model.parameters import HEAD_STD, initial_parameters
     from arm_core.model.spec import ClassifierSpec
