@@ -43,7 +43,8 @@ from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset, pretrain_preset
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_cuda import scan
-from arm_cuda.engine import TorchEngine, keep_freed_memory
+from arm_cuda.devices import keep_freed_memory
+from arm_cuda.engine import TorchEngine
 
 CASES: dict[str, tuple[ModelSpec, int]] = {
     "pretrain": (pretrain_preset("base"), 4),

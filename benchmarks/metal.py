@@ -55,7 +55,7 @@ def check(device: str) -> None:
     shape = ScanShape(spec=replace(spec, encoder=replace(spec.encoder, width=40)), batch=2)
     import mlx.core as mx
 
-    from arm_mlx.engine import resolve_device
+    from arm_mlx.devices import resolve_device
     from arm_mlx.scan import selective_scan
 
     inputs = [mx.array(a) for a in shape.arrays().values()]
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/metal-DEVICE-DATE.json")
     options = parser.parse_args()
     if options.device not in backend.devices():
-        sys.exit("benchmarks/metal.py needs an Apple GPU: MLX sees no Metal on this machine")
+        sys.exit("benchmarks/metal.py needs an Apple GPU: MLX finds no Metal GPU here")
     offer_log_depth()
     name = backend.scan_timer(options.device).device
     print(header("mlx", "numpy"), f"device    {name}", sep="\n", end="\n\n")

@@ -40,4 +40,4 @@ def test_without_metal_the_benchmark_says_what_it_needs() -> None:
     command = [sys.executable, str(BENCHMARKS / "metal.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "benchmarks/metal.py needs an Apple GPU: MLX sees no Metal on this machine"
+    assert done.stderr.strip() == "benchmarks/metal.py needs an Apple GPU: MLX finds no Metal GPU here"

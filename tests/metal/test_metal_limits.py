@@ -134,7 +134,7 @@ def test_auto_takes_the_kernels_exactly_where_there_is_metal(
     assert choose_scan(scans.scans("gpu"), "auto") == expected
     assert choose_scan(scans.scans("cpu"), "auto") == "cpu"
     if not available:
-        with pytest.raises(ValueError, match="scan 'metal' cannot run here: MLX sees no Metal"):
+        with pytest.raises(ValueError, match="scan 'metal' cannot run here: MLX finds no Metal GPU"):
             choose_scan(scans.scans("gpu"), "metal")
     with pytest.raises(ValueError, match="scan 'metal' cannot run here: its kernels run on Apple GPUs"):
         choose_scan(scans.scans("cpu"), "metal")

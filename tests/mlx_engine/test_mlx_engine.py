@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arm_core import cpu_kernels
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.model.parameters import initial_parameters
@@ -55,7 +56,7 @@ def test_mistaken_options_are_refused_in_one_line(pretrain_spec: PretrainSpec) -
     ):
         make(pretrain_spec, device="cpu", scan="fast")
     if not mx.metal.is_available():
-        with pytest.raises(ValueError, match="device 'gpu' is not there: MLX sees no Metal"):
+        with pytest.raises(ValueError, match="device 'gpu' is not available: MLX finds no Metal GPU"):
             make(pretrain_spec, device="gpu")
 
 
@@ -132,7 +133,7 @@ def test_threads_reach_the_scan_and_the_products(
     pretrain_spec: PretrainSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(engines.cpu_kernels, "set_threads", lambda n: asked.append(("scan", n)))
+    monkeypatch.setattr(cpu_kernels, "set_threads", lambda n: asked.append(("scan", n)))
     monkeypatch.setattr(blas, "set_threads", lambda n: asked.append(("products", n)) or True)
     make(pretrain_spec, threads=2)
     assert asked == [("scan", 2), ("products", 2)]
@@ -141,4 +142,4 @@ def test_threads_reach_the_scan_and_the_products(
     monkeypatch.setattr(blas, "set_threads", lambda n: False)
     with caplog.at_level(logging.WARNING, "arm_mlx"):
         make(pretrain_spec, threads=2)
-    assert "threads=2 reaches the scan alone" in caplog.text
+    assert "threads=2 applies to the CPU kernels only" in caplog.text

@@ -281,7 +281,7 @@ def test_a_scan_that_keeps_nothing_gives_the_same_and_refuses_gradients(impl: st
 
 def test_scans_of_a_device_are_listed_with_the_reason_against_each() -> None:
     assert scans.scans("cpu") == {"metal": "its kernels run on Apple GPUs", "cpu": None, "reference": None}
-    metal = None if mx.metal.is_available() else "MLX sees no Metal on this machine"
+    metal = None if mx.metal.is_available() else "MLX finds no Metal GPU here"
     on_gpu = {"metal": metal, "cpu": "its kernels run on the CPU", "reference": None}
     assert scans.scans("gpu") == on_gpu
     assert list(on_gpu) == list(scans.scans("gpu"))

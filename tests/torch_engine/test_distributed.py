@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_cli_train import furnish
+from training_folder import furnish
 
 pytest.importorskip("torch")
 

@@ -166,7 +166,7 @@ def test_an_unknown_scan_is_refused_with_the_known_names(operator: str) -> None:
 
 def test_cpu_scan_refuses_float64_and_other_devices() -> None:
     tensors = [inputs(CASES[2], dtype=torch.float64)[n] for n in (*CONV, "order")]
-    with pytest.raises(ValueError, match="computes in float32, found"):
+    with pytest.raises(ValueError, match="expected float32, found"):
         scans.directional_conv(*tensors, impl="cpu")
     with pytest.raises(ValueError, match="expected tensors on the CPU, found meta"):
         scans.directional_conv(*(t.to("meta") for t in tensors), impl="cpu")
@@ -175,7 +175,7 @@ def test_cpu_scan_refuses_float64_and_other_devices() -> None:
 def test_scans_of_a_device_are_listed_with_the_reason_against_each() -> None:
     assert next(iter(scans.scans("cpu").items())) == ("cpu", None)
     on_gpu = scans.scans("cuda:0")
-    assert on_gpu["cpu"] == "its kernels read memory of the CPU"
+    assert on_gpu["cpu"] == "its kernels run on the CPU"
     assert on_gpu["reference"] is None
 
 

@@ -30,10 +30,9 @@ class TorchBackend:
         return f"torch {version('torch')}"
 
     def devices(self) -> list[str]:
-        import torch
+        from arm_cuda.devices import devices
 
-        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-        return [*cuda, "cpu"]
+        return devices()
 
     def cpu_products(self) -> tuple[str, str | None]:
         import torch

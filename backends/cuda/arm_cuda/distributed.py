@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from arm_core.engine.ranks import ALONE, Alone, PeerFailed, Ranks
+from arm_cuda.devices import local_device
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -41,7 +42,7 @@ class TorchRanks:
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world
-        with peer_failures_named(self):
+        with raising_peer_failures(self):
             dist.all_gather_object(values, value)
         return values
 
@@ -85,22 +86,8 @@ def join(device: str) -> Ranks:
     return TorchRanks(rank, world, restarts)
 
 
-def local_device(name: str) -> torch.device:
-    """The device of one process out of several on this machine: each takes a GPU of its own, or the CPU."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if name not in ("auto", "cuda"):
-        raise ValueError(
-            f"device: under torchrun each process takes its own; expected cuda or cpu, found {name!r}"
-        )
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank >= (count := torch.cuda.device_count()):
-        raise ValueError(f"torchrun started process {local_rank + 1} here, but torch sees {count} GPU(s)")
-    return torch.device("cuda", local_rank)
-
-
 @contextmanager
-def peer_failures_named(ranks: Ranks) -> Iterator[None]:
+def raising_peer_failures(ranks: Ranks) -> Iterator[None]:
     """Turn what the communication libraries say of a peer that is gone into a PeerFailed."""
     try:
         yield
@@ -223,7 +210,7 @@ class Sharded(Placement):
         return both[0], both[1]
 
 
-def place(ranks: Ranks, *, shard: bool) -> Placement:
+def choose_placement(ranks: Ranks, *, shard: bool) -> Placement:
     """How the tensors of an engine relate to those of the other ranks."""
     if ranks.world == 1:
         if shard:

@@ -5,9 +5,6 @@ It runs on a CPU or one NVIDIA GPU, or on one of each of several processes (`arm
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from arm_core import cpu_kernels
-from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups, required
+from arm_core.engine.optimizer import OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
     Batch,
@@ -34,32 +29,19 @@ from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
 from arm_core.model.cost import step_memory
 from arm_core.model.spec import ModelSpec
-from arm_cuda.distributed import local_device, peer_failures_named, place
-from arm_cuda.execution import check_execution, execute
+from arm_cuda.devices import (
+    device_memory,
+    device_name,
+    keep_freed_memory,
+    local_device,
+    resolve_device,
+    set_threads,
+)
+from arm_cuda.distributed import choose_placement, raising_peer_failures
+from arm_cuda.execution import choose_compile, execute
 from arm_cuda.model import build_model, soft_cross_entropy
 from arm_cuda.scan import IMPLEMENTATIONS, scans
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU or else the CPU; a ValueError names what is there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPU(s)")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+from arm_cuda.update import Group, sum_of_squares, update
 
 
 @dataclass(frozen=True)
@@ -71,23 +53,9 @@ class PendingStep:
     ranks: Ranks
 
     def result(self) -> StepResult:
-        with peer_failures_named(self.ranks):
+        with raising_peer_failures(self.ranks):
             loss, grad_norm = self.values.tolist()
         return StepResult(loss=loss, grad_norm=grad_norm)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors of one parameter group, side by side, as the fused update takes them."""
-
-    lr_scale: float
-    weight_decay: float
-    owners: list[Tensor]
-    """The parameters that hold the gradients."""
-    parameters: list[Tensor]
-    """This rank's parts of them; those without an element are left out."""
-    exp_avg: list[Tensor]
-    exp_avg_sq: list[Tensor]
 
 
 class TorchEngine:
@@ -112,16 +80,12 @@ class TorchEngine:
         self._bfloat16 = options.precision is Precision.BFLOAT16
         scan = choose_scan(scans(self._device.type), options.scan)
         self.scan = IMPLEMENTATIONS.label(scan, spec.encoder.conv_width)
-        self.compile: Compile = Compile.NONE if options.compile is Compile.AUTO else options.compile
+        self.compile: Compile = choose_compile(options, scan, self._device)
         options = replace(options, compile=self.compile)
-        check_execution(options, scan, self._device)
         if self._device.type == "cpu":
-            threads = options.threads or torch.get_num_threads()
-            cpu_kernels.start_threads()  # resets torch's count, and the count decides the last bits of a sum
-            torch.set_num_threads(threads)
+            set_threads(options.threads)
             keep_freed_memory()
-        on_gpu = self._device.type == "cuda"
-        self.device = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
+        self.device = device_name(self._device)
         self._available = device_memory(self._device)
         self._memory = step_memory(
             spec,
@@ -131,7 +95,7 @@ class TorchEngine:
             shards=ranks.world if options.shard else 1,
         )
         self._model = build_model(spec, scan, self._device)
-        self._placement = place(ranks, shard=options.shard)
+        self._placement = choose_placement(ranks, shard=options.shard)
         self._forward = self._placement.wrap(self._model, execute(self._model, options), self._device)
         # Sharding puts other tensors in the place of the parameters.
         self._all = dict(self._model.named_parameters())
@@ -172,9 +136,17 @@ class TorchEngine:
         settings = required(self._settings)
         with self._computing(batches[0].images, training=True):
             share = self._accumulate(batches, total_micro_batches or len(batches))
-            squares = sum_of_squares([self._placement.local(g) for g in self._gradients()])
+            gradients = [
+                [self._placement.local(p.grad) for p in group.owners if p.grad is not None]
+                for group in self._groups
+            ]
+            squares = sum_of_squares([gradient for group in gradients for gradient in group])
             loss, squares = self._placement.totals(share, squares)
-            self._update(settings, loss, norm := squares.sqrt(), step, lr)
+            norm = squares.sqrt()
+            update(
+                self._groups, self._weights, self._ema, gradients,
+                loss=loss, norm=norm, step=step, lr=lr, settings=settings,
+            )  # fmt: skip
             self._forget_gradients()
             return PendingStep(torch.stack([loss, norm]), self._ranks)
 
@@ -196,7 +168,7 @@ class TorchEngine:
     def _on_rank_0(self, parts: Mapping[str, Tensor]) -> dict[str, Array]:
         """Whole tensors in host memory, one after the other; the other ranks only lend their parts."""
         arrays: dict[str, Array] = {}
-        with peer_failures_named(self._ranks), torch.no_grad():
+        with raising_peer_failures(self._ranks), torch.no_grad():
             for name, part in parts.items():
                 whole = self._placement.whole(part, self._all[name])
                 if self._ranks.rank == 0:
@@ -256,7 +228,7 @@ class TorchEngine:
     def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
         """Around work on a batch: an exhausted device and lost peers are reported as such."""
         try:
-            with peer_failures_named(self._ranks):
+            with raising_peer_failures(self._ranks):
                 yield
         except torch.OutOfMemoryError as error:
             self._forget_gradients()
@@ -288,72 +260,9 @@ class TorchEngine:
             raise ValueError("a classifier trains on batches with targets (B, classes), found None")
         return soft_cross_entropy(outputs["logits"], self._put(batch.targets))
 
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self._groups for p in group.owners if p.grad is not None]
-
     def _forget_gradients(self) -> None:
         for parameter in self._trainable.values():
             parameter.grad = None
-
-    @torch.no_grad()
-    def _update(self, settings: OptimizerSettings, loss: Tensor, norm: Tensor, step: int, lr: float) -> None:
-        """AdamW, clipping and EMA in one pass each, without waiting for the device.
-
-        The fused update divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
-        """
-        found_inf = (~torch.isfinite(loss + norm)).float()
-        scale = torch.ones_like(norm)
-        if settings.clip is not None:
-            scale = torch.clamp((norm + CLIP_EPS) / settings.clip, min=1.0)
-        for group in self._groups:
-            if not group.parameters:
-                continue
-            gradients = [self._placement.local(p.grad) for p in group.owners if p.grad is not None]
-            # The update counts the step itself, hence step - 1.
-            steps = torch.full((len(gradients),), step - 1.0, device=self._device).unbind()
-            adamw(
-                group.parameters,
-                gradients,
-                group.exp_avg,
-                group.exp_avg_sq,
-                [],
-                list(steps),
-                fused=True,
-                grad_scale=scale,
-                found_inf=found_inf,
-                amsgrad=False,
-                beta1=settings.betas[0],
-                beta2=settings.betas[1],
-                lr=lr * group.lr_scale,
-                weight_decay=group.weight_decay,
-                eps=settings.eps,
-                maximize=False,
-            )
-        if settings.ema_decay is not None:
-            ema = list(self._ema.values())
-            change = torch._foreach_sub([self._weights[name] for name in self._ema], ema)
-            torch._foreach_mul_(change, (1.0 - settings.ema_decay) * (1.0 - found_inf))
-            torch._foreach_add_(ema, change)
-
-
-def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
-    """Over all elements; on a CPU by dot products, which are threaded and lose fewer digits."""
-    if gradients[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(list(gradients))).square().sum()
-    flat = [gradient.reshape(-1) for gradient in gradients]
-    return torch.stack([torch.dot(g, g) for g in flat]).sum()
-
-
-def keep_freed_memory() -> None:
-    """Let the process keep what it frees for the next step, where the C library is glibc.
-
-    Every step frees and allocates gradients and activations. By default glibc hands them back to the
-    system, and getting them again costs a fault per page: a tenth of a base model's step.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(m_trim_threshold, -1)  # never
-        libc.mallopt(m_mmap_threshold, 1 << 30)  # bytes; larger blocks are returned
 
 
 def to_numpy(tensor: Tensor) -> Array:

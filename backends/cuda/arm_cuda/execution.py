@@ -23,10 +23,10 @@ COMPILABLE = ("triton", "reference")
 Forward = Callable[..., dict[str, Tensor]]
 
 
-def check_execution(options: EngineOptions, scan: str, device: torch.device) -> None:
-    """Raises ValueError for what cannot be compiled here."""
-    if options.compile is Compile.NONE:
-        return
+def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> Compile:
+    """What is compiled: nothing for `AUTO`. Raises ValueError for what cannot be compiled here."""
+    if options.compile in (Compile.AUTO, Compile.NONE):
+        return Compile.NONE
     if scan not in COMPILABLE:
         raise ValueError(
             f"scan {scan!r} cannot be compiled; --compile {options.compile} goes with --scan "
@@ -36,7 +36,8 @@ def check_execution(options: EngineOptions, scan: str, device: torch.device) -> 
         raise ValueError("--compile model goes neither with --shard nor --recompute; choose --compile blocks")
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(f"--compile on a CPU needs a C++ compiler, and {compiler} is not there; install g++")
+        raise ValueError(f"--compile on a CPU needs a C++ compiler, but {compiler} is not installed")
+    return options.compile
 
 
 def execute(model: nn.Module, options: EngineOptions) -> Forward:

@@ -28,7 +28,8 @@ from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec
 from arm_core.model.tokens import direction_orders, patch_order
 from arm_cuda.features import positions_for, without_class_token
-from arm_cuda.model import Block, Classifier, PretrainModel, Trunk, unfold_patches
+from arm_cuda.layers import Block
+from arm_cuda.model import Classifier, PretrainModel, Trunk, unfold_patches
 from arm_cuda.scan import scans
 
 FLOAT32_ONLY = (".A_log", ".mixer.D", ".dt_proj.bias")

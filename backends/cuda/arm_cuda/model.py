@@ -1,13 +1,10 @@
 """Both models as torch modules whose parameter names and shapes are those of the parameter table.
 
-Sizes in comments: B images, T tokens, D width, K directions, R dt rank, N states, E decoder width.
-Every forward takes `seen`, a dict that collects the intermediate tensors named in
-`arm_core.model.reference.model`, or None to collect nothing.
+Sizes in comments: B images, T tokens, D width, E decoder width. Every forward takes `seen`, a dict that
+collects the intermediate tensors named in `arm_core.model.reference.model`, or None.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
@@ -15,24 +12,9 @@ from torch import Tensor, nn
 
 from arm_core.model.parameters import parameter_table
 from arm_core.model.reference.model import TARGET_EPS
-from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pooling, PretrainSpec, Target
+from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec, Target
 from arm_core.model.tokens import decoder_mask, direction_orders, encoder_patches, target_patches
-from arm_cuda.cpu_fusion import project, project_and_pass, swiglu
-from arm_cuda.scan import directional_conv, selective_scan
-
-Seen = dict[str, Tensor] | None
-
-
-def note(seen: Seen, name: str, value: Tensor) -> Tensor:
-    """Keep an intermediate tensor where somebody asked for it."""
-    if seen is not None:
-        seen[name] = value
-    return value
-
-
-def empty(*shape: int) -> nn.Parameter:
-    """A parameter without a value: the engine loads every one of them, strictly, by name."""
-    return nn.Parameter(torch.empty(shape))
+from arm_cuda.layers import Block, DecoderBlock, Seen, empty, note
 
 
 def unfold_patches(images: Tensor, patch: int) -> Tensor:
@@ -40,72 +22,6 @@ def unfold_patches(images: Tensor, patch: int) -> Tensor:
     batch, height, width, channels = images.shape
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(2, 3).reshape(batch, -1, patch * patch * channels)
-
-
-class DirectionalWeight(nn.Module):
-    """A weight, and where asked for a bias, with a leading direction axis K."""
-
-    bias: Tensor
-
-    def __init__(self, *shape: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = empty(*shape)
-        self.register_parameter("bias", empty(*shape[:2]) if bias else None)
-
-
-class Mixer(nn.Module):
-    """Mamba-1 over K directions that share in_proj, gate and out_proj."""
-
-    def __init__(self, spec: EncoderSpec, directions: int, scan: str) -> None:
-        super().__init__()
-        self.split = [spec.dt_rank, spec.state, spec.state]
-        self.scan = scan
-        width = spec.width
-        self.in_proj = nn.Linear(width, 2 * width, bias=False)
-        self.conv = DirectionalWeight(directions, width, spec.conv_width, bias=True)
-        self.x_proj = DirectionalWeight(directions, sum(self.split), width, bias=False)
-        self.dt_proj = DirectionalWeight(directions, width, spec.dt_rank, bias=True)
-        self.A_log = empty(directions, width, spec.state)
-        self.D = empty(directions, width)
-        self.out_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor, order: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = directional_conv(x, self.conv.weight, self.conv.bias, order, impl=self.scan)  # (K, B, T, D)
-        projected, u = project_and_pass(u, self.x_proj.weight)
-        low, B, C = projected.split(self.split, dim=-1)
-        dt = project(low, self.dt_proj.weight)  # bias and softplus belong to the scan
-        A = -torch.exp(self.A_log.float())
-        out = selective_scan(u, dt, A, B, C, self.D, self.dt_proj.bias, z, order, impl=self.scan)
-        return cast(Tensor, self.out_proj(out))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, spec: EncoderSpec) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(spec.width, spec.mlp_width)
-        self.w2 = nn.Linear(spec.width, spec.mlp_width)
-        self.w3 = nn.Linear(spec.mlp_width, spec.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w3(swiglu(x, self.w1, self.w2)))
-
-
-class Block(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)); `scale` (2, B) holds the drop-path factors."""
-
-    def __init__(self, spec: EncoderSpec, directions: int, scan: str) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
-        self.mixer = Mixer(spec, directions, scan)
-        self.norm2 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
-        self.mlp = SwiGLU(spec)
-
-    def forward(self, x: Tensor, order: Tensor, scale: Tensor | None, name: str, seen: Seen) -> Tensor:
-        branch = note(seen, f"{name}.mixer", self.mixer(self.norm1(x), order))
-        x = x + (branch if scale is None else branch * scale[0, :, None, None])
-        branch = self.mlp(self.norm2(x))
-        return note(seen, name, x + (branch if scale is None else branch * scale[1, :, None, None]))
 
 
 class Trunk(nn.Module):
@@ -127,52 +43,6 @@ class Trunk(nn.Module):
             scale = None if drop_path_scale is None else drop_path_scale[i]
             outputs.append(layer(outputs[-1], self.order, scale, f"layers.{i}", seen))
         return outputs[1:]
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, query: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
-        def split(x: Tensor) -> Tensor:  # (B, T, E) -> (B, heads, T, E / heads)
-            return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
-
-        key, value = self.key_value(latent).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(
-            split(self.query(query)), split(key), split(value), attn_mask=mask
-        )
-        return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
-
-
-class DecoderBlock(nn.Module):
-    """Queries (B, T, E) attend to the latents of earlier clusters; there is no self-attention."""
-
-    def __init__(self, spec: PretrainSpec) -> None:
-        super().__init__()
-        width, eps = spec.decoder_width, spec.encoder.norm_eps
-        self.norm_query = nn.LayerNorm(width, eps=eps)
-        self.norm_latent = nn.LayerNorm(width, eps=eps)
-        self.attention = CrossAttention(width, spec.decoder_heads)
-        self.norm_mlp = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width)
-
-    def forward(self, x: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_query(x), self.norm_latent(latent), mask)
-        return cast(Tensor, x + self.mlp(self.norm_mlp(x)))
 
 
 class PretrainModel(Trunk):

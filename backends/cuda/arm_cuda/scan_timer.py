@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arm_core.engine.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
 from arm_core.engine.scans import choose_scan
-from arm_cuda.engine import resolve_device
+from arm_cuda.devices import device_name, resolve_device
 from arm_cuda.scan import scans, selective_scan
 
 COPIED = 2**28
@@ -22,8 +22,7 @@ class TorchScanTimer:
 
     def __init__(self, device: str) -> None:
         self._device = resolve_device(device)
-        on_gpu = self._device.type == "cuda"
-        self.device = torch.cuda.get_device_name(self._device) if on_gpu else "CPU"
+        self.device = device_name(self._device)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -40,7 +40,7 @@ class MlxBackend:
 
     def devices(self) -> list[str]:
         blas.load()
-        from arm_mlx.engine import devices
+        from arm_mlx.devices import devices
 
         return devices()
 
@@ -62,8 +62,8 @@ class MlxBackend:
 
     def join(self, device: str) -> Ranks:
         blas.load()
+        from arm_mlx.devices import resolve_device
         from arm_mlx.distributed import join
-        from arm_mlx.engine import resolve_device
 
         resolve_device(device)
         return join()

@@ -34,7 +34,7 @@ class MlxRanks:
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
         self.rank, self.world = int(group.rank()), int(group.size())
-        self._lost: str | None = None
+        self._failure: str | None = None
 
     def gather(self, value: Any) -> list[Any]:
         words = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -45,7 +45,7 @@ class MlxRanks:
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def _gather(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        with mx.stream(mx.cpu), self.peer_failures_named():
+        with mx.stream(mx.cpu), self.raising_peer_failures():
             return np.array(mx.distributed.all_gather(mx.array(row)[None], group=self._group))
 
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -60,20 +60,20 @@ class MlxRanks:
         return found
 
     @contextmanager
-    def peer_failures_named(self) -> Iterator[None]:
+    def raising_peer_failures(self) -> Iterator[None]:
         """Around everything that may wait for other ranks: MLX's error about a connection as PeerFailed.
 
         The first loss is remembered, since MLX would wait for ever at the next message.
         """
-        if self._lost is None:
+        if self._failure is None:
             try:
                 yield
                 return
             except RuntimeError as error:
                 if "[ring]" not in str(error):
                     raise
-                self._lost = str(error)
-        raise PeerFailed(f"another process of the job has ended ({self._lost})")
+                self._failure = str(error)
+        raise PeerFailed(f"another process of the job has ended ({self._failure})")
 
     def close(self) -> None:
         self.gather(None)  # the ring ends with the first process that leaves it

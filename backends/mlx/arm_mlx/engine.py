@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from arm_core import cpu_kernels
 from arm_core.engine.optimizer import OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
@@ -29,58 +27,17 @@ from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scans import choose_scan
 from arm_core.files.quantized import Quantized
 from arm_core.model.spec import ClassifierSpec, ModelSpec
-from arm_mlx import blas, cpu_update, update
+from arm_mlx import cpu_update, update
+from arm_mlx.devices import device_name, resolve_device, set_threads
 from arm_mlx.distributed import MlxRanks
-from arm_mlx.model import build_model, named, soft_cross_entropy
+from arm_mlx.execution import choose_compile
+from arm_mlx.layers import named
+from arm_mlx.model import build_model, soft_cross_entropy
 from arm_mlx.scan import scans
 from arm_mlx.update import Arrays, Moments, rates
 
-log = logging.getLogger("arm_mlx")
-
 LOSS = "loss"
 """What the loss is called among the gradients, on its way through all ranks."""
-
-
-def devices() -> list[str]:
-    """`gpu` where MLX has Metal, and `cpu`."""
-    return ["gpu", "cpu"] if mx.metal.is_available() else ["cpu"]
-
-
-def resolve_device(name: str) -> mx.Device:
-    """`auto` is the Apple GPU or else the CPU; a ValueError names what is there."""
-    if name == "auto":
-        name = devices()[0]
-    if name not in ("cpu", "gpu"):
-        raise ValueError(f"device: expected auto, cpu or gpu, found {name!r}")
-    if name not in devices():
-        raise ValueError("device 'gpu' is not there: MLX sees no Metal on this machine")
-    return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
-
-
-def set_threads(count: int) -> None:
-    """Honour `EngineOptions.threads` where MLX lets us: in the CPU scan and in OpenBLAS's products."""
-    cpu_kernels.set_threads(count)
-    if not blas.set_threads(count):
-        log.warning("threads=%d reaches the scan alone: %s has no such setting", count, blas.load().library)
-
-
-def choose_compile(wanted: Compile, device: mx.Device, scan: str) -> Compile:
-    """What `auto` comes to; a ValueError refuses what MLX does not compile.
-
-    On a CPU, MLX compiles with the system's C++ compiler, half a minute for a first step, and gains little.
-    A graph of the loop in scan 'reference' has tens of thousands of operations: it takes long to compile.
-    """
-    if wanted is Compile.AUTO:
-        return Compile.MODEL if device.type == mx.gpu and scan == "metal" else Compile.NONE
-    if wanted is Compile.BLOCKS:
-        raise ValueError(
-            "compile: MLX compiles the whole step or nothing; expected model or none, found blocks"
-        )
-    if wanted is Compile.MODEL and scan == "cpu":
-        raise ValueError(
-            "compile: scan 'cpu' leaves MLX's graph, which ends a compilation; use --scan reference"
-        )
-    return wanted
 
 
 @dataclass(frozen=True)
@@ -89,10 +46,10 @@ class PendingStep:
 
     loss: mx.array
     grad_norm: mx.array
-    peer_failures_named: Callable[[], AbstractContextManager[None]]
+    raising_peer_failures: Callable[[], AbstractContextManager[None]]
 
     def result(self) -> StepResult:
-        with self.peer_failures_named():
+        with self.raising_peer_failures():
             return StepResult(loss=to_float(self.loss), grad_norm=to_float(self.grad_norm))
 
 
@@ -128,17 +85,16 @@ class MlxEngine:
         self._settings = optimizer
         on_gpu = self._device.type == mx.gpu
         self.scan = choose_scan(scans("gpu" if on_gpu else "cpu"), options.scan)
-        self.compile = choose_compile(options.compile, self._device, self.scan)
+        self.compile = choose_compile(options, self.scan, self._device)
         compiled = self.compile is Compile.MODEL
-        if options.recompute and not compiled:
-            raise ValueError("recompute: uncompiled, MLX saves no memory by it; add --compile model")
-        if options.threads is not None:
-            set_threads(options.threads)
-        self.device = str(mx.device_info()["device_name"]) if on_gpu else "CPU"
+        set_threads(options.threads)
+        self.device = device_name(self._device)
         products = mx.bfloat16 if options.precision is Precision.BFLOAT16 else mx.float32
         self._model = build_model(spec, self.scan, products, recompute=options.recompute)
         self._ranks = ranks if isinstance(ranks, MlxRanks) else None
-        self._peer_failures_named = nullcontext if self._ranks is None else self._ranks.peer_failures_named
+        self._raising_peer_failures = (
+            nullcontext if self._ranks is None else self._ranks.raising_peer_failures
+        )
         self._groups = [] if optimizer is None else parameter_groups(spec, optimizer)
         self._moments = Moments()
         self._share_of_loss = nn.value_and_grad(self._model, lambda batch, share: self._loss(batch) * share)
@@ -178,7 +134,7 @@ class MlxEngine:
     ) -> PendingStep:
         self._refuse_quantized()
         settings = required(self._settings)
-        with mx.stream(self._device), self._peer_failures_named():
+        with mx.stream(self._device), self._raising_peer_failures():
             share = mx.array(1.0 / (total_micro_batches or len(batches)))
             loss, gradients = mx.zeros(()), cast(Arrays, {})
             for batch in batches[:-1]:
@@ -188,7 +144,7 @@ class MlxEngine:
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
             del gradients  # what nobody holds any more, the update's results may overwrite
             mx.async_eval(loss, norm, self._state)
-        return PendingStep(loss, norm, self._peer_failures_named)
+        return PendingStep(loss, norm, self._raising_peer_failures)
 
     def swap_ema(self) -> None:
         weights, ema = self._trainable, self._moments.ema

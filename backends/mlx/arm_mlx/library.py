@@ -28,7 +28,8 @@ from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec
 from arm_core.model.tokens import direction_orders, patch_order
 from arm_mlx.features import positions_for, without_class_token
-from arm_mlx.model import Classifier, Linear, PretrainModel, Product, Trunk, named, unfold_patches
+from arm_mlx.layers import Linear, Product, named
+from arm_mlx.model import Classifier, PretrainModel, Trunk, unfold_patches
 from arm_mlx.scan import scans
 
 

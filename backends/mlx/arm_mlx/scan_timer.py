@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from arm_core.engine.scan_timing import BY_TOKEN, ScanShape, ScanTimes, repeat
 from arm_core.engine.scans import choose_scan
-from arm_mlx.engine import resolve_device
+from arm_mlx.devices import device_name, resolve_device
 from arm_mlx.metal.operators import architecture, scan_function
 from arm_mlx.metal.tuning import candidates
 from arm_mlx.scan import scans, selective_scan
@@ -31,7 +31,7 @@ class MlxScanTimer:
     def __init__(self, device: str) -> None:
         self._device = resolve_device(device)
         self._gpu = self._device.type == mx.gpu
-        self.device = str(mx.device_info()["device_name"]) if self._gpu else "CPU"
+        self.device = device_name(self._device)
 
     def copy_rate(self) -> float:
         with mx.stream(self._device):

@@ -41,7 +41,7 @@ def test_value_and_gradients_agree_with_float64(shape: tuple[int, ...], scale: f
 
 def test_torch_gates_the_same_with_gradients_in_every_precision() -> None:
     torch = pytest.importorskip("torch")
-    from arm_cuda.cpu_fusion import swiglu
+    from arm_cuda.gate import swiglu
 
     rng = np.random.default_rng(5)
     shapes = {"grad": (3, 5, 67), "x": (3, 5, 31), "w1": (67, 31), "b1": (67,), "w2": (67, 31), "b2": (67,)}
@@ -67,7 +67,7 @@ def test_torch_gates_the_same_with_gradients_in_every_precision() -> None:
 
 def test_torch_adds_both_gradients_of_what_is_projected_and_passed_on() -> None:
     torch = pytest.importorskip("torch")
-    from arm_cuda.cpu_fusion import project_and_pass
+    from arm_cuda.layers import project_and_pass
 
     rng = np.random.default_rng(4)
     shapes = {"x": (3, 2, 7, 5), "weight": (3, 4, 5), "grad_x": (3, 2, 7, 5), "grad": (3, 2, 7, 4)}

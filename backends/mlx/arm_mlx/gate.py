@@ -1,4 +1,4 @@
-"""The gate of the MLP in MLX: one pass over the memory beside the CPU scan, plain operations elsewhere."""
+"""The gate of the MLP in MLX: one pass over memory with scan `cpu`, plain operations elsewhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from arm_mlx.scan import evaluated, silu
 def swiglu(a: mx.array, b: mx.array, *, impl: str) -> mx.array:
     """silu(a) * b, element by element; a and b have one shape and dtype.
 
-    impl: the scan's. Beside `cpu`, which leaves MLX's graph anyway, float32 arrays take the core's kernel:
-    MLX's exponential on a CPU is five times slower.
+    impl: name of the scan. With `cpu`, which leaves MLX's graph anyway, float32 arrays use the kernel of
+    the core: MLX's exponential takes five times as long on a CPU.
     """
     if impl == "cpu" and a.dtype == b.dtype == mx.float32:
         return cast(mx.array, _cpu_swiglu(a, b))
