@@ -166,7 +166,7 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(place):
 
 def test_mistakes_under_torchrun_are_told_once(place):
     done = torchrun(2, "arm", *WORDS, "--out", "run", cwd=place)
-    assert done.stderr.count("Error: training.accumulation: an update is made of 1 micro-batches") == 1
+    assert done.stderr.count("Error: training.accumulation: an update has 1 micro-batches") == 1
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert not (place / "run").exists()
 
