@@ -22,7 +22,8 @@ BATCHED = ("features", "logits", "encoder", "prediction")
 
 
 _HEADER = re.compile(
-    rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15}, ?){0,32}\d{0,15})\), ?\} *\n"
+    rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,15}, ?){0,32}\d{0,15})\), ?\} *\n"
 )
 _MAX_HEADER = 4096
 

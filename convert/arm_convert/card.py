@@ -1,4 +1,4 @@
-"""The model card of a folder: what the model is, how it came about, and how to use it."""
+"""Model cards: size, provenance, results and usage of a model, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from arm_convert.checkpoint_source import CheckpointSource
+from arm_core.files.errors import printable
 from arm_core.files.metadata import CLASSES, HISTORY, RESULTS, TRAINING_ARGS, read_json
 from arm_core.model.parameters import count_parameters
 from arm_core.model.presets import PRESETS
@@ -13,9 +14,9 @@ from arm_core.model.spec import ClassifierSpec, ModelSpec, PretrainSpec
 
 
 def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | None = None) -> str:
-    """Markdown for `README.md`, with the header that the Hugging Face hub reads.
+    """Markdown for `README.md`, with the metadata header of the Hugging Face hub.
 
-    recipe: TOML of the run that trained the model, where there is one.
+    recipe: TOML of the run that trained the model, if known.
     """
     classifier = isinstance(spec, ClassifierSpec)
     task = "image-classification" if classifier else "image-feature-extraction"
@@ -33,7 +34,7 @@ def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | No
     if history := read_json(metadata, HISTORY, []):
         parts += ["## Provenance\n", "".join(f"1. {_plain(step)}\n" for step in history)]
     if recipe is not None:
-        parts += ["## Recipe\n", f"```toml\n{recipe.strip()}\n```\n"]
+        parts += ["## Recipe\n", f"```toml\n{_lines(recipe)}\n```\n"]
     if args := read_json(metadata, TRAINING_ARGS, {}):
         parts += [
             "## Official training arguments\n",
@@ -45,7 +46,7 @@ def model_card(spec: ModelSpec, metadata: Mapping[str, str], *, recipe: str | No
 
 
 def run_recipe(source: CheckpointSource) -> str | None:
-    """The recipe of the run that a source belongs to, without the paths of its data."""
+    """The recipe of the run that a source belongs to, without paths of data."""
     from arm_core.recipe.recipe import load_recipe, override, to_toml
     from arm_core.training.run_folder import RECIPE
 
@@ -65,7 +66,7 @@ def _facts(spec: ModelSpec) -> Iterable[tuple[str, Any]]:
     encoder, (height, width) = spec.encoder, spec.image_size
     yield "trainable parameters", f"{count_parameters(spec):,}"
     yield "image size", f"{height} x {width} pixels, patches of {encoder.patch}"
-    yield "trunk", f"{encoder.depth} blocks of width {encoder.width}, {encoder.state} states"
+    yield "encoder", f"{encoder.depth} blocks of width {encoder.width}, {encoder.state} states"
     if isinstance(spec, PretrainSpec):
         yield "clusters", f"{spec.clusters} of {spec.cluster[0]} x {spec.cluster[1]} patches"
         yield "prediction order", spec.prediction_order
@@ -82,8 +83,13 @@ def _facts(spec: ModelSpec) -> Iterable[tuple[str, Any]]:
 
 def _usage(classifier: bool) -> str:
     example = "arm predict MODEL image.jpg" if classifier else "arm embed MODEL image.jpg --out features.npz"
-    note = "`MODEL` is this folder. It loads into MLX and into PyTorch alike."
+    note = "`MODEL` is this folder. It loads into both MLX and PyTorch."
     return f"```\npip install arm-vision\n{example}\n```\n\n{note}\n"
+
+
+def _lines(text: str) -> str:
+    """Text without control characters, except for line breaks."""
+    return "\n".join(printable(line) for line in text.strip().split("\n"))
 
 
 def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
@@ -93,8 +99,8 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value from a file as text that cannot become markup."""
-    text = " ".join(str(value).split())[:4000]
+    """A value from a file as text that contains neither markup nor control characters."""
+    text = printable(" ".join(str(value)[:4000].split()))
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")
     return text
