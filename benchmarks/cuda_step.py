@@ -6,7 +6,7 @@
 Full steps in bfloat16 with float32 master weights: images from host memory, forward, backward, clipping,
 AdamW, and for classifiers the moving average. Triton as it is, Triton with compiled blocks, and the same
 engine with the mixers arranged as in the official code (a call of mamba-ssm per direction, flips around
-it). TFLOP/s counts two operations per multiply-add of `arm info --cost`, three forward passes a step.
+it). TFLOP/s counts two operations per multiply-add of `arm info`, three forward passes a step.
 """
 
 from __future__ import annotations

@@ -71,10 +71,13 @@ class TrainTransform:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     rand_augment: RandAugment | None = None
+    """Settings of RandAugment; none for no RandAugment."""
     erase: float = 0.0
     """Probability that a rectangle is replaced by noise."""
     mean: Color = IMAGENET_MEAN
+    """Mean of the normalisation, red, green, blue, of values 0 to 1."""
     std: Color = IMAGENET_STD
+    """Standard deviation of the normalisation, red, green, blue."""
 
     def __post_init__(self) -> None:
         _check_lengths("augmentation", self, crop_scale=2, crop_ratio=2, mean=3, std=3)

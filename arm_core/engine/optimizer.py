@@ -24,8 +24,11 @@ class OptimizerSettings:
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments, b1 and b2."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.05
+    """Decoupled weight decay, wd."""
     clip: float | None = None
     """Largest gradient norm; None for no clipping."""
     layer_decay: float = 1.0

@@ -38,11 +38,17 @@ class EncoderChoice:
     """Size of the encoder: a preset, a preset with some fields changed, or a width and a depth."""
 
     preset: str | None = None
+    """Named size: digits, tiny, small, base, large or huge."""
     width: int | None = None
+    """Channels of a token."""
     depth: int | None = None
+    """Number of blocks."""
     patch: int | None = None
+    """Side of a square patch, pixels."""
     state: int | None = None
+    """States per channel of the scan, N."""
     conv_width: int | None = None
+    """Taps of the depthwise convolution."""
 
     def encoder(self) -> EncoderSpec:
         size = None if self.preset is None else preset(self.preset)
@@ -57,14 +63,21 @@ class PretrainModel(EncoderChoice):
     """Model of a pretraining recipe; a key that is not set comes from the preset or from `PretrainSpec`."""
 
     image_size: tuple[int, int] | None = None
+    """Height and width, pixels; one number means a square."""
     cluster: tuple[int, int] | None = None
+    """Height and width of a cluster, patches."""
     prediction_order: PredictionOrder | None = None
+    """Order in which clusters are predicted."""
     order_seed: int | None = None
+    """Seed of the prediction order `random`."""
     decoder_width: int | None = None
+    """Channels of a decoder token."""
     decoder_depth: int | None = None
+    """Number of decoder blocks."""
     decoder_heads: int | None = None
     """Default: one head per 64 channels."""
     target: Target | None = None
+    """Pixels to predict: normalized per patch, or raw."""
 
     def spec(self) -> PretrainSpec:
         chosen: dict[str, Any] = _given(self, PretrainSpec)
@@ -84,9 +97,11 @@ class ClassifierModel(EncoderChoice):
     classes: int | None = None
     """None for the number of classes in the training data."""
     image_size: tuple[int, int] | None = None
+    """Height and width, pixels; one number means a square."""
     directions: int | None = None
     """1, 2 or 4."""
     pooling: Pooling | None = None
+    """How tokens become one vector: their mean, or the class token."""
     head_std: float | None = None
     """Standard deviation of a new head's weights on a pretrained encoder; None for the official 2e-5.
     Training from scratch always uses `arm_core.model.parameters.HEAD_STD`."""
@@ -152,6 +167,7 @@ class ScheduleSettings:
     min_lr: float = 0.0
     """Final learning rate; not scaled."""
     warmup: Span = NO_TIME
+    """Length of the linear warm-up, such as `5 epochs` or `100 steps`."""
 
     def __post_init__(self) -> None:
         check_ranges("schedule", self, base_lr=POSITIVE, min_lr=NOT_NEGATIVE)
@@ -162,6 +178,7 @@ class TrainingSettings:
     """Length, batch size, logging and checkpoints of a run."""
 
     length: Span
+    """Length of the run, such as `100 epochs` or `400 steps`."""
     batch_size: int
     """Images per update, over all processes."""
     accumulation: int = 1
@@ -170,10 +187,13 @@ class TrainingSettings:
     drop_path: float = 0.0
     """Drop-path rate of the deepest block (`arm_core.model.drop_path`)."""
     precision: Precision = Precision.FLOAT32
+    """Type of the matrix products: float32 or bfloat16."""
     seed: int = 0
+    """Seed of first weights, data order, augmentation, mixing and drop path."""
     log_every: int = 20
     """Steps between rows in `metrics.jsonl`."""
     save_every: Span = ONE_EPOCH
+    """Interval between checkpoints."""
     keep: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     evaluate_every: Span | None = None

@@ -63,6 +63,8 @@ class RunFolder:
     ) -> None:
         self.path, self.recipe, self.spec = path, recipe, spec
         self.resumed, self.overrides = resumed, tuple(overrides)
+        self.command: str | None = None
+        """The command line of this session, for its record."""
         self._lock, self._writes = lock, lock is not None
 
     @property
@@ -89,7 +91,8 @@ class RunFolder:
         """Add a row to `sessions.jsonl`: what resumes the run, and at which step."""
         if self._writes:
             cut_torn_line(self.path / SESSIONS)
-        self._append(self.path / SESSIONS, record)
+        command = {"command": self.command} if self.command else {}
+        self._append(self.path / SESSIONS, record | command)
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self._writes:
@@ -112,10 +115,18 @@ class RunFolder:
         self.close()
 
 
-def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec, *, ranks: Ranks = ALONE) -> RunFolder:
+def start_run(
+    path: Path | str,
+    recipe: Recipe,
+    spec: ModelSpec,
+    *,
+    overrides: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+) -> RunFolder:
     """Start a run in a new or empty folder, or in one whose run has no checkpoint.
 
     spec: the recipe's model, with the number of classes in the data.
+    overrides: changes that the recipe already contains, for the record of the session.
     ranks: the job that trains; all ranks call this together, and see the same folder.
     The data paths of the recipe become absolute, so that the run can be resumed from any folder.
     Raises ValueError if the folder contains a run or other files, or is in use.
@@ -124,7 +135,7 @@ def start_run(path: Path | str, recipe: Recipe, spec: ModelSpec, *, ranks: Ranks
     with together(ranks):
         if ranks.rank == 0:
             lock = _start(folder, recipe, spec)
-    return RunFolder(folder, recipe, spec, lock)
+    return RunFolder(folder, recipe, spec, lock, overrides=overrides)
 
 
 def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:

@@ -1,4 +1,4 @@
-"""`arm bench`: how fast parts of a model are on this machine."""
+"""`arm bench`: speed of parts of a model on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from arm_cli.options import EngineChoice, engine_options, json_option
+from arm_cli.options import EngineChoice, batch_size_option, engine_options, json_option
 from arm_cli.show import print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,28 +17,43 @@ SIZES = ("digits", "tiny", "small", "base", "large", "huge")
 STAGES = ("pretrain", "finetune")
 
 
-@click.group(short_help="How fast the scan is on this machine.")
+@click.group(short_help="Measure the scan on this machine.")
 def bench() -> None:
     """Measure parts of a model on this machine."""
 
 
-@bench.command(short_help="Times of the selective scan, by implementation.")
+@bench.command(short_help="Time every implementation of the selective scan.")
 @click.option(
-    "--model", type=click.Choice(SIZES), default="base", show_default=True, help="Sizes of a layer."
+    "--model",
+    type=click.Choice(SIZES),
+    default="base",
+    show_default=True,
+    help="Preset.",
 )
 @click.option("--stage", type=click.Choice((*STAGES, "both")), default="both", show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images.")
-@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option("--tune", is_flag=True, help="Search the constants of the Metal kernels; print the best.")
+@batch_size_option(8)
+@click.option("--batch", type=click.IntRange(min=1), hidden=True)  # the earlier name of --batch-size
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Timed calls of each."
+)
+@click.option("--tune", is_flag=True, help="Search the constants of the Metal kernels and print the best.")
 @engine_options
 @json_option
 def scan(
-    model: str, stage: str, batch: int, repeats: int, tune: bool, engine: EngineChoice, as_json: bool
+    model: str,
+    stage: str,
+    batch_size: int,
+    batch: int | None,
+    repeats: int,
+    tune: bool,
+    engine: EngineChoice,
+    as_json: bool,
 ) -> None:
-    """Times of the selective scan of one layer, forward alone and with its backward.
+    """Time the selective scan of one layer: the forward pass, and forward and backward together.
 
-    --scan auto measures every implementation that can run on the device. The share is that of the time
-    in which the device could read the operands and write the results, at the rate at which it copies.
+    --scan auto measures every implementation that is available on the device. The share is
+    the time that the device needs to read the operands and write the results at its copy rate, divided by
+    the measured time.
     """
     from arm_core.engine.protocol import Precision
 
@@ -46,7 +61,8 @@ def scan(
     timer = backend.scan_timer(engine.device)
     bfloat16 = engine.options().precision is Precision.BFLOAT16
     shapes = {
-        name: _shape(model, name, batch, bfloat16) for name in (STAGES if stage == "both" else (stage,))
+        name: _shape(model, name, batch or batch_size, bfloat16)
+        for name in (STAGES if stage == "both" else (stage,))
     }
     if tune:
         results = {name: _search(timer, shape, repeats, as_json) for name, shape in shapes.items()}
@@ -69,7 +85,7 @@ def scan(
         return
     click.echo(f"{backend.version()}, device {timer.device}, model {model}, {report['precision']}")
     if not tune:
-        click.echo(f"it copies {rate / 1e9:.1f} GB/s; shares are of that rate")
+        click.echo(f"copy rate {rate / 1e9:.1f} GB/s; shares are relative to it")
     for name, found in results.items():
         click.secho(f"\n{name}: {shapes[name]}", bold=True)
         _print_search(found) if tune else _print(found)
@@ -84,7 +100,7 @@ def _shape(model: str, stage: str, batch: int, bfloat16: bool) -> ScanShape:
 
 
 def _names(engine: EngineChoice, backend: Backend) -> list[str]:
-    """The scans to measure: the one that is named, or all that can run."""
+    """The scans to measure: the one that is named, or all that are available."""
     from arm_core.engine.scans import choose_scan
 
     scans = backend.scans(backend.devices()[0] if engine.device == "auto" else engine.device)
@@ -141,7 +157,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _search(timer: ScanTimer, shape: ScanShape, repeats: int, quiet: bool) -> list[dict[str, Any]]:
-    """Every choice of constants, the fastest first."""
+    """All tried constants, the fastest first."""
     found = []
     for entry, times in timer.tune(shape, repeats=repeats):
         found.append({"entry": entry, **_summary(times, shape)})
@@ -154,6 +170,6 @@ def _print_search(rows: list[dict[str, Any]]) -> None:
     best, worst = rows[0], rows[-1]
     click.echo(
         f"{len(rows)} choices, forward and backward {best['forward_backward_ms']:.2f} ms "
-        f"to {worst['forward_backward_ms']:.2f} ms; the best, for TABLE in arm_mlx/metal/tuning.py:"
+        f"to {worst['forward_backward_ms']:.2f} ms; the best, to copy into TABLE in arm_mlx/metal/tuning.py:"
     )
     click.echo(best["entry"])

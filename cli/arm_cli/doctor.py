@@ -1,4 +1,4 @@
-"""`arm doctor`: what this machine can run, and what would help."""
+"""`arm doctor`: what this machine can run, and what to install."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREAD
 @click.command(short_help="What this machine can run, and what to install.")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Engines, devices, scan implementations and libraries found here, and what to install.
+    """Print the engines, devices, scan implementations and libraries of this machine, and what to install.
 
-    Ends with exit code 1 where `--backend auto` would not run.
+    The exit code is 1 if `--backend auto` cannot run.
     """
     report = examine()
     if as_json:
@@ -37,7 +37,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the doctor knows, as plain values."""
+    """The whole report as plain values."""
     from arm_core.engine.registry import choose_backend, installed_backends
 
     # MLX first: it takes the CPU's matrix products from a library that stands in the process before it.
@@ -71,12 +71,12 @@ def _backend(backend: Backend) -> dict[str, Any]:
             "advice": advice,
             "devices": {device: dict(backend.scans(device)) for device in backend.devices()},
         }
-    except Exception as error:  # a broken installation is what a doctor is for: report it, go on
+    except Exception as error:  # a broken installation is reported, not raised
         return {"missing": f"installed but broken ({type(error).__name__}: {error})"}
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""`arm embed`: what a model computes from images, as arrays in a file."""
+"""`arm embed`: outputs of a model for images, as arrays in a file."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def embed(
     weights: str,
     engine: EngineChoice,
 ) -> None:
-    """Write what MODEL computes from images to OUT.NPZ.
+    """Write the outputs of MODEL for images to OUT.NPZ.
 
-    IMAGE is an image file, or a folder of them. A classifier gives `features` (B, width), the pooled
+    IMAGE is an image file or a folder of images. A classifier gives `features` (B, width), the pooled
     vector before the head, and `logits` (B, classes). A pretraining model gives `encoder` (B, tokens,
     decoder width, taps), `prediction` (B, tokens, patch pixels), `loss_per_token` (tokens,) and `loss`.
     Names of image files are stored as `images`.
@@ -47,9 +47,9 @@ def embed(
     from arm_cli.progress import ProgressBar
 
     if bool(images) == (array is not None):
-        raise ValueError("give either IMAGE... or --array X.NPY")
+        raise ValueError("pass either IMAGE... or --array X.NPY")
     if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"{out}: no folder {Path(out).parent} to write it in")
+        raise ValueError(f"{out}: the folder {Path(out).parent} does not exist")
     opened = open_model(model, weights=weights)
     size = opened.spec.image_size
     if array is not None:

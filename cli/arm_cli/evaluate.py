@@ -1,4 +1,4 @@
-"""`arm evaluate`: how good a model is on a folder of images."""
+"""`arm evaluate`: accuracy or prediction error of a model on a folder of images."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def evaluate(
     """Top-1 and top-5 accuracy of a classifier, or the prediction error of a pretraining model.
 
     FOLDER holds one sub-folder of images per class (any images for a pretraining model). Without
-    --data, the images are those that MODEL's run evaluates on, and after a run on the built-in digits
-    the test split, which training never sees. Several processes (torchrun) share the images out.
+    --data, the images are the evaluation images of MODEL's run; after a run on the built-in digits they
+    are the test split, which training never uses. Several processes (torchrun) divide the images.
     """
     from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
@@ -65,7 +65,7 @@ def evaluate(
         with ProgressBar("evaluate", len(source), "images") as counter:
 
             def seen(images: int) -> None:
-                counter.advance(images * ranks.world)  # about: the last batch may be smaller
+                counter.advance(images * ranks.world)  # approximate: the last batch can be smaller
 
             found = measure(runner, loader, seen=seen, ranks=ranks, rounds=loader.rounds)
         _report(opened, found, as_json)
@@ -105,18 +105,18 @@ def open_data(data: str, opened: Opened) -> ImageSource:
 
 
 def _data_of_run(opened: Opened) -> str:
-    """What the recipe of the run, if the model stands in one, evaluates on."""
+    """The evaluation images in the recipe of the run that the model belongs to."""
     from arm_core.recipe.recipe import load_recipe
     from arm_core.training.run_folder import RECIPE
 
     path = Path(opened.folder).absolute().parent.parent / RECIPE  # RUN/checkpoints/step-00001000
     if not path.exists():
         raise ValueError(
-            f"{opened.folder}: is not in a run that says what to evaluate on; pass --data FOLDER"
+            f"{opened.folder}: does not belong to a run with evaluation images; pass --data FOLDER"
         )
     data = load_recipe(path).data
     if data.source == DIGITS:
         return DIGITS
     if data.source == "folder" and data.eval_path is not None:
         return data.eval_path
-    raise ValueError(f"{path}: the recipe names no images to evaluate on; pass --data FOLDER")
+    raise ValueError(f"{path}: the recipe has no evaluation images; pass --data FOLDER")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The files named, and of a folder all images in it at any depth. ValueError where there are none."""
+    """The named files, and all images in the named folders at any depth. ValueError if there are none."""
     from arm_core.data.walk import find_images, looked_for
 
     files: list[Path] = []
@@ -34,7 +34,7 @@ def image_files(names: Sequence[str]) -> list[Path]:
 
 
 def image_batches(files: Sequence[Path], model: Opened, batch_size: int) -> Iterator[Array]:
-    """(B, H, W, 3) float32 as the model reads them; a broken file is named in a ValueError."""
+    """(B, H, W, 3) float32 as the model reads them; ValueError names a corrupt file."""
     from arm_core.data.transforms import load_image
 
     for start in range(0, len(files), batch_size):

@@ -1,4 +1,4 @@
-"""`arm info`: what a model is and what it costs, from its spec alone."""
+"""`arm info`: parameters and cost of a model, from its spec."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from arm_core.model.spec import ModelSpec
 
 WORD = 100
-"""Characters of a metadata entry that are shown; --json shows all."""
+"""Characters of a metadata entry that are printed; --json prints all."""
 
 
 @click.command(short_help="Parameters, multiply-adds and memory of a model.")
 @click.argument("name", metavar="PRESET|MODEL")
 @json_option
 def info(name: str, as_json: bool) -> None:
-    """Parameters, multiply-adds and activation memory of a model, part by part.
+    """Print parameters, multiply-adds and activation memory of a model by part.
 
-    PRESET is tiny, small, base, large or huge: both the pretraining model and the classifier of 1000
-    classes are shown. MODEL is a model folder, a run or a checkpoint.
+    PRESET is digits, tiny, small, base, large or huge: prints the pretraining model and the classifier.
+    MODEL is a model folder, a run or a checkpoint.
     """
     model, specs = _find(name)
     report: dict[str, Any] = {"name": name, "models": [describe(spec) for spec in specs]}
@@ -56,7 +56,7 @@ def _find(name: str) -> tuple[Model | None, list[ModelSpec]]:
 
 
 def describe(spec: ModelSpec) -> dict[str, Any]:
-    """The report on one model as plain values; bytes are those of float32."""
+    """The report on one model as plain values; bytes are for float32."""
     from dataclasses import asdict
 
     from arm_core.model.cost import OPTIMIZER_BYTES, cost_table
@@ -130,6 +130,6 @@ def _print(spec: ModelSpec, report: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> str:
-    """Values in words, long ones cut: class names can be thousands."""
+    """Values as text. Long ones are cut: there can be thousands of class names."""
     words = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
     return ", ".join(word if len(word) <= WORD else f"{word[:WORD]}..." for word in words)

@@ -1,4 +1,4 @@
-"""Entry point of `arm`: finds subcommands by name and turns a user's mistake into one line."""
+"""Entry point of `arm`: loads subcommands by name and turns a user error into one line."""
 
 from __future__ import annotations
 
@@ -22,21 +22,27 @@ COMMANDS = (
     "pull",
     "convert",
     "export",
+    "recipe",
+    "config",
     "info",
     "bench",
     "doctor",
 )
-"""In the order of the help; `arm_cli.NAME` holds the command NAME and is imported when it is needed."""
+"""In the order of the help. `arm_cli.NAME` holds the command NAME and is imported on demand."""
+
+
+ARGUMENTS = "arm_cli.arguments"
+"""Key of a click context's `meta`: the words of the command line after `arm`."""
 
 
 class UserError(click.ClickException):
-    """Something only the user can put right: one line, exit code 2."""
+    """An error that the user can correct: one line, exit code 2."""
 
     exit_code = 2
 
 
 class Commands(click.Group):
-    """Loads a subcommand's module on demand, so that no command waits for another's imports."""
+    """Loads a subcommand's module on demand, so that no command waits for the imports of another."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -60,16 +66,17 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
         with in_one_line():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        # The core raises ValueError for bad input and OSError comes from files; all else is our bug.
+        # The core raises ValueError for bad input, and files raise OSError; anything else is a bug.
         try:
             with in_one_line():
                 return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader of a pipe went away; click ends quietly
+            raise  # the reader of a pipe has closed it; click exits quietly
         except (ValueError, OSError, MemoryError) as error:
             if ctx.params["traceback"]:
                 raise
@@ -78,7 +85,7 @@ class Commands(click.Group):
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Click's own complaints, which come with a paragraph of usage, as a `UserError`."""
+    """Raise click's own usage errors, which print a paragraph, as a `UserError`."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -111,7 +118,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--traceback", is_flag=True, help="On an error, show where in the code it arose.")
+@click.option("--traceback", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="arm-vision", message="%(package)s %(version)s")
 def main(traceback: bool) -> None:
     """Autoregressive pretraining for Vision Mamba (ARM), on Apple silicon, NVIDIA GPUs and CPUs."""

@@ -32,7 +32,7 @@ class Opened:
     class_names: tuple[str, ...]
     """Names of the same classes for people."""
     named: bool
-    """Whether the model knows the names."""
+    """Whether the model stores class names."""
     transform: EvalTransform
     """Preprocessing of images: that of its run, else the official one."""
     folder: Path

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from arm_cli.declare import option, options_of
 
 if TYPE_CHECKING:
     from arm_core.engine.protocol import Array, Backend, Engine, EngineOptions
@@ -25,12 +27,15 @@ PRECISIONS = ("float32", "bfloat16")
 class EngineChoice:
     """What --backend, --device, --scan, --precision and --threads say."""
 
-    backend: str
-    device: str
-    scan: str
-    precision: str | None
+    # No fixed choice of backends: a package of its own may bring another one.
+    backend: str = option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine to use.")
+    device: str = option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch).")
+    scan: str = option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them.")
+    precision: str | None = option(
+        "--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products (training.precision)."
+    )
     """None leaves it to the recipe, or float32 where there is none."""
-    threads: int | None
+    threads: int | None = option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 
     def find(self) -> Backend:
         from arm_core.engine.registry import choose_backend
@@ -53,10 +58,10 @@ class EngineChoice:
 
     @contextmanager
     def join(self) -> Iterator[tuple[Backend, Ranks]]:
-        """The backend, and the job that its launcher made this process a part of.
+        """The backend, and the job of several processes that this process belongs to.
 
-        Inside the block rank 0 alone is heard. An error of all ranks ends them with rank 0's words; one
-        of a single rank is reported by that rank.
+        Inside the block only rank 0 prints. An error on all ranks is reported by rank 0, an error on a
+        single rank by that rank.
         """
         from arm_core.engine.ranks import FailedElsewhere, PeerFailed, title
         from arm_core.training.nonfinite import NonFiniteError
@@ -73,7 +78,7 @@ class EngineChoice:
         except (FailedElsewhere, NonFiniteError, PeerFailed) as error:
             if ranks.rank > 0:
                 raise SystemExit(1) from error
-            raise click.ClickException(str(error)) from error  # exit code 1: no mistake in the command
+            raise click.ClickException(str(error)) from error  # exit code 1: the command itself was valid
         except (ValueError, OSError) as error:
             if ranks.rank == 0:
                 raise
@@ -85,7 +90,7 @@ class EngineChoice:
             ranks.close()
 
     def create(self, spec: ModelSpec, parameters: Mapping[str, Array], ranks: Ranks | None = None) -> Engine:
-        """An engine for inference, in one of the processes of a job; what `auto` came to is printed."""
+        """An engine for inference, in one of the processes of a job. Prints what `auto` selected."""
         from arm_core.engine.protocol import TrainingState
         from arm_core.engine.ranks import ALONE
 
@@ -98,7 +103,7 @@ class EngineChoice:
 
 
 def announce(backend: Backend, engine: Engine, ranks: Ranks) -> None:
-    """Say on stderr what runs."""
+    """Print the engine in use on stderr."""
     several = f", {ranks.world} processes" if ranks.world > 1 else ""
     click.echo(
         f"backend {backend.name} ({backend.version()}), device {engine.device}, scan {engine.scan}{several}",
@@ -108,31 +113,7 @@ def announce(backend: Backend, engine: Engine, ranks: Ranks) -> None:
 
 def engine_options(command: F) -> F:
     """Add the options of an engine; the command receives them as one argument, `engine`."""
-    options = (
-        # No fixed choice: a package of its own may bring a further backend.
-        click.option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine that computes."),
-        click.option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch)."),
-        click.option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them."),
-        click.option("--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads."),
-    )
-
-    @functools.wraps(command)
-    def wrapped(
-        *args: Any,
-        backend: str,
-        device: str,
-        scan: str,
-        precision: str | None,
-        threads: int | None,
-        **others: Any,
-    ) -> Any:
-        engine = EngineChoice(backend=backend, device=device, scan=scan, precision=precision, threads=threads)
-        return command(*args, engine=engine, **others)
-
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+    return options_of(EngineChoice, "engine")(command)
 
 
 def json_option(command: F) -> F:

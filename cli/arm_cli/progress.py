@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: a bar with rate and time left on a terminal, otherwise a plain line at intervals."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ if TYPE_CHECKING:
 EVERY = 10.0
 """Seconds between two plain lines."""
 
+EARLY = 4
+"""Calls after which a first line is printed without waiting."""
+
 
 class ProgressBar:
-    """Counts work of known length; a context manager.
+    """Shows progress of work of known length; a context manager.
 
     what:  names the work.  unit: what is counted, in the plural: `images`, `steps`.
-    start: how much was done before, by an interrupted run; it does not count for the rate.
+    start: how much an interrupted run had done before; it does not count for the rate.
     """
 
     def __init__(self, what: str, total: int, unit: str, *, start: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._start = self._done = start
         self._began = self._said = time.monotonic()
+        self._calls = 0
+        self._warm: tuple[float, int] | None = None
         self._bar: Progress | None = None
         self._task: TaskID
         if sys.stderr.isatty():
@@ -44,32 +49,38 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` says how it goes: a loss, an epoch."""
+        """Count `count` more; `note` is shown beside it: a loss, an epoch."""
         self._done += count
+        if count:
+            self._calls += 1
+            self._warm = self._warm or (time.monotonic(), self._done)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, note=note, rate=f"{self._rate():.3g}")
             return
         now = time.monotonic()
-        if now - self._said >= EVERY:
+        # One line early, so that the time left is known; then one every EVERY seconds.
+        if now - self._said >= EVERY or (count and self._calls == EARLY):
             self._said = now
             click.echo(self.line(note), err=True)
 
     def line(self, note: str = "") -> str:
-        """How far it is, in one plain line."""
+        """The progress in one plain line."""
         rate = self._rate()
         left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
         tail = f", {note}" if note else ""
         return f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{left}{tail}"
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             click.echo(text, err=True)
 
     def _rate(self) -> float:
-        return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        """Counts per second. The first call is left out once there are others: it compiles and allocates."""
+        began, start = self._warm if self._warm and self._calls > 1 else (self._began, self._start)
+        return (self._done - start) / max(time.monotonic() - began, 1e-9)
 
 
 def _bar(what: str, total: int, unit: str, start: int) -> tuple[Progress, TaskID]:

@@ -27,9 +27,17 @@ def print_json(data: Any) -> None:
 
 
 def print_table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, total: Sequence[str] | None = None
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    text: Sequence[int] = (),
+    total: Sequence[str] | None = None,
 ) -> None:
-    """Print a table: the first `left` columns are left-aligned, the others right; `total` is the last row."""
+    """Print a table. The first `left` columns and those in `text` are left-aligned, the others right.
+
+    total: the last row, set apart.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -37,7 +45,7 @@ def print_table(
 
     table = Table(*head, box=box.SIMPLE, pad_edge=False, show_footer=total is not None)
     for i, column in enumerate(table.columns):
-        column.justify = "left" if i < left else "right"
+        column.justify = "left" if i < left or i in text else "right"
         column.overflow = "fold"
         column.footer = total[i] if total else ""
     for row in rows:

@@ -53,7 +53,7 @@ def comparison(first, second):
 
 def test_the_verdict_claims_no_more_than_the_seeds_show():
     text = verdict([comparison([60.0, 70.0], [40.0, 50.0])])
-    assert "pretrained is 20.0 points ahead of from scratch, and every seed of the one beats" in text
+    assert "pretrained is 20.0 points ahead of from scratch, and each of its seeds is better" in text
     assert "against nearest neighbour on raw pixels it is 5.0 points behind" in text
     assert "but the seeds overlap" in verdict([comparison([60.0, 70.0], [40.0, 65.0])])
     lost = verdict([comparison([60.0, 61.0], [80.0, 81.0])])

@@ -197,9 +197,9 @@ def broken(tmp_path, classifier, pretrained, images):
         ("predict classifier images/a.png --top 0", "0 is not in the range"),
         ("predict", "Missing argument 'MODEL IMAGE...'"),
         ("predict classifier", "expected MODEL IMAGE..., found only 'classifier'"),
-        ("embed classifier --out o.npz", "give either IMAGE... or --array"),
-        ("embed classifier images/a.png --array nan.npy --out o.npz", "give either IMAGE... or --array"),
-        ("embed classifier images/a.png --out nowhere/o.npz", "no folder nowhere"),
+        ("embed classifier --out o.npz", "pass either IMAGE... or --array"),
+        ("embed classifier images/a.png --array nan.npy --out o.npz", "pass either IMAGE... or --array"),
+        ("embed classifier images/a.png --out nowhere/o.npz", "the folder nowhere does not exist"),
         ("embed classifier --array none.npy --out o.npz", "none.npy: No such file"),
         (
             "embed classifier --array small.npy --out o.npz",

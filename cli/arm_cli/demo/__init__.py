@@ -1,4 +1,4 @@
-"""The demonstration: `arm demo`, its runs and its report."""
+"""`arm demo`: the demonstration, its runs and its report."""
 
 from arm_cli.demo.command import demo
 

@@ -1,4 +1,4 @@
-"""Classifiers on raw pixels, to hold a small model's accuracy against."""
+"""Classifiers on raw pixels, to compare a small model with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""`arm demo`: the whole paper in the small, in two minutes, ending in a report."""
+"""`arm demo`: the method of the paper at small scale in two minutes, with a report."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +29,16 @@ LABELS = (20, 50)
 """Labelled images per class in the two comparisons."""
 
 ARMS = {"pretrained": "finetune-digits", "from scratch": "scratch-digits"}
-"""Starting points, and the recipe that each was given on validation images (`benchmarks/tune_demo.py`)."""
+"""Starting points, and the recipe of each, chosen on validation images (`benchmarks/tune_demo.py`)."""
 
 PICTURES = 12
-"""Test images whose prediction is shown."""
+"""Number of test images in the report."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell reports it."""
 
 PARITY_IMAGES = 64
-"""Test images that both engines are given."""
+"""Number of test images in the comparison of the engines."""
 
 
 @click.command()
@@ -42,11 +48,26 @@ PARITY_IMAGES = 64
 def demo(out: str, seeds: int, engine: EngineChoice) -> None:
     """Pretrain a small ARM on digits, finetune it, compare it with the same network from scratch.
 
-    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. A folder OUT
-    that is there already is left alone: OUT-2, OUT-3, ... is taken instead.
+    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. If the folder
+    OUT already exists, OUT-2, OUT-3, ... is used instead.
     """
     began = time.monotonic()
-    _Demo(_unused(Path(out)), engine, seeds).run(began)
+    folder, interrupted = _unused(Path(out)), list[bool]()
+    # Registered before all others, so called after them.
+    atexit.register(lambda: _leave() if interrupted else None)
+    try:
+        _Demo(folder, engine, seeds).run(began)
+    except KeyboardInterrupt:
+        kept = f"; {folder} holds incomplete runs and can be deleted" if folder.exists() else ""
+        click.echo(f"Stopped{kept}.", err=True)
+        interrupted.append(True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _leave() -> None:
+    """Exit without unloading the engine, which takes seconds on a busy machine."""
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 def _unused(path: Path) -> Path:
@@ -58,7 +79,7 @@ def _unused(path: Path) -> Path:
 
 @contextmanager
 def _stage(text: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
+    """Print the name of a stage, and its duration at the end."""
     click.secho(text, bold=True)
     began = time.monotonic()
     yield
@@ -66,7 +87,7 @@ def _stage(text: str) -> Iterator[None]:
 
 
 class _Demo:
-    """The stages of the demonstration, in order; each prints what it does."""
+    """The stages of the demonstration, in order; each prints its results."""
 
     def __init__(self, folder: Path, choice: EngineChoice, seeds: int) -> None:
         from arm_cli.demo.runs import Job, training_digits
@@ -96,7 +117,7 @@ class _Demo:
             prediction = model.forward(images)["prediction"]
         with _stage("Measuring simple methods on the same pixels"):
             comparisons = [self._compare(labels, rows) for labels in LABELS]
-        with _stage("Holding the two engines against each other"):
+        with _stage("Comparing the two engines"):
             parity = self._parity()
         losses = [row for row in rows[self.pretraining.folder] if "loss" in row]
         assert isinstance(model.spec, PretrainSpec)
@@ -117,9 +138,9 @@ class _Demo:
         )
         report = self.folder / "report.html"
         page.write(report)
-        click.echo(f"\n{time.monotonic() - began:.0f} s in all. The report: ", nl=False)
+        click.echo(f"\n{time.monotonic() - began:.0f} s in total. Report: ", nl=False)
         click.secho(str(report.resolve()), bold=True)
-        click.echo(f"One of the classifiers: arm predict {self._classifier()} IMAGE")
+        click.echo(f"To classify an image: arm predict {self._classifier()} IMAGE")
 
     def _keys(self) -> list[tuple[str, int, int]]:
         """Arm, labels per class and seed of every finetuning run."""
@@ -151,7 +172,7 @@ class _Demo:
         return run_all(self.pretraining, jobs, self.backend.name, self.choice.options(), done)
 
     def _compare(self, labels: int, rows: dict[Path, Rows]) -> Comparison:
-        """Curves of both arms at one number of labels, and the baselines on the same images."""
+        """Curves of both starting points for one number of labels, and the baselines on the same images."""
         import numpy as np
 
         from arm_cli.demo.report.demonstration import Comparison
@@ -209,7 +230,7 @@ class _Demo:
 
         others = [b for n, b in installed_backends().items() if n != self.backend.name and not b.missing()]
         if not others:
-            click.echo("  only one engine is installed: nothing to compare")
+            click.echo("  only one engine is installed; nothing to compare")
             return None
         recipe = self._job("pretrained", LABELS[-1], 0).recipe
         images, labels = _images(self.test, recipe, range(PARITY_IMAGES))
@@ -261,7 +282,7 @@ def _images(source: ImageSource, recipe: Recipe, indices: range) -> tuple[Array,
 
 
 def _baselines(train: ImageSource, test: ImageSource, recipe: Recipe, visits: int) -> dict[str, float]:
-    """Accuracy in percent of methods on raw pixels, given `visits` drawings of every training image."""
+    """Accuracy in percent of methods on raw pixels, with `visits` random variants of every training image."""
     import numpy as np
 
     from arm_cli.demo.baselines import nearest_class_mean, nearest_neighbour

@@ -1,1 +1,1 @@
-"""A run as one HTML page that opens without a network: figures, pictures and tables."""
+"""A self-contained HTML page about a run: figures, pictures and tables."""

@@ -1,4 +1,4 @@
-"""The page that `arm demo` writes, from what its runs measured."""
+"""The page that `arm demo` writes about its runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """Everything the page tells."""
+    """Contents of the page."""
 
     spec: PretrainSpec
     loss_steps: Sequence[int]
@@ -62,7 +62,7 @@ class Demonstration:
     rates: Mapping[str, str]
     """By name of the starting point: its learning rate and layer decay, in words."""
     parity: Parity | None
-    """None where only one engine is installed."""
+    """None if only one engine is installed."""
     facts: Mapping[str, str]
     """Machine, versions, times."""
 
@@ -71,8 +71,8 @@ def write_up(demo: Demonstration) -> Page:
     """The finished page."""
     page = Page(
         "ARM in two minutes",
-        "A small Vision Mamba learns to predict images cluster by cluster, then to name what they show. "
-        "Every number and picture on this page was made by the run that wrote it.",
+        "A small Vision Mamba learns to predict images cluster by cluster, then to classify them. "
+        "All numbers and pictures on this page come from the run that wrote it.",
     )
     _pretraining(page, demo)
     _predictions(page, demo)
@@ -81,7 +81,8 @@ def write_up(demo: Demonstration) -> Page:
     page.section("With your own images", "The same two stages on a folder with one sub-folder per class:")
     page.code(
         "arm pretrain tiny --data path/to/images --out runs/pretrain\n"
-        "arm finetune tiny --data path/to/images --from runs/pretrain --out runs/classifier\n"
+        "arm finetune tiny --from runs/pretrain --data path/to/images --eval-data path/to/others "
+        "--out runs/classifier\n"
         "arm predict runs/classifier photo.jpg"
     )
     page.section("This run")
@@ -118,14 +119,14 @@ def _predictions(page: Page, demo: Demonstration) -> None:
 def _comparison(page: Page, demo: Demonstration) -> None:
     seeds = len(next(iter(demo.comparisons[0].arms.values())))
     page.section(
-        "What pretraining buys",
+        "Effect of pretraining",
         "The same network is finetuned with few labels, once from the pretrained weights and once from "
-        f"scratch, {seeds} seeds each; lines are means, bands reach from the lowest to the highest seed. "
+        f"scratch, {seeds} seeds each; lines are means, bands extend from the lowest to the highest seed. "
         "Each starting point has its own learning rate and layer decay, chosen beforehand on validation "
         "images: "
         + "; ".join(f"{name}: {text}" for name, text in demo.rates.items())
         + ". Dashed and dotted lines are simple methods on the raw pixels of the same labelled images, "
-        "given as many random drawings of each as a finetuning run sees.",
+        "with as many random variants of each image as a finetuning run sees.",
     )
     figures = []
     for comparison in demo.comparisons:
@@ -143,11 +144,11 @@ def _comparison(page: Page, demo: Demonstration) -> None:
     steps = demo.comparisons[0].steps
     head = ["labels per class", "method", f"accuracy after {steps[len(steps) // 2 - 1]} steps, %"]
     page.table([*head, f"after {steps[-1]} steps, %"], rows, "Test accuracy: mean, and standard deviation.")
-    page.section("What this shows, and what not", verdict(demo.comparisons))
+    page.section("What this shows", verdict(demo.comparisons))
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """A sentence for each number of labels that claims no more than the seeds show."""
+    """A sentence for each number of labels, with no claim beyond what the seeds show."""
     sentences = []
     for comparison in comparisons:
         (first, a), (second, b) = comparison.arms.items()
@@ -155,7 +156,9 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         apart = a[:, -1].min() > b[:, -1].max() or b[:, -1].min() > a[:, -1].max()
         better, worse = (first, second) if gap > 0 else (second, first)
         reach = (
-            "and every seed of the one beats every seed of the other" if apart else "but the seeds overlap"
+            "and each of its seeds is better than every seed of the other"
+            if apart
+            else "but the seeds overlap"
         )
         nearest, pixels = max(comparison.baselines.items(), key=lambda item: float(item[1].mean()))
         against = float(max(a[:, -1].mean(), b[:, -1].mean()) - pixels.mean())
@@ -165,8 +168,8 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
             f"{abs(against):.1f} points {'ahead' if against > 0 else 'behind'}."
         )
     sentences.append(
-        "A run this short measures how fast a network learns from few labels; where the two would end after "
-        "many more steps, it does not say."
+        "A run this short measures how fast a network learns from few labels, not the accuracy after many "
+        "more steps."
     )
     return " ".join(sentences)
 
@@ -178,7 +181,7 @@ def _parity(page: Page, parity: Parity | None) -> None:
     first, second = parity.engines
     page.section(
         "Two engines, one model",
-        f"The finetuned classifier, trained by {first}, was loaded into {second} without any conversion.",
+        f"The finetuned classifier, trained by {first}, was loaded into {second} without conversion.",
     )
     rows = [
         ["largest difference of a logit (relative to the largest logit)", f"{parity.logits:.1e}"],
@@ -192,6 +195,6 @@ def _parity(page: Page, parity: Parity | None) -> None:
 
 
 def spread(values: Floats) -> str:
-    """`74.6 ± 2.6`; the sample's standard deviation, left out for a single value."""
+    """`74.6 ± 2.6`: mean and sample standard deviation; only the mean for a single value."""
     deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
     return f"{values.mean():.1f}{deviation}"

@@ -16,7 +16,7 @@ COLOURS = ("#0b6bcb", "#c4501b", "#5b8c2a", "#7a4fb5")
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of a figure: several runs of the same thing, drawn as their mean and spread."""
+    """One line of a figure: several runs with different seeds, drawn as mean and spread."""
 
     label: str
     steps: Sequence[int]
@@ -49,7 +49,7 @@ def _svg(figure: Any, description: str) -> str:
 def loss_figure(
     steps: Sequence[int], losses: Sequence[float], *, title: str, width: float = 7.2, height: float = 2.8
 ) -> str:
-    """Training loss against steps, SVG; the raw values faint, a running mean on top."""
+    """Training loss against steps, SVG; raw values in a light colour, a running mean on top."""
     values = np.asarray(losses, dtype=np.float64)
     window = max(1, len(values) // 30)
     smooth = np.convolve(np.pad(values, (window - 1, 0), mode="edge"), np.ones(window) / window, "valid")

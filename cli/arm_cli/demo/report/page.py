@@ -1,4 +1,4 @@
-"""The HTML page itself: sections of text, tables, figures and pictures in one self-contained file."""
+"""A self-contained HTML file of text sections, tables, figures and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ footer { margin-top: 3rem; font-size: .85rem; color: #667; }
 
 @dataclass
 class Page:
-    """Collects sections in order; everything that is text is escaped here."""
+    """Collects sections in order and escapes all text."""
 
     title: str
     lead: str
@@ -44,7 +44,7 @@ class Page:
         self._body += [f"<p>{html.escape(text)}</p>" for text in paragraphs]
 
     def figures(self, svgs: Iterable[str], caption: str = "") -> None:
-        """SVG texts side by side, under them a caption."""
+        """SVG texts side by side, with a caption below."""
         self._body.append(f'<figure><div class="row">{"".join(svgs)}</div>{_caption(caption)}</figure>')
 
     def picture_pairs(self, pairs: Iterable[tuple[str, str]], caption: str) -> None:
@@ -75,7 +75,7 @@ class Page:
         )
 
     def write(self, path: Path, footer: str = "") -> None:
-        """Write the page whole or not at all."""
+        """Write the page atomically."""
         partial = path.with_suffix(".partial")
         partial.write_text(self.render(footer), encoding="utf-8")
         partial.replace(path)

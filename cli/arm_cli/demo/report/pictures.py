@@ -28,7 +28,7 @@ def predicted_images(spec: PretrainSpec, images: Floats, prediction: Floats) -> 
 
     images: (B, H, W, C).  prediction: (B, tokens, patch values), as `Engine.forward` returns it.
     Each cluster was predicted from the true clusters before it. Where the target is normalised, the
-    true mean and deviation of each patch are put back: the model never predicts them. The first
+    true mean and deviation of each patch are restored: the model does not predict them. The first
     cluster in prediction order is given, and stays as it is.
     """
     patches = unfold_patches(images, spec.encoder.patch)

@@ -1,0 +1,81 @@
+"""`--dry-run`: what a run would take, with a few steps timed on the real images; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from arm_cli.progress import duration
+from arm_cli.show import echo, scaled
+
+if TYPE_CHECKING:
+    from arm_cli.training.run import Prepared
+    from arm_core.engine.protocol import Engine
+    from arm_core.engine.ranks import Ranks
+    from arm_core.training.plan import Plan
+
+TIMED_STEPS = 3
+"""Steps that are timed, after one that compiles and allocates."""
+
+PLOT_WIDTH, PLOT_HEIGHT = 60, 4
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def dry_run(prepared: Prepared, engine: Engine, ranks: Ranks) -> None:
+    """Print schedule, disk use, speed and time of a run. Takes real steps; the engine is of no use after."""
+    plan = prepared.plan
+    echo("\nlearning rate over the run")
+    echo(lr_plot(plan))
+    checkpoints, each = disk_use(prepared)
+    echo(f"disk     {checkpoints} checkpoints of {scaled(each, 'B')} kept, {scaled(checkpoints * each, 'B')}")
+    echo(f"timing   {TIMED_STEPS} steps after a first one ...", err=True)
+    seconds = time_steps(prepared, engine, ranks)
+    batch = prepared.recipe.training.batch_size
+    echo(f"speed    {batch / seconds:.3g} images/s, {seconds:.3g} s per step (mean of {TIMED_STEPS})")
+    evaluated = "" if prepared.evaluation is None else ", evaluations not counted"
+    echo(f"time     {duration(seconds * plan.total_steps)} for {plan.total_steps} steps{evaluated}")
+
+
+def time_steps(prepared: Prepared, engine: Engine, ranks: Ranks) -> float:
+    """Mean seconds of a training step, reading the images included."""
+    plan, training = prepared.plan, prepared.recipe.training
+    position, began = 0, 0.0
+    with plan.open(0, workers=prepared.recipe.data.workers) as loader:
+        total = training.accumulation
+        for step in range(1, TIMED_STEPS + 2):
+            batches = plan.next_batches(loader, position)
+            # A rate of 0 leaves the weights as they are; the work is the same.
+            engine.train_step(batches, step=step, lr=0.0, total_micro_batches=total).result()
+            position += total
+            if step == 1:
+                began = time.monotonic()
+    return (time.monotonic() - began) / TIMED_STEPS
+
+
+def disk_use(prepared: Prepared) -> tuple[int, int]:
+    """Checkpoints that are kept at most, the best one included, and the bytes of each."""
+    from arm_core.model.parameters import parameter_table
+
+    rows = parameter_table(prepared.spec).values()
+    trainable = sum(row.size for row in rows if row.trainable)
+    fixed = sum(row.size for row in rows if not row.trainable)
+    copies = 3 + (prepared.recipe.optimizer.ema_decay is not None)  # weights, two moments, average
+    best = prepared.evaluation is not None
+    return prepared.recipe.training.keep + best, 4 * (copies * trainable + fixed)
+
+
+def lr_plot(plan: Plan) -> str:
+    """The learning rate over the steps, as rows of block characters with the peak at the top."""
+    total, eighths = plan.total_steps, len(BLOCKS) - 1
+    width = min(PLOT_WIDTH, total)
+    rates = [plan.lr(1 + i * (total - 1) // max(1, width - 1)) for i in range(width)]
+    peak = max(rates) or 1.0
+    heights = [round(rate / peak * PLOT_HEIGHT * eighths) for rate in rates]
+    rows = []
+    for row in reversed(range(PLOT_HEIGHT)):
+        cells = (BLOCKS[min(eighths, max(0, height - row * eighths))] for height in heights)
+        label = f"{peak:9.2e} " if row == PLOT_HEIGHT - 1 else " " * 10
+        rows.append(f"{label}|{''.join(cells)}".rstrip())
+    rows.append(f"{0:9.2e} +{'-' * width}")
+    rows.append(f"{'step 1':>16}{f'step {total}':>{max(1, width - 5)}}")
+    return "\n".join(rows)

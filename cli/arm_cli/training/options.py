@@ -1,0 +1,85 @@
+"""The options of a training run, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from arm_cli.declare import added_by, option, options_of
+from arm_cli.options import EngineChoice, engine_options, json_option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+POSITIVE = click.IntRange(min=1)
+
+
+@dataclass(frozen=True)
+class RecipeChanges:
+    """Options that change settings of the recipe; `arm_cli.training.changes` applies them."""
+
+    data: str | None = option("--data", metavar="FOLDER", help="Images to train on (data.path).")
+    eval_data: str | None = option(
+        "--eval-data", metavar="FOLDER", help="Images to evaluate on (data.eval_path)."
+    )
+    epochs: float | None = option(
+        "--epochs",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Length in passes over the data (training.length).",
+    )
+    steps: int | None = option("--steps", type=POSITIVE, help="Length in updates (training.length).")
+    batch_size: int | None = option(
+        "--batch-size",
+        type=POSITIVE,
+        help="Images per update (training.batch_size); accumulation follows, so that memory use stays.",
+    )
+    lr: float | None = option(
+        "--lr",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Peak learning rate of the run; sets schedule.base_lr to LR * 256 / batch size.",
+    )
+    workers: int | None = option(
+        "--workers", type=click.IntRange(min=0), help="Workers that prepare images (data.workers)."
+    )
+    seed: int | None = option("--seed", type=click.IntRange(min=0), help="Seed of the run (training.seed).")
+    image_size: str | None = option(
+        "--image-size", metavar="HxW", help="224, or height x width: 192x256 (model.image_size)."
+    )
+    assignments: tuple[str, ...] = option(
+        "--set", multiple=True, metavar="A.B=C", help="Change any setting; `arm config RECIPE` lists them."
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked to train."""
+
+    recipe: str | None = added_by(click.argument("recipe", required=False))
+    out: str | None = option("--out", metavar="RUN", help="Folder of the run; by default runs/RECIPE.")
+    resume: str | None = option("--resume", metavar="RUN", help="Resume a run, on any engine.")
+    dry_run: bool = option(
+        "--dry-run", is_flag=True, help="Print what would happen, with three timed steps; write nothing."
+    )
+    changes: RecipeChanges = added_by(options_of(RecipeChanges, "changes"))  # noqa: RUF009
+    engine: EngineChoice = added_by(engine_options)  # noqa: RUF009
+    compiled: str = option(
+        "--compile",
+        type=click.Choice(("auto", "none", "blocks", "model")),
+        default="auto",
+        show_default=True,
+        help="What the engine compiles.",
+    )
+    recompute: bool = option(
+        "--recompute", is_flag=True, help="Recompute blocks in the backward pass: less memory, more time."
+    )
+    shard: bool = option(
+        "--shard", is_flag=True, help="Shard the training state over the processes (torchrun)."
+    )
+    as_json: bool = added_by(json_option)
+
+
+def training_options(command: F) -> F:
+    """Add the options of a training run; the command receives them as one argument, `request`."""
+    return options_of(Request, "request")(command)

@@ -1,0 +1,203 @@
+"""`arm pretrain` and `arm finetune`: start or resume the run that a request names."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arm_cli.options import announce
+from arm_cli.show import echo
+
+if TYPE_CHECKING:
+    from arm_cli.training.options import Request
+    from arm_cli.training.run import Prepared
+    from arm_core.engine.protocol import Backend, EngineOptions
+    from arm_core.engine.ranks import Ranks
+    from arm_core.recipe.recipe import Recipe
+    from arm_core.training.observer import Outcome
+    from arm_core.training.run_folder import RunFolder
+
+
+def run_training(stage: str, request: Request, origin: str | None = None) -> None:
+    """Start or resume the run that a request names, and show its progress.
+
+    origin: the model whose trunk a new classifier starts from.
+    """
+    with request.engine.join() as (backend, ranks):
+        if request.resume is not None:
+            _resume(stage, request, request.resume, backend, ranks)
+        elif ranks.restarts and _has_checkpoint(out := _folder(stage, request)):
+            # The launcher repeats the command that started the run.
+            _resume(stage, dataclasses.replace(request, recipe=None, out=None), out, backend, ranks)
+        else:
+            _start(stage, request, origin, backend, ranks)
+
+
+def _has_checkpoint(folder: str) -> bool:
+    from arm_core.training.checkpoint import saved_steps
+
+    return bool(saved_steps(Path(folder)))
+
+
+def _folder(stage: str, request: Request) -> str:
+    return request.out or f"runs/{Path(_full_name(stage, request)).stem}"
+
+
+def _start(stage: str, request: Request, origin: str | None, backend: Backend, ranks: Ranks) -> None:
+    from arm_cli.opening import find_model
+    from arm_cli.training.changes import apply, changes_of
+    from arm_cli.training.origin import with_trunk_of
+    from arm_cli.training.run import create_engine, first_state, prepare
+    from arm_cli.training.summary import print_summary
+    from arm_core.engine.ranks import together
+    from arm_core.training.run_folder import start_run
+
+    with together(ranks):
+        recipe = _load(stage, request)
+        changes = changes_of(request.changes, recipe, request.engine.precision)
+        recipe = apply(recipe, changes)
+        model = None
+        if origin is not None:
+            model = find_model(origin).model
+            recipe = with_trunk_of(model, recipe, {change.key for change in changes}, _say)
+        # All that can be wrong with the request is found before there is a folder.
+        prepared = prepare(recipe, ranks)
+        folder = _folder(stage, request)
+        print_summary(prepared, backend, _options(request), ranks, folder, recipe_name=request.recipe)
+        state = first_state(prepared, model, _say)
+        engine, record = create_engine(backend, _options(request), prepared, state, ranks)
+        announce(backend, engine, ranks)
+        if origin is not None:
+            record["from"] = origin
+    if request.dry_run:
+        from arm_cli.training.dry_run import dry_run
+
+        dry_run(prepared, engine, ranks)
+        return
+    overrides = [change.assignment for change in changes]
+    with start_run(folder, recipe, prepared.spec, overrides=overrides, ranks=ranks) as run:
+        _train(run, engine, record, prepared, request, ranks)
+
+
+def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: Ranks) -> None:
+    from arm_cli.training.changes import changes_of
+    from arm_cli.training.run import create_engine, prepare
+    from arm_cli.training.summary import print_summary
+    from arm_core.engine.ranks import together
+    from arm_core.recipe.recipe import load_recipe
+    from arm_core.training.run_folder import RECIPE, resume_run
+
+    overrides: list[str] = []
+    with together(ranks):
+        if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
+            raise ValueError(f"--resume continues a run as it is; drop {' and '.join(given)}")
+        if request.dry_run:
+            raise ValueError("--dry-run plans a new run; drop --resume")
+        stored = Path(folder) / RECIPE
+        if stored.exists():
+            recipe = load_recipe(stored)
+            if recipe.stage != stage:
+                raise ValueError(f"{folder}: resume with: arm {recipe.stage} --resume {folder}")
+            changes = changes_of(request.changes, recipe, request.engine.precision)
+            overrides = [change.assignment for change in changes]
+    with resume_run(folder, overrides, warn=warn, ranks=ranks) as run:
+        with together(ranks):
+            assert run.resumed is not None
+            prepared = prepare(run.recipe, ranks, run.spec)
+            step = run.resumed.progress.step
+            print_summary(prepared, backend, _options(request), ranks, folder, resumed_at=step)
+            state = run.resumed.state
+            engine, record = create_engine(backend, _options(request), prepared, state, ranks)
+            announce(backend, engine, ranks)
+        _train(run, engine, record, prepared, request, ranks)
+
+
+def _load(stage: str, request: Request) -> Recipe:
+    """The recipe of the request, which must be one for this command."""
+    from arm_core.recipe.recipe import load_recipe, shipped_recipes
+
+    if request.recipe is None:
+        known = [name for name in shipped_recipes() if load_recipe(name).stage == stage]
+        raise ValueError(f"name a recipe ({', '.join(known)}, or a .toml file), or pass --resume RUN")
+    recipe = load_recipe(_full_name(stage, request))
+    if recipe.stage != stage:
+        raise ValueError(f"recipe {request.recipe} is for `arm {recipe.stage}`")
+    return recipe
+
+
+def _full_name(stage: str, request: Request) -> str:
+    """The recipe asked for; `arm pretrain tiny` means pretrain-tiny."""
+    from arm_core.recipe.recipe import shipped_recipes
+
+    assert request.recipe is not None
+    full = f"{stage}-{request.recipe}"
+    return full if full in shipped_recipes() else request.recipe
+
+
+def _options(request: Request) -> EngineOptions:
+    from arm_core.engine.protocol import Compile
+
+    return dataclasses.replace(
+        request.engine.options(),
+        compile=Compile(request.compiled),
+        recompute=request.recompute,
+        shard=request.shard,
+    )
+
+
+def _train(
+    run: RunFolder,
+    engine: Any,
+    record: dict[str, str],
+    prepared: Prepared,
+    request: Request,
+    ranks: Ranks,
+) -> None:
+    from arm_cli.show import print_json
+    from arm_cli.training.display import display
+    from arm_cli.training.run import train
+
+    run.command = command_line()
+    with ExitStack() as stack:
+        outcome = train(run, engine, record, prepared, ranks, display(stack))
+    echo(outcome.message, err=True)
+    if request.as_json:
+        print_json(_as_data(run, outcome))
+    if outcome.signal is not None:
+        raise SystemExit(128 + signal.Signals[outcome.signal])  # as a shell reports a signal
+
+
+def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "checkpoint": str(outcome.checkpoint),
+        "step": outcome.step,
+        "total_steps": outcome.total_steps,
+        "signal": outcome.signal,
+        "best": outcome.best,
+    }
+
+
+def command_line() -> str | None:
+    """The command that is running, as a shell reads it."""
+    import shlex
+
+    from arm_cli.main import ARGUMENTS
+
+    context = click.get_current_context(silent=True)
+    words = context.meta.get(ARGUMENTS) if context is not None else None
+    return None if words is None else shlex.join(["arm", *words])
+
+
+def _say(sentence: str) -> None:
+    echo(sentence, err=True)
+
+
+def warn(sentence: str) -> None:
+    """Print a warning on stderr."""
+    echo(f"Warning: {sentence}", err=True)
