@@ -8,6 +8,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,7 @@ def _load_interpreted_kernels() -> None:
     try:
         from arm_cuda.triton import operators
 
+        _read_one_element_arrays()
         one = torch.ones(1, 1, 1)  # the first launch imports the rest of Triton
         operators.directional_conv(one, one, one[0], torch.zeros(1, 1, dtype=torch.int32))
     finally:
@@ -34,6 +37,20 @@ def _load_interpreted_kernels() -> None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+def _read_one_element_arrays() -> None:
+    """Triton 3.6's interpreter converts arrays of one element with int(), which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    if version("triton").startswith("3.6."):
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        interpreter._patch_lang_tensor = patched
 
 
 REASON = _missing()
