@@ -92,6 +92,36 @@ def test_memory_stays_under_ten_volumes_of_the_activations() -> None:
         assert volumes < 10, f"{operator.__name__}: {volumes:.1f}"
 
 
+@pytest.mark.gpu
+def test_saved_states_may_lie_beyond_2_to_the_31_elements() -> None:
+    """The last channels of a long and wide scan with 64 states have the results of a narrow scan."""
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs a GPU with 40 GB")
+    length, channels, few = 2**14, 2**15, 32
+    r = torch.Generator(device="cuda").manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=r, device="cuda")
+
+    B, C = normal(1, 1, length, 64).bfloat16(), normal(1, 1, length, 64).bfloat16()
+    A = -torch.arange(1, 65, device="cuda").float().expand(1, channels, 64).contiguous()
+    u, dt = normal(1, 1, length, channels).bfloat16(), (normal(1, 1, length, channels) - 4).bfloat16()
+    z = normal(1, length, channels).bfloat16()
+    skip, bias = normal(1, channels), normal(1, channels)
+    order = torch.arange(length, dtype=torch.int32, device="cuda")[None]
+    found = []
+    for part in (slice(None), slice(-few, None)):
+        some = [t[..., part].contiguous().requires_grad_() for t in (u, dt, skip, bias, z)]
+        rate = A[:, part].contiguous().requires_grad_()
+        out = scans.selective_scan(*some[:2], rate, B, C, *some[2:], order, impl="triton")
+        gradients = torch.autograd.grad(out, [*some, rate], torch.ones_like(out))
+        found.append(
+            [out[..., -few:].detach(), *(g[..., -few:] for g in gradients[:-1]), gradients[-1][:, -few:]]
+        )
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide, narrow)
+
+
 def losses(device: str, scan: str, steps: int, compiled: Compile = Compile.NONE) -> list[float]:
     """Losses of a training run, pretraining and then a classifier, on the same images."""
     encoder = EncoderSpec(width=64, depth=6, patch=4)

@@ -1,5 +1,7 @@
 """The Triton kernels against the float64 loop: results and every gradient."""
 
+import math
+import mmap
 import os
 
 import pytest
@@ -40,6 +42,8 @@ CASES = [
     (3, 1, 16, 3, 32, 3),
     (1, 1, 33, 32, 64, 5),
 ]
+CHUNKS = (2, 1, 35 if torch.cuda.is_available() else 9, 8, 8, 4)
+"""Three chunks of a scan; the interpreter takes chunks of 4 (`short_chunks`)."""
 MORE_CASES = [
     (1, 2, 37, 96, 16, 4),
     (4, 2, 33, 40, 16, 4),
@@ -65,20 +69,31 @@ def test_results_and_gradients_match_the_float64_loop(
         assert_close(found, expected[name], name, FLOAT32)
 
 
-@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
+def test_a_gate_of_several_channel_blocks_matches_the_float64_loop(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GATE_BLOCK", 16)
+    values = inputs((3, 2, 3, 40, 8, 2), device=device)
+    expected = run("reference", in_float64(values))
+    for name, found in run("triton", values).items():
+        assert_close(found, expected[name], name, FLOAT32)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_inputs_give_half_precision_results(dtype: torch.dtype, device: str) -> None:
-    values = inputs(CASES[2], dtype=dtype, device=device)
+    values = inputs(CHUNKS, dtype=dtype, device=device)
     expected = run("reference", in_float64(values))
     for name, found in run("triton", values).items():
         assert found.dtype == dtype
         assert_close(found, expected[name], name, TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
 def test_each_gradient_has_the_type_of_its_tensor(device: str) -> None:
     """As under autocast: bfloat16 activations, float32 parameters."""
-    values = inputs(CASES[2], device=device)
+    values = inputs(CHUNKS, device=device)
     for name in ("x", "u", "dt", "B", "C", "z"):
         values[name] = values[name].detach().bfloat16().requires_grad_()
     expected = run("reference", in_float64(values))
@@ -88,7 +103,7 @@ def test_each_gradient_has_the_type_of_its_tensor(device: str) -> None:
         assert_close(found, expected[name], name, TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
 def test_halves_of_one_projection_get_the_gradients_of_copies(device: str) -> None:
     """x and z are slices of one tensor, B and C of another, as in the model; nothing is copied."""
     values = inputs(CASES[2], device=device)
@@ -106,6 +121,126 @@ def test_halves_of_one_projection_get_the_gradients_of_copies(device: str) -> No
     gx, gz, gB, gC = torch.autograd.grad(out.square().sum(), [values[n] for n in ("x", "z", "B", "C")])
     assert torch.equal(found[0], torch.cat([gx, gz], -1))
     assert torch.equal(found[1][..., 3:], torch.cat([gB, gC], -1))
+
+
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
+def test_b_and_c_are_read_from_tensors_of_different_widths(device: str) -> None:
+    values = inputs(CHUNKS, device=device)
+    expected = run("triton", values)
+    wider = torch.nn.functional.pad
+    sliced = {
+        "B": wider(values["B"].detach(), (3, 2), value=9.0)[..., 3:-2],
+        "C": wider(values["C"].detach(), (1, 9, 0, 4), value=9.0)[..., :-4, 1:-9],
+    }
+    assert sliced["B"].stride() != sliced["C"].stride()
+    found = run("triton", {**values, **{name: value.requires_grad_() for name, value in sliced.items()}})
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
+@pytest.mark.parametrize("wanted", [*CONV, *SCAN])
+def test_a_tensor_that_alone_needs_a_gradient_gets_it(wanted: str, device: str) -> None:
+    values = inputs((2, 1, 3, 4, 8, 2), device=device)
+    expected = run("triton", values)
+    detached = {name: value.detach() for name, value in values.items()}
+    detached[wanted].requires_grad_()
+    operator, names = (scans.directional_conv, CONV) if wanted in CONV else (scans.selective_scan, SCAN)
+    out = operator(*(detached[n] for n in (*names, "order")), impl="triton")
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
+    (found,) = torch.autograd.grad(out, [detached[wanted]], seed)
+    assert torch.equal(found, expected[f"gradient of {wanted}"])
+
+
+def test_a_bfloat16_scan_sums_steps_that_bfloat16_would_lose(device: str) -> None:
+    """256 steps of 0.01 make 2.5; from 2 on, bfloat16 has no number that is 0.01 larger."""
+    values = inputs((1, 1, 256, 1, 8, 2), dtype=torch.bfloat16, device=device)
+    values = {name: value.detach() for name, value in values.items()}
+    for name, value in {"u": 1, "B": 1, "C": 1, "A": -0.01, "dt": -4.6, "D": 0, "dt_bias": 0, "z": 1}.items():
+        values[name].fill_(value)
+    expected = call({n: v.float() if n != "order" else v for n, v in values.items()}, impl="reference")
+    assert_close(call(values).float(), expected, "out", 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_saved_states_are_float32(dtype: torch.dtype, device: str) -> None:
+    values = inputs((2, 1, 3, 4, 8, 2), dtype=dtype, device=device)
+    _, _, states = launch.scan_forward(*(values[n].detach() for n in (*SCAN, "order")), True)
+    assert states.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("length", [1, 3])
+def test_steps_past_the_last_token_do_not_overflow(length: int, device: str) -> None:
+    """A state of 3e38 at the last token is finite; with one more input it would not be."""
+    values = inputs((1, 1, length, 32, 8, 2), device=device)
+    values = {name: value.detach() for name, value in values.items()}
+    constants = {
+        "u": 3e38 / length,
+        "B": 1,
+        "A": -1e-9,
+        "C": 1e-38,
+        "dt": 0.54,
+        "D": 0,
+        "dt_bias": 0,
+        "z": 1e-3,
+    }
+    for name, value in constants.items():
+        values[name].fill_(value)
+    values = {n: v.requires_grad_() if n != "order" else v for n, v in values.items()}
+    expected = run("reference", in_float64(values))
+    for name, found in run("triton", values).items():
+        assert_close(found, expected[name], name, 1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter, and memory that is not touched")
+def test_saved_states_may_lie_beyond_2_to_the_31_elements(device: str) -> None:
+    """One program of a scan so wide that the states of its third chunk start at element 2^31."""
+    directions, images, length, channels, states = 1, 1, 40, 2**24, 64
+    wide = {
+        name: virtual(*shape)
+        for name, shape in {
+            "u": (length, channels), "dt": (length, channels), "grad_y": (length, channels),
+            "A": (states, channels), "D": (channels,), "dt_bias": (channels,), "saved": (3, states, channels),
+            "y": (length, channels), "grad_u": (length, channels), "grad_dt": (length, channels),
+            "grad_A": (states, channels), "grad_D": (channels,), "grad_bias": (channels,),
+        }.items()
+    }  # fmt: skip
+    values = inputs((directions, images, length, launch.LANES, states, 2), device=device)
+    narrow = {name: value.detach() for name, value in values.items()}
+    seed = torch.ones(1, length, launch.LANES)
+    for name in ("u", "dt", "D", "dt_bias"):
+        wide[name][..., : launch.LANES] = narrow[name].squeeze()
+    wide["A"][:, : launch.LANES] = narrow["A"][0].mT
+    wide["grad_y"][:, : launch.LANES] = seed[0]
+    B, C, order = narrow["B"], narrow["C"], narrow["order"]
+    sizes = {"directions": 1, "channels": channels, "N": states, "BLOCK": launch.LANES, "CHUNK": 16}
+    strides = (*B.stride()[:3], *C.stride()[:3])
+    inputs_of_both = (wide["u"], wide["dt"], wide["A"], B, C, wide["D"], wide["dt_bias"], order)
+    launch.scan_kernels.scan_forward[(1,)](
+        *inputs_of_both, wide["y"], wide["saved"], length, *strides, **sizes, SAVE=True
+    )
+    scratch, grad_B, grad_C = torch.empty(16, states, 32), torch.empty(length, 64), torch.empty(length, 64)
+    launch.scan_kernels.scan_backward[(1,)](
+        *inputs_of_both, wide["saved"], scratch, wide["grad_y"],
+        *(wide[n] for n in ("grad_u", "grad_dt", "grad_A")), grad_B, grad_C, wide["grad_D"],
+        wide["grad_bias"], length, *strides, **sizes, GROUP=1,
+    )  # fmt: skip
+    tensors = [narrow[name].double().requires_grad_() for name in SCAN[:-1]]
+    one = torch.full((1, length, launch.LANES), 1.2784645427610738, dtype=torch.float64)  # its silu is 1
+    out = scans.selective_scan(*tensors, one, order, impl="reference")
+    expected = torch.autograd.grad(out, tensors, seed.double())
+    assert_close(wide["y"][:, : launch.LANES], out[0].detach(), "y", FLOAT32)
+    assert_close(wide["grad_u"][:, : launch.LANES], expected[0][0, 0], "u", FLOAT32)
+    assert_close(wide["grad_A"][:, : launch.LANES].mT, expected[2][0], "A", FLOAT32)
+    assert_close(grad_B, expected[3][0, 0], "B", FLOAT32)
+
+
+def virtual(*shape: int) -> Tensor:
+    """Zeros in memory that the system provides where it is touched."""
+    size = 4 * math.prod(shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float32).view(shape)
 
 
 def test_a_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
@@ -157,10 +292,12 @@ def test_twenty_runs_give_the_same_bits(device: str) -> None:
 # what the operators refuse
 
 
-def call(values: dict[str, Tensor], operator: str = "selective_scan", **changed: Tensor) -> Tensor:
+def call(
+    values: dict[str, Tensor], operator: str = "selective_scan", impl: str = "triton", **changed: Tensor
+) -> Tensor:
     values = {**values, **changed}
     names = CONV if operator == "directional_conv" else SCAN
-    return getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl="triton")
+    return getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl=impl)
 
 
 def test_a_state_size_without_a_kernel_is_refused(device: str) -> None:

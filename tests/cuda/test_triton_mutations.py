@@ -81,8 +81,8 @@ MUTATIONS = [
         breaks="the state before a chunk",
         module=SCAN,
         case=LONG,
-        old="* (N * channels) + square, h,",
-        new="* 0 + square, h,",
+        old="saved += N * channels",
+        new="saved += 0 * channels",
     ),
     Mutation(
         breaks="the tokens of the last chunk",

@@ -8,7 +8,8 @@ The forward saves the state before every `CHUNK`-th token. The backward takes th
 the first: it runs a chunk forward again, keeping the state before every `GROUP`-th token in a scratch area,
 then goes through the groups from the last to the first with the states of a group in registers. Sums over
 channels (gradients of B and C) leave each channel block as partials: nothing is added atomically. Steps past
-the end of the last chunk repeat the last token; with a gradient of 0 they leave nothing behind.
+the end of the last chunk repeat the last token with an input of 0 and a gradient of 0: the state only decays,
+so that it cannot overflow there, and nothing is added to any sum.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def scan_forward(
     C_next = tl.load(C + token * C_token + state).to(tl.float32)
     for chunk in range(chunks):
         if SAVE:
-            tl.store(saved + chunk * (N * channels) + square, h, mask=inside[None, :])
+            tl.store(saved + square, h, mask=inside[None, :])
+            saved += N * channels  # not chunk * N * channels, which may not fit 32 bits
         for t in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)):
             here = token
             x, raw, b, c = u_next.to(tl.float32), dt_next.to(tl.float32), B_next, C_next
@@ -167,7 +169,7 @@ def scan_backward(
     grad_C += partial
     order += k * length
     chunks = tl.cdiv(length, CHUNK)
-    saved += row * chunks * (N * channels)
+    saved += (row * chunks + chunks - 1) * (N * channels)
     square = state[:, None] * channels + channel[None, :]  # (N, BLOCK)
     every = tl.full([N], True, tl.int1)
     scratch += program.to(tl.int64) * (groups * N * BLOCK) + state[:, None] * BLOCK + lane[None, :]
@@ -183,16 +185,17 @@ def scan_backward(
     for back in range(chunks):
         chunk = chunks - 1 - back
         start = chunk * CHUNK
-        h = tl.load(saved + chunk * (N * channels) + square, mask=inside[None, :], other=0.0)
+        h = tl.load(saved + square, mask=inside[None, :], other=0.0)
+        saved -= N * channels
         tl.debug_barrier()  # the chunk after this one has been read
         tokens = tokens_of(order, start, length, GROUP)
-        xs = read(u, channels, channel, tokens, inside, GROUP)
+        xs = read_until(u, channels, channel, tokens, inside, start, length, GROUP)
         bs = read(B, B_token, state, tokens, every, GROUP)
         raws = read(dt, channels, channel, tokens, inside, GROUP)
         for group in range(groups - 1):
             following = start + group * GROUP + GROUP
             tokens = tokens_of(order, following, length, GROUP)
-            next_xs = read(u, channels, channel, tokens, inside, GROUP)
+            next_xs = read_until(u, channels, channel, tokens, inside, following, length, GROUP)
             next_bs = read(B, B_token, state, tokens, every, GROUP)
             next_raws = read(dt, channels, channel, tokens, inside, GROUP)
             tl.store(scratch + group * (N * BLOCK), h)
@@ -212,7 +215,7 @@ def scan_backward(
             first = last - back_group * GROUP
             earlier = tl.maximum(first - GROUP, 0)
             near = tokens_of(order, earlier, length, GROUP)
-            next_xs = read(u, channels, channel, near, inside, GROUP)
+            next_xs = read_until(u, channels, channel, near, inside, earlier, length, GROUP)
             next_bs = read(B, B_token, state, near, every, GROUP)
             next_cs = read(C, C_token, state, near, every, GROUP)
             next_raws = read(dt, channels, channel, near, inside, GROUP)
