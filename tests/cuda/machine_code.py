@@ -117,8 +117,8 @@ def rows(
     x, z = torch.ones(2, 197, 2 * CHANNELS, dtype=dtype).chunk(2, -1)
     _, B, C = torch.ones(DIRECTIONS, 2, 197, RANK + 2 * states, dtype=dtype).split([RANK, states, states], -1)
     vector = torch.ones(DIRECTIONS, CHANNELS)
-    scan = (u, u, vector[..., None].expand(-1, -1, states), B, C, vector, vector, z, order)
-    conv = (x, torch.ones(DIRECTIONS, CHANNELS, TAPS), vector, order)
+    scan = (u, u, vector[:, None].expand(-1, states, -1), B, C, vector, vector, z, order)
+    conv = (x, torch.ones(DIRECTIONS, TAPS, CHANNELS), vector, order)
     out, mean, kept = launch.scan_forward(*scan, save_for_backward)
     if save_for_backward:
         launch.scan_backward(out, mean, kept, *scan)

@@ -165,6 +165,7 @@ def test_a_bfloat16_scan_sums_steps_that_bfloat16_would_lose(device: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_saved_states_are_float32(dtype: torch.dtype, device: str) -> None:
     values = inputs((2, 1, 3, 4, 8, 2), dtype=dtype, device=device)
+    values["A"] = values["A"].mT.contiguous()
     _, _, states = launch.scan_forward(*(values[n].detach() for n in (*SCAN, "order")), True)
     assert states.dtype == torch.float32
 
@@ -252,8 +253,8 @@ def test_a_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
     kept = []
     forward = launch.scan_forward
 
-    def watched(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-        results = forward(*arguments)
+    def watched(*arguments: object, **options: bool) -> tuple[Tensor, Tensor, Tensor]:
+        results = forward(*arguments, **options)
         kept.append([tensor.numel() for tensor in results[1:]])
         return results
 
@@ -300,6 +301,41 @@ def call(
     return getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl=impl)
 
 
+def test_tensors_laid_out_as_accepted_ones_are_not_checked_again(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks take longer than a launch; another shape, type or stride is checked like the first."""
+    monkeypatch.setattr(operators, "_accepted", set())
+    values = inputs((1, 1, 2, 4, 8, 2), device=device)
+    call(values)
+    checked = []
+    check = operators._check_scan
+    monkeypatch.setattr(operators, "_check_scan", lambda *tensors: (checked.append(1), check(*tensors)))
+    call({name: value.clone() for name, value in values.items()})
+    assert checked == []
+    call(values, B=values["B"].half())
+    call(values, z=torch.nn.functional.pad(values["z"], (0, 3))[..., :-3])
+    assert checked == [1, 1]
+    with pytest.raises(ValueError, match="dt_bias: expected"):
+        call(values, dt_bias=values["dt_bias"][..., 1:])
+
+
+def test_an_inverse_order_is_computed_once_for_each_order_table(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    compute = launch._inverse
+    monkeypatch.setattr(launch, "_inverse", lambda order: (computed.append(1), compute(order))[1])
+    order = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    expected = torch.tensor([[1, 2, 0]], dtype=torch.int32, device=device)
+    assert torch.equal(launch.inverse(order), expected)
+    assert torch.equal(launch.inverse(order), expected)
+    assert torch.equal(launch.inverse(order.clone()), expected)
+    assert len(computed) == 2
+    order.copy_(expected)
+    assert launch.inverse(order).tolist() == [[2, 0, 1]]
+
+
 def test_a_state_size_without_a_kernel_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match="state size 12; its kernels take 8, 16, 32, 64, scan 'reference'"):
         call(inputs((1, 1, 3, 4, 12, 2), device=device))
@@ -333,6 +369,7 @@ def test_scattered_memory_is_refused(device: str) -> None:
 
 def test_rows_too_far_apart_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "LARGEST_OFFSET", 7 * 32 - 1)
+    monkeypatch.setattr(operators, "_accepted", set())
     with pytest.raises(ValueError, match="x: 7 tokens of 32 elements pass the 223 that its kernels count"):
         call(inputs(CASES[2], device=device), "directional_conv")
 

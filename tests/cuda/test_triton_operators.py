@@ -57,6 +57,8 @@ def gradients(
 @pytest.mark.parametrize("operator", ["conv", "conv_backward", "scan", "scan_backward"])
 def test_registration_passes_the_checks_of_torch(operator: str, device: str) -> None:
     values = inputs(CASE, device=device)
+    for name in ("weight", "A"):  # channels last, as the kernels read them
+        values[name] = values[name].detach().mT.contiguous().requires_grad_()
     plain = {name: value.detach() for name, value in values.items()}
     order = values["order"]
     if operator == "conv":

@@ -1,15 +1,17 @@
 """From tensors to kernel launches: tile sizes, buffers, grids, and sums of partials in a fixed order.
 
-Tensors arrive checked (`operators`). Nothing is added atomically, so results are the same bits on every
-run. Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+`operators` has checked the tensors. The convolution's weight is (K, W, D) and A is (K, N, D) here: channels
+last, so that a program reads them in one piece. Nothing is added atomically: results are the same bits on
+every run. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from arm_cuda.triton import conv_kernels, gate_kernels, scan_kernels
 
@@ -47,18 +49,18 @@ def blocks(size: int, block: int) -> int:
 def state_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
     """(K, B, chunks, N, D): the states that the forward keeps."""
     directions, batch, length, channels = u.shape
-    return directions, batch, blocks(length, CHUNK), A.shape[2], channels
+    return directions, batch, blocks(length, CHUNK), A.shape[1], channels
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """Arguments and result as in `arm_cuda.scan.directional_conv`."""
+    """weight: (K, W, D); the rest as in `arm_cuda.scan.directional_conv`."""
     batch, length, channels = x.shape
-    directions, _, taps = weight.shape
+    directions, taps, _ = weight.shape
     u = torch.empty((directions, batch, length, channels), dtype=x.dtype, device=x.device)
     launch(
         conv_kernels.conv_forward,
         batch * directions * blocks(length, CONV_ROWS) * blocks(channels, CONV_BLOCK),
-        x, weight.mT.contiguous(), bias, order, u, length, x.stride(0), x.stride(1),
+        x, weight, bias, order, u, length, x.stride(0), x.stride(1),
         directions=directions, channels=channels, W=taps, ROWS=CONV_ROWS, BLOCK=CONV_BLOCK,
         warps=CONV_WARPS,
     )  # fmt: skip
@@ -68,10 +70,10 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tens
 def conv_backward(
     grad_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+    """Gradients of x, weight (K, W, D) and bias."""
     batch, length, channels = x.shape
-    directions, _, taps = weight.shape
-    grad_u, rows = grad_u.contiguous(), weight.mT.contiguous()
+    directions, taps, _ = weight.shape
+    grad_u = grad_u.contiguous()
     channel_blocks = blocks(channels, CONV_BLOCK)
     spans = batch * blocks(length, CONV_STEP_ROWS * CONV_TILES)
     grad_sum = torch.empty_like(grad_u)
@@ -80,23 +82,37 @@ def conv_backward(
     launch(
         conv_kernels.conv_backward_steps,
         spans * directions * channel_blocks,
-        x, rows, bias, order, grad_u, grad_sum, partials, length, x.stride(0), x.stride(1),
+        x, weight, bias, order, grad_u, grad_sum, partials, length, x.stride(0), x.stride(1),
         **sizes, ROWS=CONV_STEP_ROWS, TILES=CONV_TILES, warps=CONV_WARPS,
     )  # fmt: skip
     grad_x = x.new_empty(x.shape)
     launch(
         conv_kernels.conv_backward_tokens,
         batch * blocks(length, CONV_TOKEN_ROWS) * channel_blocks,
-        grad_sum, rows, order, inverse(order), grad_x, length,
+        grad_sum, weight, order, inverse(order), grad_x, length,
         **sizes, ROWS=CONV_TOKEN_ROWS, warps=CONV_WARPS,
     )  # fmt: skip
     sums = partials.sum(0)  # (K, W + 1, D)
-    grad_weight = sums[:, :taps].mT.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+    grad_weight = sums[:, :taps].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
     return grad_x, grad_weight, sums[:, taps].to(bias.dtype, copy=True)
 
 
+_inverses = WeakIdKeyDictionary()
+"""order -> (its version, its inverse), as long as the order table exists."""
+
+
 def inverse(order: Tensor) -> Tensor:
-    """The step at which each direction reads a token, (K, L) int32."""
+    """The step at which each direction reads a token, (K, L) int32; computed once for each order table."""
+    if order.is_inference() or (order.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _inverse(order)  # has no version; or memory that belongs to the graph
+    version, found = cast(tuple[int, Tensor] | tuple[None, None], _inverses.get(order, (None, None)))
+    if found is None or version != order._version:
+        found = _inverse(order)
+        _inverses[order] = order._version, found
+    return found
+
+
+def _inverse(order: Tensor) -> Tensor:
     steps = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order.long(), steps)
 
@@ -105,7 +121,7 @@ def scan_forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
     order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out as in `arm_cuda.scan.selective_scan`; with `keep` what the backward reads, else empty tensors.
+    """out as in `arm_cuda.scan.selective_scan`, and what the backward reads, or empty tensors.
 
     mean: (B, L, D), of y over the directions.  states: see `state_shape`, float32.
     """
@@ -115,9 +131,9 @@ def scan_forward(
     launch(
         scan_kernels.scan_forward,
         batch * directions * blocks(channels, LANES),
-        u, dt, A.mT.contiguous(), B, C, D, dt_bias, order, y, states,
+        u, dt, A, B, C, D, dt_bias, order, y, states,
         length, *B.stride()[:3], *C.stride()[:3],
-        directions=directions, channels=channels, N=A.shape[2],
+        directions=directions, channels=channels, N=A.shape[1],
         BLOCK=LANES, CHUNK=CHUNK, SAVE=save_for_backward, warps=scan_warps(A),
     )  # fmt: skip
     out = u.new_empty((batch, length, channels))
@@ -136,9 +152,9 @@ def scan_backward(
     grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u, dt, A, B, C, D, dt_bias and z, each in the type of its tensor."""
+    """Gradients of u, dt, A (K, N, D), B, C, D, dt_bias and z, each in the type of its tensor."""
     directions, batch, length, channels = u.shape
-    state = A.shape[2]
+    state = A.shape[1]
     grad_out = grad_out.contiguous()
     grad_y, grad_z = torch.empty_like(grad_out), torch.empty(z.shape, dtype=z.dtype, device=z.device)
     launch(
@@ -163,7 +179,7 @@ def scan_backward(
     launch(
         scan_kernels.scan_backward,
         programs,
-        u, dt, A.mT.contiguous(), B, C, D, dt_bias, order, states, scratch, grad_y,
+        u, dt, A, B, C, D, dt_bias, order, states, scratch, grad_y,
         grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
         length, *B.stride()[:3], *C.stride()[:3],
         directions=directions, channels=channels, N=state,
@@ -172,7 +188,7 @@ def scan_backward(
     return (
         grad_u,
         grad_dt,
-        grad_A.sum(1).mT.contiguous().to(A.dtype),
+        grad_A.sum(1).to(A.dtype),
         grad_B.sum(0).to(B.dtype),
         grad_C.sum(0).to(C.dtype),
         grad_D.sum(1).to(D.dtype),
@@ -182,4 +198,4 @@ def scan_backward(
 
 
 def scan_warps(A: Tensor) -> int:
-    return max(1, A.shape[2] // STATES_PER_WARP)
+    return max(1, A.shape[1] // STATES_PER_WARP)

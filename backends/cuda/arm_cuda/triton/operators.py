@@ -1,7 +1,8 @@
-"""The two operators on Triton kernels, as torch.library operators with gradients.
+"""The two operators on Triton kernels, with gradients.
 
-Registered, and not plain functions, so that torch.compile and torch.export take them as they are. A second
-derivative is refused. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
+torch.compile and torch.export see them as operators of torch.library. Other calls take autograd functions,
+which need less CPU time. A second derivative is refused. Sizes: K directions, B images, L tokens, D channels,
+N states, W convolution width.
 """
 
 # No `from __future__ import annotations`: torch.library reads the types below.
@@ -23,11 +24,17 @@ LARGEST_OFFSET = 2**31 - 1
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
     """As `arm_cuda.scan.directional_conv`; x may be a slice of wider rows, all else is contiguous."""
-    sizes = _check_shapes(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
-    _check_kind(order, x=x, weight=weight, bias=bias)
-    _check_contiguous(weight=weight, bias=bias, order=order)
-    _check_rows(sizes["L"], x=x)
-    result: Tensor = conv(x, weight, bias, order)
+    tensors = x, weight, bias, order
+    if _checks_needed(tensors):
+        sizes = _check_shapes(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
+        _check_kind(order, x=x, weight=weight, bias=bias)
+        _check_contiguous(weight=weight, bias=bias, order=order)
+        _check_rows(sizes["L"], x=x)
+        _remember(tensors)
+    if _traced(x):
+        result: Tensor = conv(x, weight.mT.contiguous(), bias, order)
+    else:
+        result = _Conv.apply(*tensors)
     return result
 
 
@@ -36,6 +43,51 @@ def selective_scan(
     order: Tensor,
 ) -> Tensor:  # fmt: skip
     """As `arm_cuda.scan.selective_scan`; B, C and z may be slices of wider rows, all else is contiguous."""
+    tensors = u, dt, A, B, C, D, dt_bias, z, order
+    if _checks_needed(tensors):
+        _check_scan(*tensors)
+        _remember(tensors)
+    save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if _traced(u):
+        rates = A.mT.contiguous()
+        result: Tensor = scan(u, dt, rates, B, C, D, dt_bias, z, order, save_for_backward)[0]
+    else:
+        result = _Scan.apply(save_for_backward, *tensors)
+    return result
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether a compiler or a fake tensor looks at the call, which has to be an operator then."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
+# checks
+
+_accepted: set[tuple[object, ...]] = set()
+"""Shapes, strides, types and devices that have passed the checks."""
+MOST_ACCEPTED = 1024
+
+
+def _layout(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def _checks_needed(tensors: tuple[Tensor, ...]) -> bool:
+    """False for tensors laid out as others that were accepted: the checks take longer than a launch."""
+    return torch.compiler.is_compiling() or _layout(tensors) not in _accepted
+
+
+def _remember(tensors: tuple[Tensor, ...]) -> None:
+    if not torch.compiler.is_compiling():
+        if len(_accepted) >= MOST_ACCEPTED:
+            _accepted.clear()
+        _accepted.add(_layout(tensors))
+
+
+def _check_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
+    order: Tensor,
+) -> None:  # fmt: skip
     sizes = _check_shapes(
         u=(u, "KBLD"), dt=(dt, "KBLD"), A=(A, "KDN"), B=(B, "KBLN"), C=(C, "KBLN"), D=(D, "KD"),
         dt_bias=(dt_bias, "KD"), z=(z, "BLD"), order=(order, "KL"),
@@ -45,16 +97,9 @@ def selective_scan(
             f"scan 'triton': state size {sizes['N']}; its kernels take {', '.join(map(str, STATES))}, "
             "scan 'reference' takes any"
         )
-    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "z": z}
-    _check_kind(order, **tensors)
+    _check_kind(order, u=u, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, z=z)
     _check_contiguous(u=u, dt=dt, A=A, D=D, dt_bias=dt_bias, order=order)
     _check_rows(sizes["L"], u=u, B=B, C=C, z=z)
-    save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
-    result: Tensor = scan(u, dt, A, B, C, D, dt_bias, z, order, save_for_backward)[0]
-    return result
-
-
-# checks
 
 
 def _check_shapes(**tensors: tuple[HasShape, str]) -> dict[str, int]:
@@ -109,7 +154,42 @@ def _check_rows(length: int, **tensors: Tensor) -> None:
             )
 
 
-# registration
+# outside of a compiler
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+        by_tap = weight.mT.contiguous()
+        ctx.save_for_backward(x, by_tap, bias, order)
+        return launch.conv_forward(x, by_tap, bias, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients are enabled here for a second derivative only; the operator refuses it.
+        backward = conv_backward if torch.is_grad_enabled() else launch.conv_backward
+        grad_x, grad_weight, grad_bias = backward(grad_u, *ctx.saved_tensors)
+        return grad_x, grad_weight.mT.contiguous(), grad_bias, None
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, save_for_backward: bool, *tensors: Tensor) -> Tensor:
+        u, dt, A, B, C, D, dt_bias, z, order = tensors
+        tensors = u, dt, A.mT.contiguous(), B, C, D, dt_bias, z, order
+        out, mean, states = launch.scan_forward(*tensors, save_for_backward=save_for_backward)
+        if save_for_backward:
+            ctx.save_for_backward(mean, states, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        backward = scan_backward if torch.is_grad_enabled() else launch.scan_backward
+        grad_u, grad_dt, grad_rates, *rest = backward(grad_out, *ctx.saved_tensors)
+        return None, grad_u, grad_dt, grad_rates.mT.contiguous(), *rest, None
+
+
+# registration: the convolution's weight as (K, W, D), A as (K, N, D)
 
 
 @torch.library.custom_op("arm_cuda::directional_conv", mutates_args=())
