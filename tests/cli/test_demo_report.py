@@ -6,7 +6,8 @@ import pytest
 from arm_cli.demo.baselines import nearest_class_mean, nearest_neighbour
 from arm_cli.demo.report.figures import Curve, accuracy_figure, loss_figure
 from arm_cli.demo.report.page import Page
-from arm_cli.demo.report.pictures import data_uri, dim_given, fold_patches, predicted_images
+from arm_cli.demo.report.pictures import data_uri, dim_given, predicted_images
+from arm_core.explain.completion import fold_patches
 from arm_core.model.reference.model import prediction_target, unfold_patches
 from arm_core.model.spec import EncoderSpec, PredictionOrder, PretrainSpec, Target
 

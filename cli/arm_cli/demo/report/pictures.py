@@ -9,18 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from arm_core.model.reference.model import TARGET_EPS, unfold_patches
-from arm_core.model.spec import PretrainSpec, Target
+from arm_core.explain.completion import fold_patches, restore
+from arm_core.model.reference.model import unfold_patches
+from arm_core.model.spec import PretrainSpec
 from arm_core.model.tokens import patch_order, target_patches
 
 Floats = npt.NDArray[np.floating]
-
-
-def fold_patches(patches: Floats, grid: tuple[int, int], patch: int) -> Floats:
-    """(B, patches, patch * patch * C) in raster order -> (B, H, W, C): undoes `unfold_patches`."""
-    (rows, columns), batch = grid, len(patches)
-    x = patches.reshape(batch, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, rows * patch, columns * patch, -1)
 
 
 def predicted_images(spec: PretrainSpec, images: Floats, prediction: Floats) -> Floats:
@@ -33,11 +27,7 @@ def predicted_images(spec: PretrainSpec, images: Floats, prediction: Floats) -> 
     """
     patches = unfold_patches(images, spec.encoder.patch)
     places = target_patches(spec)
-    if spec.target is Target.NORMALIZED:
-        true = patches[:, places]
-        deviation = np.sqrt(true.var(-1, ddof=1, keepdims=True) + TARGET_EPS)
-        prediction = prediction * deviation + true.mean(-1, keepdims=True)
-    patches[:, places] = prediction
+    patches[:, places] = restore(spec, prediction, patches[:, places])
     return fold_patches(patches, spec.grid, spec.encoder.patch)
 
 

@@ -1,0 +1,99 @@
+"""Features of patches: their principal components as colours, their similarity, nearest patches of other
+images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.engine.protocol import Array, Engine
+from arm_core.explain.layout import token_patches
+from arm_core.model.spec import ClassifierSpec, ModelSpec
+
+CLIP = 2.0
+"""Percent of the values at each end of a component that share the end's colour."""
+
+
+def patch_features(engine: Engine, images: Array) -> Array:
+    """(B, patches read, D): what the last layer makes of each patch, after a LayerNorm.
+
+    The classifier's own last norm, or in pretraining a norm without weights: its last tap has weights made
+    for the decoder. Patches are in raster order, without the class token and, in pretraining, without the
+    last cluster (`read_patches`). images: (B, H, W, 3), normalised.
+    """
+    recorded, spec = engine.forward(images, intermediates=True), engine.spec
+    if isinstance(spec, ClassifierSpec):
+        tokens = recorded["norm_f"]
+    else:
+        tokens = recorded[f"layers.{spec.encoder.depth - 1}"]
+        tokens = tokens - tokens.mean(-1, keepdims=True)
+        tokens = tokens / np.sqrt(tokens.var(-1, keepdims=True) + spec.encoder.norm_eps)
+    patches = token_patches(spec)
+    raster = np.argsort(patches)
+    return np.ascontiguousarray(tokens[:, raster[patches[raster] >= 0]])
+
+
+def read_patches(spec: ModelSpec) -> npt.NDArray[np.int32]:
+    """Raster indices of the patches that `patch_features` describes, ascending."""
+    patches = np.sort(token_patches(spec))
+    return patches[patches >= 0]
+
+
+def component_colors(features: Array) -> Array:
+    """(B, P, D) features -> (B, P, 3) colours in 0..1: the first three principal components of all patches.
+
+    Each component is scaled from its 2nd to its 98th percentile; of its two signs the one is taken whose
+    largest loading is positive. Components that do not vary are 0.5.
+    """
+    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    centred = flat - flat.mean(0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    axes = axes[:, ::-1][:, :3]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    values = centred @ axes
+    low, high = np.percentile(values, [CLIP, 100 - CLIP], axis=0)
+    spans = high - low
+    varies = spans > 1e-6 * max(float(np.abs(flat).max()), 1e-30)
+    colors = np.where(varies, (values - low) / np.where(varies, spans, 1), 0.5)
+    colors = np.pad(colors, ((0, 0), (0, 3 - colors.shape[1])), constant_values=0.5)
+    return np.clip(colors, 0, 1).astype(np.float32).reshape(*features.shape[:2], 3)
+
+
+def unit(features: Array) -> Array:
+    """Features scaled to norm 1, so that products are cosines; features of 0 stay 0."""
+    norms = np.linalg.norm(features, axis=-1, keepdims=True)
+    return np.asarray(features / np.maximum(norms, np.finfo(np.float32).tiny))
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Neighbour:
+    """The patch of one image that is most similar to a query."""
+
+    similarity: float
+    """Cosine, -1 to 1."""
+    image: int
+    """Number of the image among all that were searched."""
+    patch: int
+    """Raster index."""
+
+
+def nearest_patches(engine: Engine, query: Array, batches: Iterable[Array], *, count: int) -> list[Neighbour]:
+    """The most similar patches of other images, at most one for each image, most similar first.
+
+    query: (D,), a row of `patch_features`.  batches: normalised images (B, H, W, 3), read one after the
+    other.
+    """
+    found: list[Neighbour] = []
+    direction, patches, start = unit(query), read_patches(engine.spec), 0
+    for images in batches:
+        cosines = unit(patch_features(engine, images)) @ direction  # (B, P)
+        best = cosines.argmax(-1)
+        for b, place in enumerate(best):
+            value = float(cosines[b, place])
+            found.append(Neighbour(similarity=value, image=start + b, patch=int(patches[place])))
+        found = sorted(found, key=lambda n: (-n.similarity, n.image))[:count]
+        start += len(images)
+    return found
