@@ -22,6 +22,7 @@ from arm_core.model.spec import PretrainSpec, Target
 from arm_core.model.tokens import patch_order
 
 Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
 
 
 class Statistics(StrEnum):
@@ -67,14 +68,15 @@ def complete(
     spec, statistics = engine.spec, Statistics(statistics)
     if not isinstance(spec, PretrainSpec):
         raise ValueError(
-            "completion: expected a pretraining model, found a classifier, which predicts no pixels"
+            "completion: expected a pretraining model, found a classifier; it predicts no pixels"
         )
     if not 1 <= given < spec.clusters:
         raise ValueError(
             f"given: expected 1 to {spec.clusters - 1} of {spec.clusters} clusters, found {given}"
         )
-    true = unfold_patches(images, spec.encoder.patch).astype(np.float32)
-    target = prediction_target(spec, true)  # (B, tokens, values)
+    exact = unfold_patches(images, spec.encoder.patch)
+    true = exact.astype(np.float32)
+    target = prediction_target(spec, exact)  # (B, tokens, values)
     clusters = patch_order(spec).reshape(spec.clusters, -1)  # (C, patches of a cluster)
 
     def folded(patches: Floats) -> Array:
@@ -99,14 +101,14 @@ def complete(
     def by_cluster(error: Floats, start: int) -> Array:  # (B, patches in order, values) -> (B, C)
         means = (error**2).reshape(len(error), spec.clusters, -1).mean(-1)
         means[:, :start] = np.nan
-        return means.astype(np.float32)
+        return np.asarray(means.astype(np.float32))
 
     def loss(prediction: Floats, start: int) -> Array:
         error = np.pad(prediction - target, ((0, 0), (size, 0), (0, 0)))
         return by_cluster(error, start)
 
     def pixels(patches: Floats, start: int) -> Array:
-        return np.sqrt(by_cluster((patches - true)[:, clusters.ravel()], start))
+        return np.asarray(np.sqrt(by_cluster((patches - true)[:, clusters.ravel()], start)))
 
     return Completion(
         given=given,
@@ -130,7 +132,7 @@ def restore(spec: PretrainSpec, prediction: Floats, source: Floats) -> Array:
     return np.asarray(prediction * deviation + source.mean(-1, keepdims=True), np.float32)
 
 
-def nearest(spec: PretrainSpec, patches: Floats, among: Floats) -> npt.NDArray[np.int32]:
+def nearest(spec: PretrainSpec, patches: Integers, among: Integers) -> npt.NDArray[np.int32]:
     """For each patch the nearest of the others in the grid, by Euclidean distance; the first of equals.
 
     patches, among: raster indices. Returns raster indices in the shape of patches.
