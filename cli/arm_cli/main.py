@@ -16,6 +16,8 @@ COMMANDS = (
     "finetune",
     "evaluate",
     "predict",
+    "explain",
+    "complete",
     "embed",
     "probe",
     "models",
