@@ -39,7 +39,9 @@ def chromium() -> str:
     return found
 
 
-def run(page: Path, script: str, folder: Path, *, width: int = 1000, height: int = 800, shot: Path | None = None):
+def run(
+    page: Path, script: str, folder: Path, *, width: int = 1000, height: int = 800, shot: Path | None = None
+):
     """Open a page, run `script`, the body of an async function, and return its value.
 
     A complaint of the page (an error, a warning, a blocked request) fails the test. shot: a PNG to write.
@@ -51,8 +53,9 @@ def run(page: Path, script: str, folder: Path, *, width: int = 1000, height: int
       await new Promise(done => setTimeout(done, 50));
       const result = document.createElement("pre");
       result.id = "result";
-      result.textContent = JSON.stringify({{ value, complaints,
-        requests: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")) }});
+      const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+      const requests = loaded.filter(name => !name.startsWith("data:"));
+      result.textContent = JSON.stringify({{ value, complaints, requests }});
       document.body.append(result);
       result.hidden = true;
     }});</script></body>"""

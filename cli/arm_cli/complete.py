@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,18 +23,30 @@ PAGE = "index.html"
 @click.option("--out", required=True, metavar="FOLDER", help="Folder for the page and the pictures.")
 @click.option("--from", "given", metavar="N", type=click.IntRange(min=1), default=1, show_default=True,
               help="True clusters that the rollout starts from.")  # fmt: skip
-@click.option("--statistics", type=click.Choice(["nearest", "true"]), default="nearest", show_default=True,
-              help="Where a rollout of normalised targets takes each patch's mean and variance from.")  # fmt: skip
+@click.option(
+    "--statistics",
+    type=click.Choice(["nearest", "true"]),
+    default="nearest",
+    show_default=True,
+    help="Source of each patch's mean and variance in a rollout of normalised targets.",
+)
 @weights_option
 @engine_options
 def complete(
-    model: str, images: tuple[str, ...], out: str, given: int, statistics: str, weights: str, engine: EngineChoice
+    model: str,
+    images: tuple[str, ...],
+    out: str,
+    given: int,
+    statistics: str,
+    weights: str,
+    engine: EngineChoice,
 ) -> None:
     """Show what MODEL predicts of each IMAGE, cluster by cluster.
 
-    MODEL is a pretraining model. IMAGE is a file or a folder of images. Each cluster is predicted from the true
-    clusters before it, and in a rollout from the first N clusters and the predictions before it. FOLDER gets a
-    page to step through (index.html) and a PNG for each image: the image, step by step, rollout.
+    MODEL is a pretraining model. IMAGE is a file or a folder of images. Each cluster is predicted from the
+    true clusters before it, and in a rollout from the first N clusters and the predictions before it.
+    FOLDER gets a page to step through (index.html) and a PNG for each image: the image, step by step,
+    rollout.
     """
     import numpy as np
 
@@ -55,7 +66,9 @@ def complete(
     if not isinstance(spec, PretrainSpec):
         raise ValueError(f"{model}: expected a pretraining model, found a classifier; it predicts no pixels")
     if given >= spec.clusters:
-        raise ValueError(f"--from: expected 1 to {spec.clusters - 1} of {spec.clusters} clusters, found {given}")
+        raise ValueError(
+            f"--from: expected 1 to {spec.clusters - 1} of {spec.clusters} clusters, found {given}"
+        )
     files, folder = image_files(images), ready_folder(out)
     runner = engine.create(spec, opened.parameters)
     shown: list[dict[str, Any]] = []
@@ -85,12 +98,18 @@ def complete(
         "images": shown,
     }
     page = render(
-        "Predicted clusters", captions(spec, statistics), "completion.js", data, footer=f"Model: {opened.folder}"
+        "Predicted clusters",
+        captions(spec, statistics),
+        "completion.js",
+        data,
+        footer=f"Model: {opened.folder}",
     )
     replace_text(folder / PAGE, page)
     for image in shown:
         losses = [np.mean([v for v in image[k] if v is not None]) for k in ("stepLoss", "rolloutLoss")]
-        click.echo(f"{image['name']}: loss {losses[0]:.4f} from true clusters, {losses[1]:.4f} in the rollout")
+        click.echo(
+            f"{image['name']}: loss {losses[0]:.4f} from true clusters, {losses[1]:.4f} in the rollout"
+        )
     click.echo(f"wrote {folder / PAGE}", err=True)
 
 
@@ -99,22 +118,25 @@ def captions(spec: PretrainSpec, statistics: str) -> list[str]:
     from arm_core.model.spec import Target
 
     lead = (
-        f"The model reads an image in {spec.clusters} clusters of {spec.cluster[0]}x{spec.cluster[1]} patches and "
-        "predicts each cluster from those before it. Step by step, the clusters before are the true ones; in the "
-        "rollout, those after the given ones are its own predictions."
+        f"The model reads an image in {spec.clusters} clusters of {spec.cluster[0]}x{spec.cluster[1]} "
+        "patches and predicts each cluster from those before it. Step by step, the clusters before are "
+        "the true ones; in the rollout, those after the given ones are its own predictions."
     )
     units = "pixels: root mean square error of normalised pixels."
     if spec.target is Target.RAW:
-        return [lead, f"The model predicts pixels as they are. loss: mean squared error as in training; {units}"]
+        return [
+            lead,
+            f"The model predicts pixels as they are. loss: mean squared error as in training; {units}",
+        ]
     source = {
         "nearest": "those of the nearest patch in the clusters before, so nothing of the true patch is used",
         "true": "the true ones, so the rollout is told each patch's brightness and contrast",
     }[statistics]
     return [
         lead,
-        "This model predicts each patch normalised to mean 0 and variance 1, so the pictures need a mean and a "
-        f"variance for each patch. Step by step they are the true ones; in the rollout they are {source}. loss: mean "
-        f"squared error of the normalised patches, as in training; {units}",
+        "This model predicts each patch normalised to mean 0 and variance 1, so the pictures need a mean "
+        f"and a variance for each patch. Step by step they are the true ones; in the rollout they are "
+        f"{source}. loss: mean squared error of the normalised patches, as in training; {units}",
     ]
 
 

@@ -40,7 +40,8 @@ def render(title: str, paragraphs: Sequence[str], script: str, data: Any, *, foo
         '<link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
         f"<header><h1>{html.escape(title)}</h1>{lead}</header>"
-        '<noscript><p>This page needs JavaScript; the PNG files beside it do not.</p></noscript><main id="main"></main>'
+        "<noscript><p>This page needs JavaScript; the PNG files beside it do not.</p></noscript>"
+        '<main id="main"></main>'
         f'<footer>{html.escape(footer)}</footer><script type="application/json" id="data">{packed}</script>'
         f"<script>{common}</script><script>{own}</script></body></html>\n"
     )
