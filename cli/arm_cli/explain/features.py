@@ -119,17 +119,20 @@ def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder
     place = int(np.flatnonzero(read_patches(spec) == query.patch)[0])
     with ProgressBar("explain", len(pool) * len(files), "images") as counter:
         for file, name, batch in zip(files, stems(files), image_batches(files, opened, 1), strict=True):
+            others = [other for other in pool if other.resolve() != file.resolve()]
+            if not others:
+                raise ValueError(f"{query.folder}: holds no image but {file.name} itself")
             wanted = patch_features(engine, batch)[0, place]
 
-            def counted() -> Iterator[Array]:
-                for images in image_batches(pool, opened, BATCH):
+            def counted(others: Sequence[Path] = tuple(others)) -> Iterator[Array]:
+                for images in image_batches(others, opened, BATCH):
                     yield images
                     counter.advance(len(images))
 
             found = nearest_patches(engine, wanted, counted(), count=query.count)
             pictures = [_pixels(opened, batch[0])]
             pictures += [
-                _pixels(opened, load_image(pool[n.image], spec.image_size, opened.transform)) for n in found
+                _pixels(opened, load_image(others[n.image], spec.image_size, opened.transform)) for n in found
             ]
             marked = [p.copy() for p in pictures]
             for image, patch in zip(marked, [query.patch, *(n.patch for n in found)], strict=True):
@@ -140,7 +143,7 @@ def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder
                 "src": picture(pictures[0]),
                 "found": [
                     {
-                        "name": str(pool[n.image].name),
+                        "name": str(others[n.image].name),
                         "patch": n.patch,
                         "similarity": round(n.similarity, 4),
                         "src": picture(image),
@@ -151,6 +154,6 @@ def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder
     data = {"grid": spec.grid, "size": spec.image_size, "patch": query.patch, "images": shown}
     caption = (
         f"The patches in {query.folder} whose features have the largest cosine similarity with the framed "
-        f"patch of each image; at most one for each of {len(pool)} images."
+        f"patch of each image; at most one for each of {len(pool)} images, without the image itself."
     )
     return render("Nearest patches", [caption], "neighbours.js", data, footer=f"Model: {opened.folder}")

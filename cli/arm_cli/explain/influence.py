@@ -220,7 +220,8 @@ def rank_correlation(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -
     if len(a) < 2:
         return float("nan")
     ranks = [np.argsort(np.argsort(values)).astype(np.float64) for values in (a, b)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    first, second = (values - values.mean() for values in ranks)
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
 def _captions(spec: ModelSpec) -> list[str]:

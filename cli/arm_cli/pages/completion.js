@@ -12,7 +12,7 @@ function bounds(cluster) {
 
 function scene(title, describe, sourceOf) {
   // A canvas where `sourceOf(cluster, step)` names the picture that each cluster is cut from, or null.
-  const canvas = make("canvas", { width: size[1], height: size[0], role: "img" });
+  const canvas = make("canvas", { width: size[1], height: size[0], role: "img", "aria-label": title });
   const marker = make("div", { class: "marker" });
   const element = make("div", { class: "board " + (size[1] < 100 ? "coarse" : "smooth") }, canvas, marker);
   element.style.aspectRatio = `${size[1]} / ${size[0]}`;

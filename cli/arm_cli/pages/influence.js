@@ -12,9 +12,10 @@ function section(image) {
   let view = data.firstView, direction = data.directions[0], target = data.target;
   const stored = new Map(image.maps.map(map => [`${map.view}|${map.direction}`, map]));
 
-  function values() {
-    const map = stored.get(`${view}|${direction}`) ?? stored.get(`${view}|${data.directions[0]}`);
-    if (!map) return null;
+  // The rollout and the gradient have one map for all directions.
+  const current = () => stored.get(`${view}|${direction}`) ?? stored.get(`${view}|${data.directions[0]}`);
+
+  function values(map) {
     const row = map.targets.indexOf(target);
     if (row < 0) return null;
     map.bytes ??= unpack(map.data);
@@ -35,12 +36,10 @@ function section(image) {
     photo.mark(patch);
     map.mark(patch ?? map.patch ?? Math.floor(grid[0] / 2) * grid[1] + Math.floor(grid[1] / 2));
     map.element.querySelector(".marker").style.opacity = patch === null ? 0.35 : 1;
-    const found = values();
-    const onPatches = stored.get(`${view}|${data.directions[0]}`)?.onPatches;
+    const shown = current(), found = values(shown), { onPatches } = shown;
     if (!found) {
       map.paint(() => null);
-      const map0 = stored.get(`${view}|${direction}`) ?? stored.get(`${view}|${data.directions[0]}`);
-      readout.textContent = `The page stores this map for ${map0.targets.map(nameOf).join(", ")} only; choose that, `
+      readout.textContent = `The page stores this map for ${shown.targets.map(nameOf).join(", ")} only; choose that, `
         + "or the mean of the directions of a layer.";
       return;
     }
@@ -71,10 +70,10 @@ function section(image) {
       make("label", {}, "Direction", select),
       ...(buttons.size ? [make("div", { role: "group", "aria-label": "Target" }, ...buttons.keys())] : [])),
     make("div", { class: "boards" },
-      make("figure", {}, photo.element, make("figcaption", {}, "The image, as the model reads it")),
       make("figure", {}, map.element, make("figcaption", {},
         make("span", { class: "key more" }), " adds  ", make("span", { class: "key less" }), " works against. ",
-        "Click a patch, or move the frame with the arrow keys, to choose the target."))),
+        "Click a patch, or move the frame with the arrow keys, to choose the target.")),
+      make("figure", {}, photo.element, make("figcaption", {}, "The image, as the model reads it"))),
     readout));
   layers.update();
 }

@@ -55,7 +55,7 @@ def overlay(pixels: Pixels, values: Floats, *, marked: tuple[int, int] | None = 
     color = np.where((np.nan_to_num(values) >= 0)[..., None], MORE, LESS)
     color = color.repeat(patch[0], axis=0).repeat(patch[1], axis=1)
     grey = pixels.mean(-1, keepdims=True)
-    out = np.round((1 - alpha) * grey + alpha * color).astype(np.uint8)
+    out = np.asarray(np.round((1 - alpha) * grey + alpha * color), np.uint8)
     if marked is not None:
         outline(out, marked, (rows, columns))
     return out
@@ -73,7 +73,7 @@ def outline(pixels: Pixels, patch: tuple[int, int], grid: tuple[int, int]) -> No
 def enlarge(pixels: Pixels) -> Pixels:
     """The image with each pixel repeated until its larger side has `SMALLEST` pixels or more."""
     factor = -(-SMALLEST // max(pixels.shape[:2]))
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    return np.asarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
 def save_row(path: Path, pictures: Sequence[Pixels]) -> None:
