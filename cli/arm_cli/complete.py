@@ -51,10 +51,11 @@ def complete(
     import numpy as np
 
     from arm_cli.images import image_batches, image_files
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.pages.pictures import ready_folder, save_row, stems
     from arm_cli.pages.shell import picture, render
     from arm_cli.progress import ProgressBar
+    from arm_cli.show import echo
     from arm_core.data.transforms import denormalize
     from arm_core.explain.completion import complete as predict
     from arm_core.files.atomic import replace_text
@@ -107,10 +108,8 @@ def complete(
     replace_text(folder / PAGE, page)
     for image in shown:
         losses = [np.mean([v for v in image[k] if v is not None]) for k in ("stepLoss", "rolloutLoss")]
-        click.echo(
-            f"{image['name']}: loss {losses[0]:.4f} from true clusters, {losses[1]:.4f} in the rollout"
-        )
-    click.echo(f"wrote {folder / PAGE}", err=True)
+        echo(f"{image['name']}: loss {losses[0]:.4f} from true clusters, {losses[1]:.4f} in the rollout")
+    echo(f"wrote {folder / PAGE}", err=True)
 
 
 def captions(spec: PretrainSpec, statistics: str) -> list[str]:

@@ -49,8 +49,9 @@ def explain(
     from arm_cli.explain.features import Query, colour_page, neighbour_page
     from arm_cli.explain.influence import Choice, influence_page
     from arm_cli.images import image_files
-    from arm_cli.models import open_model
+    from arm_cli.opening import open_model
     from arm_cli.pages.pictures import ready_folder
+    from arm_cli.show import echo
     from arm_core.files.atomic import replace_text
 
     if pca and neighbours:
@@ -68,4 +69,4 @@ def explain(
     else:
         page = influence_page(opened, runner, files, folder, choice, engine.threads)
     replace_text(folder / PAGE, page)
-    click.echo(f"wrote {folder / PAGE}", err=True)
+    echo(f"wrote {folder / PAGE}", err=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_cli.images import image_batches, image_files
-from arm_cli.models import Opened
+from arm_cli.opening import Opened
 from arm_cli.pages.pictures import outline, save_row, stems
 from arm_cli.pages.shell import pack, picture, render
 from arm_cli.progress import ProgressBar

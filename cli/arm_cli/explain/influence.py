@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_cli.images import image_batches
-from arm_cli.models import Opened
+from arm_cli.opening import Opened
 from arm_cli.pages.pictures import overlay, stems
 from arm_cli.pages.shell import pack, picture, render
 from arm_cli.progress import ProgressBar
@@ -206,7 +206,7 @@ def _answer(
         logits = engine.forward(batch)["logits"][0].astype(np.float64)
         share = np.exp(logits - logits.max())
         best = int(logits.argmax())
-        text = f"Most likely class: {opened.classes[best]} ({100 * share[best] / share.sum():.1f} %). "
+        text = f"Most likely class: {opened.class_names[best]} ({100 * share[best] / share.sum():.1f} %). "
     if found.layers == tuple(range(opened.spec.encoder.depth)):
         rollout = on_grid(opened.spec, token_weights(opened.spec, token) @ found.rollout()[0]).ravel()
         read = np.isfinite(rollout)

@@ -11,8 +11,8 @@ const sections = data.images.map((image, number) => {
   const bytes = unpack(image.colors);
   colored.paint(p => indexOf.has(p)
     ? [...bytes.slice(3 * indexOf.get(p), 3 * indexOf.get(p) + 3), 1] : [128, 128, 128, 1]);
-  const start = patches[Math.floor(patches.length / 2)];
-  photo.mark(start);
+  const centre = Math.floor(grid[0] / 2) * grid[1] + Math.floor(grid[1] / 2);
+  photo.mark(indexOf.has(centre) ? centre : patches[0]);
   main.append(make("section", { class: "small" }, make("h2", {}, image.name), make("div", { class: "boards" },
     make("figure", {}, photo.element, make("figcaption", {}, "Image, and similarity to the chosen patch")),
     make("figure", {}, colored.element, make("figcaption", {}, "Components as colours")))));
