@@ -144,6 +144,10 @@ class Sample:
         return float(np.abs(found - self.values).max() / (self.largest or 1.0))
 
 
+STORED_NAMES = {"encoder": "decoder_input"}
+"""Outputs that have another name in the stored sets."""
+
+
 @cache
 def load(name: str) -> Golden:
     """`pretrain_strong` or `classifier_strong`."""
@@ -154,7 +158,9 @@ def load(name: str) -> Golden:
         parameters=parameters,
         images=arrays["images"],
         labels=np.array(plain["labels"]) if "labels" in plain else None,
-        expected=_samples(arrays, plain, "expected/"),
+        expected={
+            STORED_NAMES.get(key, key): value for key, value in _samples(arrays, plain, "expected/").items()
+        },
         gradients=_samples(arrays, plain, "grad/"),
         gradient_norms=plain["gradient_norms"],
     )
@@ -256,7 +262,7 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 # -- rebuilding tests/fixtures -----------------------------------------------------------------------------
 
 OUR_NAMES = {
-    "features": "encoder",
+    "features": "decoder_input",
     "pred": "prediction",
     "loss_token": "loss_per_token",
     "loss": "loss",

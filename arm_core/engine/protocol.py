@@ -181,7 +181,7 @@ class Engine(Protocol):
         """Inference on (B, H, W, 3) normalised images, as float32 arrays.
 
         A classifier returns `features` (B, D), the pooled vector before the head, and `logits`
-        (B, classes). A pretraining model returns `encoder` (B, tokens, decoder width, decoder depth),
+        (B, classes). A pretraining model returns `decoder_input` (B, tokens, decoder width, decoder depth),
         `prediction` (B, tokens, patch values), `loss_per_token` (tokens,) and `loss` ().
         `intermediates` adds the tensors named in `arm_core.model.reference.model`.
         """

@@ -21,7 +21,7 @@ FORWARD = (
     "features",
     "logits",
     "taps_to_decoder",
-    "encoder",
+    "decoder_input",
     "queries",
     "decoder",
     "prediction",

@@ -17,7 +17,7 @@ from arm_core.files.reading import open_regular
 
 Array = npt.NDArray[np.float32]
 
-BATCHED = ("features", "logits", "encoder", "prediction")
+BATCHED = ("features", "logits", "decoder_input", "prediction")
 """Outputs with a row per image; the others are means over the images."""
 
 

@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
     """The whole report as plain values."""
     from arm_core.engine.registry import choose_backend, installed_backends
 
-    # MLX first: it takes the CPU's matrix products from a library that stands in the process before it.
+    # MLX first: it takes its CPU matrix products from a library that must be loaded before it.
     backends = {name: _backend(found) for name, found in sorted(installed_backends().items())}
     try:
         auto = choose_backend("auto").name

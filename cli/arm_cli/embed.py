@@ -35,9 +35,9 @@ def embed(
     """Write the outputs of MODEL for images to OUT.NPZ.
 
     IMAGE is an image file or a folder of images. A classifier gives `features` (B, width), the pooled
-    vector before the head, and `logits` (B, classes). A pretraining model gives `encoder` (B, tokens,
+    vector before the head, and `logits` (B, classes). A pretraining model gives `decoder_input` (B, tokens,
     decoder width, taps), `prediction` (B, tokens, patch pixels), `loss_per_token` (tokens,) and `loss`.
-    Names of image files are stored as `images`.
+    `encoder` is the earlier name of `decoder_input`. Names of image files are stored as `images`.
     """
     import numpy as np
 
@@ -69,6 +69,8 @@ def embed(
     arrays = join(results)
     if names is not None:
         arrays["images"] = names
+    if "decoder_input" in arrays:
+        arrays["encoder"] = arrays["decoder_input"]  # its earlier name
     write_npz(Path(out), arrays)
     shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items())
     echo(f"{out}: {shapes}", err=True)

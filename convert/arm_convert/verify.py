@@ -30,7 +30,10 @@ FAINT = 1e-3
 """Differences are relative to at least this part of the largest value in the tensor's group: small
 gradients consist mostly of rounding errors."""
 
-OUTPUTS = {"pretrain": ("encoder", "prediction", "loss_per_token"), "classifier": ("features", "logits")}
+OUTPUTS = {
+    "pretrain": ("decoder_input", "prediction", "loss_per_token"),
+    "classifier": ("features", "logits"),
+}
 
 
 @dataclass(frozen=True)

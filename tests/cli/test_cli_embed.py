@@ -105,12 +105,14 @@ def test_embed_array_of_a_pretraining_model_equals_the_reference(
     expected = forward(pretrain_spec, pretrained, batch().transpose(0, 2, 3, 1))
     with np.load(out) as found:
         assert {name: found[name].shape for name in found} == {
+            "decoder_input": (5, 32, 16, 2),
             "encoder": (5, 32, 16, 2),
             "prediction": (5, 32, 48),
             "loss_per_token": (32,),
             "loss": (),
         }
-        for name in found:
+        np.testing.assert_array_equal(found["encoder"], found["decoder_input"])
+        for name in expected.keys() & set(found):
             near(found[name], expected[name])
 
 

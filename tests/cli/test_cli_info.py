@@ -153,5 +153,11 @@ def test_doctor_without_any_engine_ends_with_exit_code_1(monkeypatch):
     assert "No engine can run here." in result.output
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "info"])
+def test_the_help_names_every_preset(command):
+    text = " ".join(arm(command, "--help").stdout.split())
+    assert ", ".join([*PRESETS][:-1]) + f" or {[*PRESETS][-1]}" in text
+
+
 def test_choices_of_the_command_line_are_those_of_the_core():
     assert set(PRECISIONS) == {str(precision) for precision in Precision}

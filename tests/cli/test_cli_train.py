@@ -114,7 +114,7 @@ def test_labels_follow_the_class_names_of_the_model(place):
         write_model("-".join(classes), spec, values, metadata={"classes": json.dumps(classes)})
         result = arm("evaluate", "-".join(classes), "--data", "train", "--json")
         losses.append(json.loads(result.stdout)["loss"])
-    assert abs(losses[0] - losses[1]) > 1e-3  # the same logits, held against exchanged labels
+    assert abs(losses[0] - losses[1]) > 1e-3  # the same logits with exchanged labels
 
 
 def test_set_and_precision_change_the_recipe_that_the_run_keeps(place):

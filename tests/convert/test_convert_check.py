@@ -116,7 +116,7 @@ def test_the_command_prints_a_parity_report_and_its_exit_code_says_whether_it_ho
     data = json.loads(convert("verify", a, tmp_path / "b", "--backends", "reference", "--json").output)
     assert data["holds"] is False
     assert {line["quantity"]: line["within"] for line in data["lines"]}["prediction"] is False
-    assert {line["quantity"]: line["within"] for line in data["lines"]}["encoder"] is True
+    assert {line["quantity"]: line["within"] for line in data["lines"]}["decoder_input"] is True
 
 
 def test_all_usable_backends_take_part_by_default(tmp_path):

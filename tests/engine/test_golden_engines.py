@@ -28,7 +28,7 @@ WIDER = {
     ("pretrain_strong", "layers.9"): 2e-5,
     ("pretrain_strong", "layers.11"): 3e-5,
     ("pretrain_strong", "taps_to_decoder"): 5e-5,
-    ("pretrain_strong", "encoder"): 5e-5,
+    ("pretrain_strong", "decoder_input"): 5e-5,
 }
 """Outputs of this set multiply rounding errors from block to block, so that the official float32 numbers
 are themselves about a third of this away from float64; so is any other float32 computation."""

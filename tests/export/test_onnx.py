@@ -97,7 +97,7 @@ def test_a_pretraining_encoder_computes_the_reference(tmp_path, pretrain_spec, c
     spec = PretrainSpec(**{**fields, "decoder_depth": 2, "decoder_heads": 2, **changes})
     parameters, images = noisy_parameters(spec), normal_images(spec)
     found = written(tmp_path, spec, parameters, features=True, dynamic_batch=True).run(images)
-    assert difference(found["encoder"], forward(spec, parameters, images)["encoder"]) < FLOAT32
+    assert difference(found["decoder_input"], forward(spec, parameters, images)["decoder_input"]) < FLOAT32
 
 
 def test_a_pretraining_model_is_exported_with_features_only(pretrain_spec):
@@ -118,7 +118,7 @@ def test_the_official_classifier_gives_the_official_logits(tmp_path):
 def test_the_official_pretraining_encoder_gives_the_official_latents(tmp_path):
     strong = golden.load("pretrain_strong")
     file = written(tmp_path, strong.spec, strong.parameters, dynamic_batch=True, features=True)
-    assert strong.error("encoder", file.run(strong.images)["encoder"]) < 1e-4
+    assert strong.error("decoder_input", file.run(strong.images)["decoder_input"]) < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])

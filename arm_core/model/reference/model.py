@@ -138,7 +138,7 @@ def _pretrain(spec: PretrainSpec, w: Weights, images: npt.NDArray[np.floating]) 
     prediction = linear(layer_norm(x, w.at("prediction_norm"), eps), w.at("prediction"))
 
     loss = ((prediction - prediction_target(spec, patches)) ** 2).mean((0, 2))
-    outputs = {"encoder": latents, "prediction": prediction, "loss_per_token": loss}
+    outputs = {"decoder_input": latents, "prediction": prediction, "loss_per_token": loss}
     return {**seen, **outputs, "loss": np.asarray(loss.mean())}
 
 

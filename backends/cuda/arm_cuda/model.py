@@ -89,7 +89,12 @@ class PretrainModel(Trunk):
             x = note(seen, f"decoder.{j}", block(x, latent, self.mask))
         prediction = self.prediction(self.prediction_norm(x))
         loss = (prediction.float() - self.target(patches)).square().mean((0, 2))
-        return {"encoder": latents, "prediction": prediction, "loss_per_token": loss, "loss": loss.mean()}
+        return {
+            "decoder_input": latents,
+            "prediction": prediction,
+            "loss_per_token": loss,
+            "loss": loss.mean(),
+        }
 
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder regresses, (B, T, patch values) float32."""

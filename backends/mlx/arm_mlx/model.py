@@ -85,7 +85,12 @@ class PretrainModel(Trunk):
             x = note(seen, f"decoder.{j}", block(x, latents[..., j], self._mask))
         prediction = self.prediction(self.prediction_norm(x))
         loss = (prediction.astype(mx.float32) - self.target(patches)).square().mean((0, 2))
-        return {"encoder": latents, "prediction": prediction, "loss_per_token": loss, "loss": loss.mean()}
+        return {
+            "decoder_input": latents,
+            "prediction": prediction,
+            "loss_per_token": loss,
+            "loss": loss.mean(),
+        }
 
     def target(self, patches: mx.array) -> mx.array:
         """What the decoder regresses, (B, T, patch values) float32."""

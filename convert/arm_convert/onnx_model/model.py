@@ -137,7 +137,7 @@ def network(
 
     images: a tensor (B, channels, H, W) of `dtype`, normalised.  batch: B, or None where it is not fixed.
     features: give a classifier's `features` and `tokens` instead of its `logits`. A pretraining model
-    gives `encoder`, as `Engine.forward` does.
+    gives `decoder_input`, as `Engine.forward` does.
     """
     net = _Network(g, spec, parameters, batch, dtype)
     size: int | str = "batch" if batch is None else batch
@@ -145,7 +145,7 @@ def network(
     outputs: dict[str, tuple[str, tuple[int | str, ...]]]
     if isinstance(spec, PretrainSpec):
         latents = (size, spec.tokens, spec.decoder_width, spec.decoder_depth)
-        outputs = {"encoder": (net.encoder(images), latents)}
+        outputs = {"decoder_input": (net.encoder(images), latents)}
     else:
         found = net.classifier(images)
         if features:
