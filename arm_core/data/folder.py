@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from arm_core.data.labels import not_among, warn_of_case
 from arm_core.data.sources import UNLABELLED, ListedSource
 from arm_core.data.walk import Found, find_images, is_hidden, looked_for, read_file
 
@@ -84,19 +84,3 @@ def _known(root: Path, folders: Sequence[str], expected: Sequence[str] | None) -
     if unknown := sorted(set(folders) - set(expected)):
         raise ValueError(f"{root}: class folder {unknown[0]!r} {not_among(expected)}")
     return tuple(expected)
-
-
-def not_among(classes: Sequence[str]) -> str:
-    """The end of a sentence about a class that the model or the training data does not have."""
-    return (
-        f"is none of the {len(classes)} known classes "
-        f"({', '.join(list(classes)[:5])}{', ...' if len(classes) > 5 else ''})"
-    )
-
-
-def warn_of_case(where: str, classes: Sequence[str]) -> None:
-    """Warn of two classes that differ by case only: on some disks they are one folder."""
-    seen: dict[str, str] = {}
-    for name in classes:
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            warnings.warn(f"{where}: the classes {other!r} and {name!r} differ by case only", stacklevel=3)

@@ -16,9 +16,11 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.data.bad_images import BadImages
+from arm_core.data.decode import BadImage
 from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
 from arm_core.data.prefetch import Arrays, Prefetcher
-from arm_core.data.sources import ImageSource
+from arm_core.data.sources import ImageSource, Item
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
 from arm_core.engine.protocol import Array, Batch
 from arm_core.model.rng import KeyedRng
@@ -45,6 +47,8 @@ class TrainBatches:
     classes: int | None
     """Classes of the targets; None for pretraining, which has no targets."""
     mixing: Mixing
+    bad: BadImages | None = None
+    """Where bad images are noted and replaced by the next good ones; None raises BadImage for them."""
 
     def __post_init__(self) -> None:
         _check_sizes(self.size, self.batch_size)
@@ -72,22 +76,30 @@ class TrainBatches:
         order = epoch_order(self.seed, epoch, len(self.source))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def samples(self, position: int) -> Iterator[tuple[str, Array]]:
-        """Name and (H, W, 3) float32 pixels of each image of a batch, before mixing."""
+    def samples(self, position: int) -> Iterator[tuple[Item, Array]]:
+        """Each image of a batch, as stored and as (H, W, 3) float32 pixels, before mixing."""
         epoch = position // self.batches_per_epoch
         for index in self.indices(position).tolist():
-            item = self.source.item(index, epoch)
-            yield item.name, self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, index))
+            yield self._sample(index, epoch)
+
+    def _sample(self, index: int, epoch: int) -> tuple[Item, Array]:
+        for following in range(len(self.source)):
+            at = (index + following) % len(self.source)
+            try:
+                item = self.source.item(at, epoch)
+                return item, self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, at))
+            except BadImage as error:
+                if self.bad is None:
+                    raise
+                self.bad.add([str(error)])  # which raises before all are tried
+        raise AssertionError
 
     def __getitem__(self, position: int) -> Arrays:
         """`images` (B, H, W, 3) float32 and, with classes, `targets` (B, classes) float32."""
-        epoch, indices = position // self.batches_per_epoch, self.indices(position)
         images = np.empty((self.batch_size, *self.size, 3), np.float32)
         labels = np.empty(self.batch_size, np.int64)
-        for slot, index in enumerate(indices.tolist()):
-            item = self.source.item(index, epoch)
-            images[slot] = self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, index))
-            labels[slot] = item.label
+        for slot, (item, pixels) in enumerate(self.samples(position)):
+            images[slot], labels[slot] = pixels, item.label
         if self.classes is None:
             return {"images": images}
         mix = draw_mix(self.mixing, self.size, KeyedRng(self.seed, "mix", position))
@@ -119,6 +131,7 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
         prefetch: int = 2,
+        bad: BadImages | None = None,
     ) -> None:
         self.batches = TrainBatches(
             source=source,
@@ -128,6 +141,7 @@ class TrainLoader:
             seed=seed,
             classes=classes,
             mixing=mixing or Mixing(),
+            bad=bad,
         )
         _check_rank(rank, world)
         self._prefetcher = Prefetcher(
@@ -176,6 +190,8 @@ class EvalBatches:
     transform: EvalTransform
     size: Size
     batch_size: int
+    bad: BadImages | None = None
+    """Where bad images are noted and left out; None raises BadImage for them."""
 
     def __post_init__(self) -> None:
         _check_sizes(self.size, self.batch_size)
@@ -184,14 +200,21 @@ class EvalBatches:
         return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, number: int) -> Arrays:
-        indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.source)))
+        indices = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.source)))
         images = np.empty((len(indices), *self.size, 3), np.float32)
-        labels = np.empty(len(indices), np.int64)
-        for slot, index in enumerate(indices.tolist()):
+        good: list[tuple[int, int]] = []
+        for index in indices:
             item = self.source.item(index)
-            images[slot] = self.transform(item, self.size)
-            labels[slot] = item.label
-        return {"images": images, "labels": labels, "indices": indices}
+            try:
+                images[len(good)] = self.transform(item, self.size)
+            except BadImage as error:
+                if self.bad is None:
+                    raise
+                self.bad.add([str(error)])
+            else:
+                good.append((item.label, index))
+        labels, kept = np.array(good, np.int64).reshape(-1, 2).T
+        return {"images": images[: len(good)], "labels": labels.copy(), "indices": kept.copy()}
 
 
 class EvalLoader:
@@ -212,8 +235,11 @@ class EvalLoader:
         world: int = 1,
         workers: int = 0,
         prefetch: int = 2,
+        bad: BadImages | None = None,
     ) -> None:
-        self.batches = EvalBatches(source=source, transform=transform, size=size, batch_size=batch_size)
+        self.batches = EvalBatches(
+            source=source, transform=transform, size=size, batch_size=batch_size, bad=bad
+        )
         _check_rank(rank, world)
         self._rank, self._world, self._workers, self._prefetch = rank, world, workers, prefetch
 
@@ -232,7 +258,8 @@ class EvalLoader:
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
         ) as prefetcher:
             for arrays in prefetcher:
-                yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
+                if len(arrays["images"]):  # else all of them are bad
+                    yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
 
 
 def _check_sizes(size: Size, batch_size: int) -> None:

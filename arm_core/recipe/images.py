@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from arm_core.data.combine import split
 from arm_core.data.digits import Digits, Split
-from arm_core.data.folder import ImageFolder
+from arm_core.data.opening import open_images
 from arm_core.data.sources import ImageSource, Synthetic
 from arm_core.model.checks import near_match
 from arm_core.recipe.recipe import Recipe, Stage
@@ -18,7 +19,7 @@ KINDS = ("folder", "digits", "synthetic")
 def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Images to train on, and those to evaluate on (None where the recipe names none).
 
-    `folder` reads `data.path` and `data.eval_path`: one sub-folder per class in finetuning, any images in
+    `folder` reads `data.path` and `data.eval_path` in any format: classes in finetuning, any images in
     pretraining. `digits` trains on the training split and evaluates on the validation split, so that the
     test split stays unseen until `arm evaluate`. `synthetic` makes its images up.
     Raises ValueError for an unknown kind, a missing path, and settings that another kind would read.
@@ -40,11 +41,17 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
             Synthetic(SYNTHETIC_IMAGES["eval"], size, seed=seed + 1),
         )
     if data.path is None:
-        raise ValueError("data.path: the recipe names no folder of training images; pass --data FOLDER")
-    train = ImageFolder(data.path, labels=labelled)
+        raise ValueError("data.path: the recipe names no training images; pass --data PATH")
+    if data.eval_path is not None and data.val_fraction is not None:
+        raise ValueError("data.val_fraction: data.eval_path names images to evaluate on already; drop one")
+    train = open_images(data.path, form=data.format, labels=labelled)
+    if data.val_fraction is not None:
+        return split(train, data.val_fraction)
     if data.eval_path is None:
         return train, None
-    return train, ImageFolder(data.eval_path, labels=labelled, classes=train.classes or None)
+    return train, open_images(
+        data.eval_path, form=data.format, labels=labelled, classes=train.classes or None
+    )
 
 
 def _image_size(recipe: Recipe) -> tuple[int, int]:

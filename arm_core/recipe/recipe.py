@@ -82,7 +82,7 @@ _MODELS: dict[Stage, type[PretrainModel] | type[ClassifierModel]] = {
 
 
 _BOOKKEEPING = {
-    "data": ("path", "eval_path", "workers"),
+    "data": ("path", "eval_path", "workers", "format", "on_bad_image"),
     "training": ("log_every", "save_every", "keep", "evaluate_every"),
 }
 """Settings that do not change what is computed and may differ between machines and sessions."""

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from arm_core.data.bad_images import OnBadImage
+from arm_core.data.opening import Format
 from arm_core.data.transforms import CROP_FRACTIONS
 from arm_core.engine.protocol import Precision
 from arm_core.model.checks import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Range, check_ranges
@@ -138,9 +140,16 @@ class DataSettings:
     source: str = "folder"
     """Name of the source: `folder` (images by class), `digits` (built in) or `synthetic`."""
     path: str | None = None
-    """Folder of training images, for the source `folder`."""
+    """Training images, for the source `folder`: a folder, or what `arm_core.data.opening` reads."""
     eval_path: str | None = None
-    """Folder of evaluation images, for the source `folder`; None for no evaluation."""
+    """Evaluation images, for the source `folder`; None for no evaluation."""
+    format: Format = Format.AUTO
+    """How the images at `path` and `eval_path` are stored; `auto` looks."""
+    val_fraction: float | None = None
+    """Part of the images at `path` to evaluate on instead of training on them, where there is no
+    `eval_path`; chosen by names (`arm_core.data.combine.split`)."""
+    on_bad_image: OnBadImage = OnBadImage.FAIL
+    """Whether an image that cannot be decoded stops training, or the next one takes its place."""
     labels_per_class: int | None = None
     """Labelled training images per class, for the source `digits`; None for all."""
     eval_crop: float | None = None
@@ -154,6 +163,7 @@ class DataSettings:
             self,
             labels_per_class=AT_LEAST_ONE,
             eval_crop=CROP_FRACTIONS,
+            val_fraction=Range(above=0, below=1),
             workers=Range(low=0, high=MAX_WORKERS),
         )
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from arm_core.data.bad_images import BadImages, OnBadImage
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch
@@ -45,7 +46,15 @@ class Plan:
     warm-up longer than the run, more ranks than micro-batches per update.
     """
 
-    def __init__(self, recipe: Recipe, spec: ModelSpec, source: ImageSource, *, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: ModelSpec,
+        source: ImageSource,
+        *,
+        ranks: Ranks = ALONE,
+        known_bad: Sequence[str] = (),
+    ) -> None:
         self._recipe, self._training, self._spec, self._source = recipe, recipe.training, spec, source
         self._rank, self._world = ranks.rank, ranks.world
         _check_shares(self._training, ranks.world)
@@ -59,6 +68,9 @@ class Plan:
             classes=self._classes,
             mixing=recipe.mixing,
         )
+        skip = recipe.data.on_bad_image is OnBadImage.SKIP
+        self.bad_images = BadImages(len(source), known_bad) if skip else None
+        """Noted by the loaders of this plan, where the recipe skips such images."""
         self.steps_per_epoch = Fraction(batches.batches_per_epoch, self._training.accumulation)
         """Updates in one pass over the data; a fraction where an update spans two epochs."""
         length = self._training.length.steps(self.steps_per_epoch)
@@ -100,6 +112,7 @@ class Plan:
             rank=(self._rank - position) % self._world,
             world=self._world,
             workers=workers,
+            bad=self.bad_images,
         )
 
     def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
@@ -116,9 +129,9 @@ class Plan:
     def first_bad_image(self, position: int) -> str | None:
         """Name of this rank's first image with a non-finite pixel, in the update at `position`."""
         for p in self._own(position):
-            for name, pixels in self._batches.samples(p):
+            for item, pixels in self._batches.samples(p):
                 if not np.isfinite(pixels).all():
-                    return name
+                    return item.name
         return None
 
     def _own(self, position: int) -> list[int]:
@@ -159,6 +172,7 @@ class Plan:
             rank=self._rank,
             world=self._world,
             workers=self._recipe.data.workers,
+            bad=self.bad_images,
         )
 
     def model_metadata(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 RUN/recipe.toml      the resolved recipe          RUN/metrics.jsonl    one row per logged step
 RUN/config.json      the model's spec             RUN/sessions.jsonl   one row per start or resume
+RUN/data.json        see `arm_core.training.data_record`
 RUN/checkpoints/     see `arm_core.training.checkpoint`    RUN/LAST             name of the newest checkpoint
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from arm_core.data.opening import absolute
 from arm_core.engine.ranks import ALONE, Ranks, together
 from arm_core.files.atomic import append_text, open_in_place, replace_text, sync_folder, write_text
 from arm_core.files.model_folder import CONFIG, read_config
@@ -38,7 +40,8 @@ from arm_core.training.checkpoint import (
 from arm_core.training.records import cut_torn_line, ignore, read_rows
 
 RECIPE, METRICS, SESSIONS, LOCK = "recipe.toml", "metrics.jsonl", "sessions.jsonl", ".lock"
-_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, LOCK, FOLDER, LAST}
+DATA = "data.json"
+_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, DATA, LOCK, FOLDER, LAST}
 
 
 class RunFolder:
@@ -65,7 +68,7 @@ class RunFolder:
         self.resumed, self.overrides = resumed, tuple(overrides)
         self.command: str | None = None
         """The command line of this session, for its record."""
-        self._lock, self._writes = lock, lock is not None
+        self._lock, self.writes = lock, lock is not None
 
     @property
     def resume_command(self) -> str:
@@ -82,20 +85,20 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Remove rows later than `step`, which training will write again."""
-        if not self._writes:
+        if not self.writes:
             return
         rows = [row for row in self.metrics() if row["step"] <= step]
         replace_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def record_session(self, record: dict[str, Any]) -> None:
         """Add a row to `sessions.jsonl`: what resumes the run, and at which step."""
-        if self._writes:
+        if self.writes:
             cut_torn_line(self.path / SESSIONS)
         command = {"command": self.command} if self.command else {}
         self._append(self.path / SESSIONS, record | command)
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
-        if self._writes:
+        if self.writes:
             if not self.path.is_dir():
                 raise OSError(f"{self.path}: the run was deleted during training")
             append_text(path, json.dumps(row) + "\n")
@@ -151,7 +154,7 @@ def _start(folder: Path, recipe: Recipe, spec: ModelSpec) -> int:
     text = _encodable(recipes.to_toml(recipe))  # before the folder is created
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock:
-        for name in (METRICS, SESSIONS, LAST):
+        for name in (METRICS, SESSIONS, DATA, LAST):
             (folder / name).unlink(missing_ok=True)
         remove_drafts(folder)
         write_text(folder / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
@@ -221,10 +224,8 @@ def resume_command(stage: str, folder: Path | str) -> str:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with data paths that do not depend on the working directory."""
     paths = {name: getattr(recipe.data, name) for name in ("path", "eval_path")}
-    absolute: dict[str, Any] = {
-        name: str(Path(path).absolute()) for name, path in paths.items() if path is not None
-    }
-    return replace(recipe, data=replace(recipe.data, **absolute))
+    named: dict[str, Any] = {name: absolute(path) for name, path in paths.items() if path is not None}
+    return replace(recipe, data=replace(recipe.data, **named))
 
 
 def _encodable(text: str) -> str:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from arm_core.data.decode import BadImage
 from arm_core.data.loader import EvalLoader
 from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep
@@ -27,6 +28,7 @@ from arm_core.training.checkpoint import (
     saved_steps,
     step_name,
 )
+from arm_core.training.data_record import DataRecord
 from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate, with_ema_weights
 from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
 from arm_core.training.observer import Observer, Outcome
@@ -43,6 +45,7 @@ class Trainer:
     train_source: images, with labels for a classifier.  eval_source: None for no evaluation.
     session: recorded about this session, for example backend and version.
     ranks: the job of this process, the same as of the engine and the run; all ranks train.
+    accept_changed_data: record other images than the run was started with, instead of a warning.
 
     Raises ValueError if data, recipe and ranks do not match.
     """
@@ -57,6 +60,7 @@ class Trainer:
         observer: Observer | None = None,
         session: Mapping[str, str] | None = None,
         ranks: Ranks = ALONE,
+        accept_changed_data: bool = False,
     ) -> None:
         if engine.spec != run.spec:
             raise ValueError(f"{run.path}: the engine was created for another model than that of the run")
@@ -64,7 +68,9 @@ class Trainer:
         self._recipe, self._training = run.recipe, run.recipe.training
         self._session = {**(session or {}), "device": engine.device, "scan": engine.scan}
         self._ranks = ranks
-        self.plan = Plan(run.recipe, run.spec, train_source, ranks=ranks)
+        sources = {"train": train_source, "eval": eval_source}
+        self._data = DataRecord(run, sources, accept=accept_changed_data, warn=self.observer.warned)
+        self.plan = Plan(run.recipe, run.spec, train_source, ranks=ranks, known_bad=self._data.bad_images)
         self._eval_loader = None if eval_source is None else self.plan.eval_loader(eval_source)
 
         progress = run.resumed.progress if run.resumed else None
@@ -130,6 +136,7 @@ class Trainer:
             if self.run.resumed is not None:
                 self.run.truncate_metrics(self.step)
             self.run.record_session(session)
+            self._data.write()
         self.observer.started(self)
         if self._saved_step < 0:
             self._save()  # with the first weights, so that a run that is killed early can be resumed
@@ -171,6 +178,7 @@ class Trainer:
         self._grad_norms.clear()
         self.run.append_metrics(row)
         self.observer.logged(row)
+        self._data.note(self.plan.bad_images, self._ranks)
         self._reset_clock()
 
     def _owes_evaluation(self) -> bool:
@@ -201,6 +209,7 @@ class Trainer:
         except EvaluationStopped:
             return
         row["score"] = score
+        self._data.note(self.plan.bad_images, self._ranks)
         self.run.append_metrics(row)
         lead(self._ranks, self._prune)  # the best checkpoint may be another one now
         self.observer.logged(row)
@@ -295,7 +304,9 @@ class Trainer:
     def _interrupted(self, error: BatchFailed | OutOfMemory, *, saved: str = "") -> Exception:
         """The error, with what the user can do."""
         if isinstance(error, BatchFailed):
-            return BatchFailed(f"{error}; {saved}resume with: {self.run.resume_command}")
+            image = isinstance(error.__cause__, BadImage) and self.plan.bad_images is None
+            skip = " --on-bad-image skip" if image else ""
+            return BatchFailed(f"{error}; {saved}resume with: {self.run.resume_command}{skip}")
         batch, fitting = self._training.batch_size, error.fitting or 0
         smaller = [n for n in range(self._training.accumulation + 1, batch + 1) if batch % n == 0]
         enough = next((n for n in smaller if batch // n <= fitting), smaller[-1] if smaller else None)

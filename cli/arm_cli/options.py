@@ -154,3 +154,11 @@ def batch_size_option(default: int) -> Callable[[F], F]:
         show_default=True,
         help="Images at a time.",
     )
+
+
+DATA_FORMATS = ("auto", "folder", "table", "parquet", "arrow", "tar")
+
+data_format_option = click.option(
+    "--data-format", type=click.Choice(DATA_FORMATS), help="How images are stored; found by looking."
+)
+"""Adds --data-format; the command receives it as `data_format`, None if not given."""

@@ -30,6 +30,7 @@ def changes_of(options: RecipeChanges, recipe: Recipe, precision: str | None = N
     would no longer fit, --lr is divided by the factor that the recipe's batch size scales it with.
     Raises ValueError for options that exclude each other, and for a bad --set where others depend on it.
     """
+    from arm_core.data.opening import together
     from arm_core.recipe.recipe import override
     from arm_core.recipe.schedule import REFERENCE_BATCH
     from arm_core.recipe.toml import Span
@@ -43,13 +44,16 @@ def changes_of(options: RecipeChanges, recipe: Recipe, precision: str | None = N
         if value is not None:
             found.append(Change(f"{key}={value}", option))
 
-    if options.data is not None or options.eval_data is not None:
-        option = "--data" if options.data is not None else "--eval-data"
+    if options.data or options.eval_data is not None:
+        option = "--data" if options.data else "--eval-data"
         add(option, "data.source", "folder")
         if recipe.data.labels_per_class is not None and "data.labels_per_class" not in explicit:
             add(option, "data.labels_per_class", "none")  # a setting of the built-in digits
-    add("--data", "data.path", options.data)
+    add("--data", "data.path", together(options.data) if options.data else None)
     add("--eval-data", "data.eval_path", options.eval_data)
+    add("--data-format", "data.format", options.data_format)
+    add("--val-fraction", "data.val_fraction", options.val_fraction)
+    add("--on-bad-image", "data.on_bad_image", options.on_bad_image)
     add("--batch-size", "training.batch_size", options.batch_size)
     if options.batch_size is not None and "training.accumulation" not in explicit:
         most = recipe.training.micro_batch

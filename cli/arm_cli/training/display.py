@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def display(stack: ExitStack) -> Observer:
     """Shows a run on stderr until the stack is closed."""
     from arm_cli.progress import ProgressBar
+    from arm_cli.show import echo
     from arm_core.training.observer import Observer
     from arm_core.training.trainer import Trainer
 
@@ -40,7 +41,10 @@ def display(stack: ExitStack) -> Observer:
             self.bar.advance(0, f"evaluated {images}/{total} images")
 
         def warned(self, sentence: str) -> None:
-            self.bar.say(sentence)
+            if hasattr(self, "bar"):
+                self.bar.say(sentence)
+            else:  # before the first step
+                echo(f"Warning: {sentence}", err=True)
 
     return Display()
 

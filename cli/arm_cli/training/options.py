@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from arm_cli.declare import added_by, option, options_of
-from arm_cli.options import EngineChoice, engine_options, json_option
+from arm_cli.options import EngineChoice, data_format_option, engine_options, json_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,9 +20,26 @@ POSITIVE = click.IntRange(min=1)
 class RecipeChanges:
     """Options that change settings of the recipe; `arm_cli.training.changes` applies them."""
 
-    data: str | None = option("--data", metavar="FOLDER", help="Images to train on (data.path).")
+    data: tuple[str, ...] = option(
+        "--data",
+        multiple=True,
+        metavar="PATH",
+        help="Images to train on (data.path): a folder, CSV, JSONL, parquet or tar files, or "
+        "hf://datasets/USER/NAME; several are joined.",
+    )
     eval_data: str | None = option(
-        "--eval-data", metavar="FOLDER", help="Images to evaluate on (data.eval_path)."
+        "--eval-data", metavar="PATH", help="Images to evaluate on (data.eval_path)."
+    )
+    data_format: str | None = added_by(data_format_option)
+    val_fraction: float | None = option(
+        "--val-fraction",
+        type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+        help="Part of the training images to evaluate on instead (data.val_fraction).",
+    )
+    on_bad_image: str | None = option(
+        "--on-bad-image",
+        type=click.Choice(("fail", "skip")),
+        help="Stop at an image that cannot be decoded, or use the next one (data.on_bad_image).",
     )
     epochs: float | None = option(
         "--epochs",
@@ -41,7 +58,7 @@ class RecipeChanges:
         help="Peak learning rate of the run; sets schedule.base_lr to LR * 256 / batch size.",
     )
     workers: int | None = option(
-        "--workers", type=click.IntRange(min=0), help="Workers that prepare images (data.workers)."
+        "--workers", type=click.IntRange(min=0), help="Threads that prepare images (data.workers)."
     )
     seed: int | None = option("--seed", type=click.IntRange(min=0), help="Seed of the run (training.seed).")
     image_size: str | None = option(
@@ -70,6 +87,11 @@ class Request:
         default="auto",
         show_default=True,
         help="What the engine compiles.",
+    )
+    accept_changed_data: bool = option(
+        "--accept-changed-data",
+        is_flag=True,
+        help="With --resume: record images that differ from those of the run so far.",
     )
     recompute: bool = option(
         "--recompute", is_flag=True, help="Recompute blocks in the backward pass: less memory, more time."

@@ -90,6 +90,8 @@ def train(
     prepared: Prepared,
     ranks: Ranks,
     observer: Observer | None = None,
+    *,
+    accept_changed_data: bool = False,
 ) -> Outcome:
     """Train to the end of the recipe, or to a signal."""
     from arm_core.engine.ranks import together
@@ -104,5 +106,6 @@ def train(
             observer=observer,
             session=record,
             ranks=ranks,
+            accept_changed_data=accept_changed_data,
         )
     return trainer.train()

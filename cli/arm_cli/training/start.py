@@ -164,7 +164,15 @@ def _train(
 
     run.command = command_line()
     with ExitStack() as stack:
-        outcome = train(run, engine, record, prepared, ranks, display(stack))
+        outcome = train(
+            run,
+            engine,
+            record,
+            prepared,
+            ranks,
+            display(stack),
+            accept_changed_data=request.accept_changed_data,
+        )
     echo(outcome.message, err=True)
     if request.as_json:
         print_json(_as_data(run, outcome))
