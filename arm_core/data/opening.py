@@ -66,23 +66,19 @@ def open_images(
     """
     found = [str(download(name)) if name.startswith(HUB) else name for name in expand(os.fspath(path))]
     files: list[Path] = []
-    sources = []
+    sources: list[ListedSource] = []
     for name in found:
         if Path(name).is_dir() or not Path(name).exists():
             sources.append(_open_folder(Path(name), form, labels, classes))
         else:
             files.append(Path(name))
-    tables = [
-        file
-        for file in files
-        if (form is Format.AUTO and _kind(file) is Format.TABLE) or form is Format.TABLE
-    ]
-    sources += [ImageTable(file, labels=labels, classes=classes) for file in tables]
-    if shards := [file for file in files if file not in tables]:
-        kinds = {_kind(file) for file in shards} if form is Format.AUTO else {form}
-        if len(kinds) > 1:
-            raise ValueError(f"{path}: matches files of several formats ({', '.join(sorted(kinds))})")
-        sources.append(_open_files(shards, kinds.pop(), labels, classes))
+    kinds = sorted({_kind(file) for file in files} if form is Format.AUTO else {form})
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: matches files of several formats ({', '.join(kinds)})")
+    if files and kinds[0] is Format.TABLE:
+        sources += [ImageTable(file, labels=labels, classes=classes) for file in files]
+    elif files:
+        sources.append(_open_files(files, kinds[0], labels, classes))
     return sources[0] if len(sources) == 1 else Joined(sources)
 
 

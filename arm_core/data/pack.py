@@ -74,17 +74,22 @@ def pack(
     done = _continue(out, task)
     keys = _keys(source.names)
     bounds = [len(source) * i // shards for i in range(shards + 1)]
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def tell(images: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        if packed is not None:
+            packed(images)
 
     def write(number: int) -> None:
         name = f"shard-{number:05d}.tar"
         if name in done and _same_file(out / name, done[name]):
-            if packed is not None:
-                packed(done[name]["images"])
+            tell(done[name]["images"])
             return
         part = range(bounds[number], bounds[number + 1])
         with new_file(out / name, force=True) as draft:
-            written = _write_shard(draft, source, part, keys, settings, packed)
+            written = _write_shard(draft, source, part, keys, settings, tell)
         with lock:
             done[name] = written
             replace_text(out / PARTIAL, json.dumps({**task, "shards": done}))
@@ -95,6 +100,7 @@ def pack(
             for each in running:
                 each.result()
         except BaseException:
+            stopped.set()
             threads.shutdown(cancel_futures=True)
             raise
         list(threads.map(lambda name: _verify(out / name, done[name]), sorted(done)))
@@ -157,7 +163,7 @@ def _write_shard(
     part: range,
     keys: Sequence[str],
     settings: PackSettings,
-    packed: Callable[[int], None] | None,
+    packed: Callable[[int], None],
 ) -> dict[str, Any]:
     before = 0
     with (
@@ -174,8 +180,7 @@ def _write_shard(
             _add(archive, kept, content)
             if source.classes:
                 _add(archive, f"{keys[index]}.cls", str(item.label).encode())
-            if packed is not None:
-                packed(1)
+            packed(1)
     return {"images": len(part), "bytes": path.stat().st_size, "source_bytes": before, "sha256": _hash(path)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from arm_core.data.labels import by_name
+from arm_core.data.labels import Labels, by_name
 from arm_core.data.sources import UNLABELLED, ListedSource
 from arm_core.data.walk import read_file
 from arm_core.files.reading import open_regular
@@ -40,6 +40,12 @@ class ImageTable(ListedSource):
             raise ValueError(f"{table}: lists no images")
         path_column = _column(table, rows[0], PATH_COLUMNS)
         names = [_text(table, i, row, path_column) for i, row in enumerate(rows)]
+        values: Labels = np.full(len(rows), UNLABELLED, np.int64)
+        known: tuple[str, ...] = ()
+        if labels:
+            column = _column(table, rows[0], LABEL_COLUMNS)
+            texts = [_text(table, i, row, column) for i, row in enumerate(rows)]
+            values, known = by_name(str(table), texts, classes)
         self._folder = table.parent
         missing = [name for name in names if not (self._folder / name).is_file()]
         if missing:
@@ -47,13 +53,6 @@ class ImageTable(ListedSource):
                 f"{table}: {len(missing)} of {len(names)} files do not exist in {self._folder}: "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
             )
-        if labels:
-            column = _column(table, rows[0], LABEL_COLUMNS)
-            values, known = by_name(
-                str(table), [_text(table, i, row, column) for i, row in enumerate(rows)], classes
-            )
-        else:
-            values, known = np.full(len(rows), UNLABELLED, np.int64), ()
         grouped = GROUP_COLUMN in rows[0]
         groups = [_text(table, i, row, GROUP_COLUMN) for i, row in enumerate(rows)] if grouped else None
         super().__init__(names, values, known, groups=groups)

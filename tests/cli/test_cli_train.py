@@ -216,7 +216,7 @@ def mistakes(prepared, monkeypatch):
         ("pretrain pretrain-bsae --data train", "did you mean 'pretrain-base'?"),
         ("pretrain fine.toml --data train", "recipe fine.toml is for `arm finetune`"),
         ("pretrain none.toml --data train", "none.toml: cannot be read"),
-        ("pretrain pre.toml --out new", "pass --data FOLDER"),
+        ("pretrain pre.toml --out new", "pass --data PATH"),
         ("pretrain pre.toml --data nowhere --out new", "nowhere: no such folder"),
         ("pretrain pre.toml --data empty --out new", "empty: no images found"),
         ("finetune fine.toml --data train/dark --out new", "no class folders"),
