@@ -1,11 +1,11 @@
-"""The processes that train one model together, as each of them sees the job.
+"""Several processes that train one model: the job as each of them sees it.
 
 A launcher (`torchrun`, `mlx.launch`) starts the same command several times; each process has a *rank*.
-A backend's `join` returns its `Ranks`. Tensors are the engines' business; here small values are
-exchanged: who met a signal, what rank 0 decided, how many images each has evaluated.
+A backend's `join` returns its `Ranks`. Engines exchange tensors; this module exchanges small values: a
+received signal, a decision of rank 0, the number of images that each rank has evaluated.
 
-All ranks run the same steps. Rank 0 alone writes files and speaks; what depends on the disk, the clock
-or a signal is decided by one rank and told to all, or they would part ways and wait for each other.
+All ranks run the same steps. Only rank 0 writes files and prints. A decision that depends on the disk, the
+clock or a signal is made by one rank and sent to all; otherwise ranks would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 PACE = 1.0
-"""Seconds between two questions to all ranks whether one met a signal; each costs a round trip."""
+"""Seconds between two exchanges of received signals; each takes a round trip."""
 
 
 class Ranks(Protocol):
@@ -35,17 +35,17 @@ class Ranks(Protocol):
 
     @property
     def restarts(self) -> int:
-        """How often the launcher has started the job again after a failure."""
+        """How often the launcher has restarted the job after a failure."""
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order; every rank calls it at the same point.
 
-        value: anything that JSON can hold, small.  Waits for the slowest rank.
-        Raises PeerFailed where another process has ended.
+        value: small, of types that JSON supports.  Waits for the slowest rank.
+        Raises PeerFailed if another process has ended, or if its message is invalid.
         """
 
     def close(self) -> None:
-        """Leave the job in good order, after every rank is done with it."""
+        """Leave the job, once every rank has finished."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ ALONE = Alone()
 
 
 class PeerFailed(RuntimeError):  # noqa: N818
-    """Another process of the job has ended, so this one cannot go on."""
+    """Another process of the job has ended, so this one cannot continue."""
 
 
 class FailedElsewhere(Exception):  # noqa: N818
-    """The job ends because of an error of another rank; rank 0 reports it."""
+    """Another rank had an error, which rank 0 reports."""
 
 
 def title(ranks: Ranks) -> str:
@@ -81,10 +81,10 @@ def title(ranks: Ranks) -> str:
 
 @contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
-    """All ranks run the block and leave it together: an error on one of them ends it on each.
+    """All ranks run the block and leave it together: an error on one rank is an error on all.
 
-    The block may not exchange anything itself. Rank 0 raises its own error, or a ValueError with the
-    words of the first rank that failed; every other rank raises FailedElsewhere.
+    The block must not exchange values itself. Rank 0 raises its own error, or a ValueError with the message
+    of the first rank that failed; every other rank raises FailedElsewhere.
     """
     if ranks.world == 1:
         yield
@@ -106,9 +106,10 @@ def together(ranks: Ranks) -> Iterator[None]:
 
 
 def lead(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank; only rank 0 runs it.
+    """Run `work` on rank 0 only, and return its result on every rank.
 
-    The result must be something that JSON can hold. Rank 0 raises an error, the others FailedElsewhere.
+    The result must be of types that JSON supports. Rank 0 raises an error of `work`, the others
+    FailedElsewhere.
     """
     result: list[T] = []
     with together(ranks):
@@ -127,26 +128,26 @@ def confirm(ranks: Ranks, value: int) -> None:
 
 
 def agree(ranks: Ranks, value: T | None) -> T | None:
-    """The first value that is not None, in the order of the ranks."""
+    """The first value that is not None, in rank order."""
     return next((found for found in ranks.gather(value) if found is not None), None)
 
 
 class StopTogether:
-    """One decision of all ranks to stop, from what each of them has noted.
+    """A common decision of all ranks to stop, from the signals that each of them has received.
 
-    noted: name of the signal that this process met, or None.
-    The ranks ask each other about every `PACE` seconds by the clock of rank 0, at the same calls.
+    noted: name of the signal that this process received, or None.
+    The ranks exchange them about every `PACE` seconds by the clock of rank 0, at the same calls.
     """
 
     def __init__(self, ranks: Ranks, noted: Callable[[], str | None]) -> None:
         self._ranks, self._noted = ranks, noted
         self.signal: str | None = None
-        """Name of the signal that ends the work of all ranks."""
+        """Name of the signal that stops all ranks."""
         self._calls, self._next = 0, 1
         self._asked = time.monotonic()
 
     def asked(self) -> bool:
-        """Whether all ranks are to stop; every rank calls it at the same points of its work."""
+        """Whether all ranks should stop; every rank calls it at the same points."""
         if self._ranks.world == 1:
             self.signal = self._noted()
         elif self.signal is None:
@@ -157,7 +158,7 @@ class StopTogether:
 
     def _ask(self) -> None:
         seconds = max(time.monotonic() - self._asked, 1e-9)
-        # At most twice as long as before: the first steps of a run are no measure of the others.
+        # At most twice as long as before: the first steps of a run are slower than the others.
         calls = max(1, min(2 * self._calls, int(self._calls * PACE / seconds)))
         found = self._ranks.gather([self._noted(), calls])
         self.signal = next((name for name, _ in found if name is not None), None)

@@ -2,54 +2,76 @@
 
     mlx.launch -n 2 --backend ring -- $(which arm) pretrain tiny --backend mlx
 
-Each process holds the whole model and computes its own micro-batches; their gradients are added up in a few
-large pieces, and every process then makes the same update.
+Each process holds the whole model and computes its own micro-batches; the gradients are summed in a few
+large messages, and every process then makes the same update.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
 
 from arm_core.engine.ranks import ALONE, PeerFailed, Ranks
+from arm_mlx.watch import Watch, wait_limit
 
 PIECE = 8 << 20
-"""Numbers that are sent together: fewer, larger messages, at the price of copies of this size."""
+"""Values that are sent together: fewer, larger messages, at the cost of copies of this size."""
+MAX_TEXT = 1 << 24
+"""Bytes of one value that is gathered."""
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""What launchers leave in the environment: mlx.launch, and the usual ones of MPI."""
+"""Environment variables of launchers: mlx.launch, and those of common MPI implementations."""
 
 
 class MlxRanks:
     """Implements `arm_core.engine.ranks.Ranks` on an MLX group."""
 
     restarts = 0
-    """`mlx.launch` starts no job again."""
+    """`mlx.launch` does not restart jobs."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
         self.rank, self.world = int(group.rank()), int(group.size())
         self._failure: str | None = None
+        self._exchanges = 0
+        self._watch = Watch(wait_limit())
 
     def gather(self, value: Any) -> list[Any]:
-        words = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        sizes = self._gather(np.array([words.size], np.int32))[:, 0]
-        padded = np.zeros(sizes.max(), np.uint8)
-        padded[: words.size] = words
-        rows = self._gather(padded)
-        return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+        # After a loss MLX may return arbitrary bytes without an error, so every message is checked: its
+        # header has the number of the exchange, the size and a checksum of the text.
+        self._exchanges += 1
+        text = json.dumps(value).encode()
+        header = np.array([self._exchanges, len(text), zlib.crc32(text)], np.int64)
+        headers = self._gather(header)
+        sizes = headers[:, 1]
+        if (headers[:, 0] != self._exchanges).any() or not ((sizes >= 0) & (sizes <= MAX_TEXT)).all():
+            self._fail("an exchange of another process is invalid")
+        padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+        padded[: len(text)] = np.frombuffer(text, np.uint8)
+        texts = [row[:size].tobytes() for row, size in zip(self._gather(padded), sizes, strict=True)]
+        if [zlib.crc32(found) for found in texts] != headers[:, 2].tolist():
+            self._fail("a message of another process is invalid")
+        return [json.loads(found) for found in texts]
 
     def _gather(self, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         with mx.stream(mx.cpu), self.raising_peer_failures():
-            return np.array(mx.distributed.all_gather(mx.array(row)[None], group=self._group))
+            sent = mx.array(np.frombuffer(row.tobytes(), np.uint8))[None]
+            found = mx.distributed.all_gather(sent, group=self._group)
+            rows: np.ndarray[Any, Any] = np.array(found).view(row.dtype)
+            return rows
+
+    def _fail(self, reason: str) -> NoReturn:
+        self._failure = self._failure or reason
+        raise PeerFailed(f"another process of the job has ended ({self._failure})")
 
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """The float32 arrays added up over all ranks, bit for bit alike on each; nothing is evaluated."""
+        """The float32 arrays summed over all ranks, with the same bits on each; not evaluated yet."""
         found: dict[str, mx.array] = {}
         for names in pieces({name: array.size for name, array in arrays.items()}, PIECE):
             flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
@@ -61,26 +83,29 @@ class MlxRanks:
 
     @contextmanager
     def raising_peer_failures(self) -> Iterator[None]:
-        """Around everything that may wait for other ranks: MLX's error about a connection as PeerFailed.
+        """Around everything that may wait for other ranks: raises MLX's connection errors as PeerFailed.
 
-        The first loss is remembered, since MLX would wait for ever at the next message.
+        The first failure is remembered, since MLX would wait forever at the next message. The wait itself
+        has a limit, see `Watch`.
         """
         if self._failure is None:
             try:
-                yield
+                with self._watch.waiting():
+                    yield
                 return
             except RuntimeError as error:
                 if "[ring]" not in str(error):
                     raise
                 self._failure = str(error)
-        raise PeerFailed(f"another process of the job has ended ({self._failure})")
+        self._fail("")
 
     def close(self) -> None:
         self.gather(None)  # the ring ends with the first process that leaves it
+        self._watch.close()
 
 
 def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[Sequence[str]]:
-    """Names in their order, in groups of at most `limit` numbers; a larger array stands alone."""
+    """Names in their order, in groups of at most `limit` values; a larger array is a group of its own."""
     group: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -94,9 +119,9 @@ def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[Sequence[str]]:
 
 
 def join() -> Ranks:
-    """The job that a launcher made this process a part of, else `ALONE`.
+    """The job to which a launcher assigned this process, otherwise `ALONE`.
 
-    Waits until all processes are there. Raises ValueError where the launcher's description is broken.
+    Waits until all processes have joined. Raises ValueError if the launcher's environment is invalid.
     """
     if not any(name in os.environ for name in LAUNCHED):
         return ALONE
@@ -111,7 +136,7 @@ def join() -> Ranks:
 
 
 def _check_environment() -> None:
-    """What would make MLX wait for ever: a rank that the ring has no place for."""
+    """Refuse a rank outside the ring, for which MLX would wait forever."""
     if "MLX_HOSTFILE" not in os.environ or "MLX_RANK" not in os.environ:
         return
     rank, path = os.environ["MLX_RANK"], os.environ["MLX_HOSTFILE"]
