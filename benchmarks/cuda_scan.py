@@ -41,7 +41,7 @@ from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import DIRECTIONS, ClassifierSpec, EncoderSpec
 from arm_core.model.tokens import direction_orders
 from arm_cuda import scan as scans
-from arm_cuda.model import Mixer
+from arm_cuda.layers import Mixer
 
 TOLERANCE = 4e-2
 """Of the largest value, against the torch loop in float32 on the same bfloat16 inputs."""

@@ -15,7 +15,7 @@ from torch_scans import assert_close  # noqa: E402
 from arm_core.model.parameters import initial_parameters  # noqa: E402
 from arm_core.model.spec import DIRECTIONS, ClassifierSpec, EncoderSpec  # noqa: E402
 from arm_core.model.tokens import direction_orders  # noqa: E402
-from arm_cuda.model import Mixer  # noqa: E402
+from arm_cuda.layers import Mixer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,8 +24,9 @@ from mlx import nn  # noqa: E402
 from problems import SCAN, Case  # noqa: E402
 
 from arm_mlx import scan as scans  # noqa: E402
+from arm_mlx.layers import named  # noqa: E402
 from arm_mlx.metal import launch  # noqa: E402
-from arm_mlx.model import build_model, named, soft_cross_entropy  # noqa: E402
+from arm_mlx.model import build_model, soft_cross_entropy  # noqa: E402
 
 TOLERANCE = 1e-5
 """Of each tensor's largest value."""
