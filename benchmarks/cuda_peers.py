@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor
 
-from arm_cuda import mamba_ssm, model
+from arm_cuda import layers, mamba_ssm
 
 BUILT = Path(__file__).parent.parent / "build/peers"
 """Where peers that were built here are installed."""
@@ -65,7 +65,7 @@ def peer_functions(device: str) -> tuple[ScanFunction, ScanFunction, str]:
 
 
 def official_mixer(
-    mixer: model.Mixer, x: Tensor, order: Tensor, *, scan: ScanFunction, conv: ScanFunction
+    mixer: layers.Mixer, x: Tensor, order: Tensor, *, scan: ScanFunction, conv: ScanFunction
 ) -> Tensor:
     """The mixer's result, (B, T, D), one direction after the other; see the module's text.
 
@@ -103,16 +103,16 @@ def official_mixer(
 def officially_arranged(device: str) -> Iterator[None]:
     """Models run inside use `official_mixer`."""
     scan, conv, _ = peer_functions(device)
-    ours = model.Mixer.forward
+    ours = layers.Mixer.forward
 
-    def forward(self: model.Mixer, x: Tensor, order: Tensor) -> Tensor:
+    def forward(self: layers.Mixer, x: Tensor, order: Tensor) -> Tensor:
         return official_mixer(self, x, order, scan=scan, conv=conv)
 
-    model.Mixer.forward = forward  # type: ignore[method-assign]
+    layers.Mixer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        model.Mixer.forward = ours  # type: ignore[method-assign]
+        layers.Mixer.forward = ours  # type: ignore[method-assign]
 
 
 def build_peers(sources: Path) -> str:
