@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help demo test test-cuda lint bench-cuda bench-metal clean
+.PHONY: help demo test test-cuda lint bench-cuda bench-metal browser-runtime clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-cuda   with an NVIDIA GPU: the Triton kernels' tests on it; installs nothing"
 	@echo "make bench-cuda  with an NVIDIA GPU: the scan and training steps against mamba-ssm, as JSON and Markdown"
 	@echo "make bench-metal  on a Mac: the Metal scan against plain MLX, and training steps, as JSON"
+	@echo "make browser-runtime  with npm: fetch onnxruntime-web for the pages of arm export --browser"
 	@echo "make clean  remove .venv and the caches"
 	@echo
 	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo, pytest or the benchmark)"
@@ -54,6 +55,22 @@ bench-cuda:
 bench-metal: $(VENV)/test.installed
 	$(BIN)/python benchmarks/metal.py $(ARGS)
 
+# The web pages of `arm export` carry onnxruntime-web (MIT), which is too large for the repository. This puts
+# its files into the package; a wheel built afterwards has them.
+WEB := onnxruntime-web@1.30.0
+WEB_SHA512 := ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61
+VENDOR := convert/arm_convert/browser/vendor
+
+browser-runtime:
+	@command -v npm >/dev/null || { echo "make $@ needs npm, which comes with Node.js"; exit 2; }
+	rm -rf $(VENDOR) && mkdir -p $(VENDOR)
+	cd $(VENDOR) && npm pack --silent $(WEB)
+	@cd $(VENDOR) && $(PYTHON) -c 'import hashlib, pathlib, sys; \
+	  sys.exit(hashlib.sha512(next(pathlib.Path().glob("*.tgz")).read_bytes()).hexdigest() != "$(WEB_SHA512)")' \
+	  || { rm -rf $(CURDIR)/$(VENDOR); echo "$(WEB) is not the file that this Makefile expects"; exit 2; }
+	cd $(VENDOR) && tar xzf *.tgz --strip-components 1 package/package.json package/README.md \
+	  package/dist/ort.wasm.bundle.min.mjs package/dist/ort-wasm-simd-threaded.wasm && rm *.tgz
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -69,7 +86,7 @@ $(VENV)/pyvenv.cfg:
 # On Apple Silicon the package brings MLX by itself; on Linux it brings torch, and the extra adds MLX's
 # small CPU build, so that the demo can compare the two.
 $(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
-	$(INSTALL) '.[mlx]'
+	$(INSTALL) '.[mlx,onnx]'
 	@touch $@
 
 # The development extra holds all that the demo needs.

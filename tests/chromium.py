@@ -1,7 +1,7 @@
 """A headless Chromium for tests of pages: opens a file, runs JavaScript in it, collects its complaints.
 
     with chromium.Page(path) as page:
-        page.wait_for("document.body.dataset.ready", timeout=60)
+        page.wait_for("document.body?.dataset.ready", timeout=60)
         assert page.evaluate("document.title") == "..."
         assert not page.errors
 

@@ -35,6 +35,8 @@ NOISE_IMAGES = 4
 @click.option("--opset", type=int, help="ONNX operator set.  [default: 18]")
 @click.option("--preprocess", is_flag=True, help="Accept uint8 images; resize, crop and normalize inside.")
 @click.option("--runtime", metavar="FOLDER", help="An unpacked onnxruntime-web package, for a web page.")
+@click.option("--draw", is_flag=True, help="A web page to draw on, instead of photos and the camera.")
+@click.option("--title", help="Heading of a web page.")
 @click.option("--check", metavar="FILE", help="Write nothing: compare an exported FILE with MODEL.")
 @click.option("--no-check", is_flag=True, help="Do not compare the file with the model.")
 @click.option("--data", metavar="FOLDER", help="Images to compare on: a folder, or `digits`.")
@@ -144,15 +146,22 @@ def _write_onnx(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[st
 
 
 def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from arm_convert.browser.page import write_page
+    from arm_convert.browser.page import PageSettings, write_page
     from arm_convert.browser.runtime import find_runtime
+    from arm_core.model.spec import ClassifierSpec
 
     runtime = find_runtime(settings["runtime"])
-    built = _build(opened, settings, preprocess=None, features=False, dynamic_batch=False)
-    write_page(
-        path, built, opened.spec, opened.transform,
-        classes=opened.classes, runtime=runtime, force=settings["force"], int8=bool(settings["quantize"]),
-    )  # fmt: skip
+    if not isinstance(opened.spec, ClassifierSpec):
+        raise ValueError("a pretraining model has no classes to show in a page; finetune it first")
+    draw, title = settings["draw"], settings["title"]
+    page = PageSettings(
+        title=title or ("Draw something" if draw else "What is in the picture?"),
+        classes=opened.classes,
+        draw=draw,
+        int8=bool(settings["quantize"]),
+    )
+    built = _build(opened, settings, preprocess=opened.transform, features=False, dynamic_batch=False)
+    write_page(path, built, opened.spec, page, runtime, force=settings["force"])
     return {"runtime": runtime.version, "bytes": path.stat().st_size}
 
 

@@ -1,0 +1,21 @@
+// Runs the model in a thread of its own: onnxruntime-web needs no special headers with one thread each.
+let session, ort;
+
+self.onmessage = async ({ data }) => {
+  try {
+    if (data.model) {
+      ort = await import(data.runtime);
+      ort.env.wasm.numThreads = 1;
+      ort.env.wasm.wasmBinary = data.wasm;
+      session = await ort.InferenceSession.create(new Uint8Array(data.model));
+      self.postMessage({ id: data.id });
+    } else {
+      const began = performance.now();
+      const image = new ort.Tensor("uint8", data.pixels, [1, data.height, data.width, 3]);
+      const { logits } = await session.run({ image });
+      self.postMessage({ id: data.id, logits: logits.data, milliseconds: performance.now() - began });
+    }
+  } catch (error) {
+    self.postMessage({ id: data.id, error: String(error && error.message || error) });
+  }
+};

@@ -1,0 +1,155 @@
+"""Pages that run a model in the browser: their content, and what a headless Chromium makes of them."""
+
+import json
+import re
+
+import chromium
+import numpy as np
+import pytest
+from converting import arm
+from PIL import Image
+
+from arm_core.data.sources import Item
+from arm_core.data.transforms import EvalTransform
+from arm_core.files.model_folder import write_model
+from arm_core.files.safetensors import as_tensors
+from arm_core.model.parameters import initial_parameters
+from arm_core.model.presets import classifier_preset
+from arm_core.model.reference.model import forward
+from arm_core.model.spec import ClassifierSpec, EncoderSpec
+
+pytest.importorskip("onnx", reason="needs onnx, of the extra 'onnx'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+
+from arm_convert.browser import runtime
+
+SPEC = ClassifierSpec(encoder=EncoderSpec(width=32, depth=6, patch=4), classes=10, image_size=(24, 24))
+NAMES = [f"kind <{i}>" for i in range(10)]
+READY = "document.body?.dataset.ready"
+
+
+def model_folder(path, spec=SPEC, names=NAMES):
+    tensors = as_tensors(initial_parameters(spec, 0))
+    return write_model(path, spec, tensors, metadata={"classes": json.dumps(names)})
+
+
+@pytest.fixture
+def no_runtime(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "VENDORED", tmp_path / "none")
+
+
+@pytest.fixture
+def fake_runtime(tmp_path):
+    """Files of the right names, for tests of the page's text."""
+    folder = tmp_path / "package"
+    (folder / "dist").mkdir(parents=True)
+    (folder / "package.json").write_text('{"version": "9.9.9"}')
+    (folder / "dist" / runtime.SCRIPT).write_text("export const fake = 1;")
+    (folder / "dist" / runtime.WASM).write_bytes(b"\0asm")
+    return folder
+
+
+@pytest.fixture
+def browser():
+    """Skips where no Chromium or no runtime is installed."""
+    if reason := chromium.missing():
+        pytest.skip(reason)
+    try:
+        runtime.find_runtime()
+    except ValueError as error:
+        pytest.skip(f"needs onnxruntime-web: {error}")
+
+
+def test_a_page_is_one_file_that_requests_nothing(tmp_path, fake_runtime):
+    out = tmp_path / "page.html"
+    words = ("--browser", out, "--runtime", fake_runtime, "--title", "Kinds & <more>")
+    result = arm("export", model_folder(tmp_path / "model"), *words)
+    assert result.exit_code == 0, result.output
+    assert "with onnxruntime-web 9.9.9" in result.stdout
+    text = out.read_text()
+    assert "<title>Kinds &amp; &lt;more&gt;</title>" in text
+    assert "Permission is hereby granted" in text
+    assert "onnxruntime-web 9.9.9" in text
+    assert not re.search(r"@[A-Z]+@", text)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
+    (config,) = re.findall(r'id="config">(.*?)</script>', text)
+    assert json.loads(config) == {"classes": NAMES, "draw": False}
+    again = arm("export", tmp_path / "model", *words)
+    assert again.exit_code == 2
+    assert "already exists" in again.output
+    assert arm("export", tmp_path / "model", *words, "--force").exit_code == 0
+    assert out.read_text() == text  # the same model gives the same page
+
+
+def test_without_the_runtime_the_command_says_how_to_get_it(tmp_path, no_runtime):
+    result = arm("export", model_folder(tmp_path / "model"), tmp_path / "page.html")
+    assert result.exit_code == 2
+    assert "needs onnxruntime-web, which this installation does not contain" in result.output
+    assert "make browser-runtime" in result.output
+    result = arm("export", tmp_path / "model", tmp_path / "page.html", "--runtime", tmp_path)
+    assert "expected an unpacked onnxruntime-web package" in result.output
+
+
+def test_a_pretraining_model_gets_no_page(tmp_path, fake_runtime, pretrain_spec):
+    model = model_folder(tmp_path / "model", pretrain_spec)
+    result = arm("export", model, tmp_path / "page.html", "--runtime", fake_runtime)
+    assert result.exit_code == 2
+    assert "no classes to show in a page" in result.output
+
+
+def test_the_page_names_the_class_of_a_photo_as_the_model_does(tmp_path, browser):
+    out = tmp_path / "page.html"
+    assert arm("export", model_folder(tmp_path / "model"), out).exit_code == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    image = EvalTransform()(Item(image=pixels, label=-1, name=""), SPEC.image_size)
+    logits = forward(SPEC, initial_parameters(SPEC, 0), image[None])["logits"][0]
+    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    with chromium.Page(out) as page:
+        page.wait_for(READY, timeout=120)
+        page.set_files("#files", tmp_path / "photo.png")
+        page.wait_for("document.querySelectorAll('#answers li').length === 5", timeout=60)
+        shown = page.evaluate("[...document.querySelectorAll('#answers .line')].map((e) => e.textContent)")
+        assert shown[0] == f"{NAMES[probabilities.argmax()]}{100 * probabilities.max():.1f} %"
+        label = page.evaluate("document.getElementById('view').getAttribute('aria-label')")
+        assert label == f"photo.png: {NAMES[probabilities.argmax()]}"
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        page.set_files("#files", tmp_path / "broken.png")
+        page.wait_for("document.getElementById('status').textContent.includes('cannot be read as an image')")
+        assert page.evaluate("document.querySelector('.draw').hidden")
+        assert not page.errors
+        assert all(url.startswith(("file:", "data:", "blob:", "about:")) for url in page.requests)
+
+
+def test_a_drawing_is_classified_with_the_mouse_and_with_the_keyboard(tmp_path, browser):
+    out = tmp_path / "page.html"
+    assert arm("export", model_folder(tmp_path / "model"), out, "--draw").exit_code == 0
+    answers = "document.querySelectorAll('#answers li').length"
+    with chromium.Page(out) as page:
+        page.wait_for(READY, timeout=120)
+        box = page.evaluate("(({x, y, width}) => [x, y, width])(view.getBoundingClientRect())")
+        x, y, width = box
+        page.mouse("mousePressed", x + width / 4, y + width / 4)
+        page.mouse("mouseMoved", x + width / 2, y + width / 2)
+        page.mouse("mouseReleased", x + width / 2, y + width / 2)
+        page.wait_for(f"{answers} === 5", timeout=60)
+        grey = "pen.getImageData(view.width * 3 / 8, view.height * 3 / 8, 1, 1).data[0]"
+        assert page.evaluate(grey) == 0xE0
+        page.evaluate("document.getElementById('clear').click()")
+        assert page.evaluate(grey) == 0x40
+        assert page.evaluate(answers) == 0
+        press = "(key) => view.dispatchEvent(new KeyboardEvent('keydown', {key}))"
+        page.evaluate(f"[' ', 'ArrowDown', 'ArrowRight'].forEach({press})")
+        page.wait_for(f"{answers} === 5", timeout=60)
+        assert not page.errors
+
+
+def test_a_page_of_the_tiny_preset_loads_and_runs(tmp_path, browser):
+    spec = classifier_preset("tiny")
+    model = model_folder(tmp_path / "model", spec, [str(i) for i in range(1000)])
+    assert arm("export", model, tmp_path / "page.html", "--quantize", "int8").exit_code == 0
+    assert (tmp_path / "page.html").stat().st_size < 25e6
+    with chromium.Page(tmp_path / "page.html") as page:
+        page.wait_for(READY, timeout=200)
+        assert page.evaluate("arm.benchmark(2)", timeout=200) > 0  # images/s; benchmarks/export.py measures
+        assert not page.errors
