@@ -121,11 +121,11 @@ def _build(opened: Opened, settings: dict[str, Any], **changes: Any) -> Any:
 
     require()
     values: dict[str, Any] = {
-        "features": settings["features"],
-        "dynamic_batch": settings["dynamic_batch"],
+        "features": settings.get("features", False),
+        "dynamic_batch": settings.get("dynamic_batch", False),
         "half": settings["precision"] == "float16",
         "opset": settings["opset"] or DEFAULT_OPSET,
-        "preprocess": opened.transform if settings["preprocess"] else None,
+        "preprocess": opened.transform if settings.get("preprocess") else None,
     }
     options = OnnxOptions(**{**values, **changes})
     if options.half and settings["quantize"]:
@@ -163,6 +163,12 @@ def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[st
     built = _build(opened, settings, preprocess=opened.transform, features=False, dynamic_batch=False)
     write_page(path, built, opened.spec, page, runtime, force=settings["force"])
     return {"runtime": runtime.version, "bytes": path.stat().st_size}
+
+
+def write_drawing_page(opened: Opened, path: Path, title: str) -> None:
+    """Write a page where one draws what a classifier then names; ValueError says what is not installed."""
+    settings = {"runtime": None, "draw": True, "title": title, "quantize": None, "force": False}
+    _write_page(opened, path, {**settings, "precision": "float32", "opset": None})
 
 
 def _compare(opened: Opened, path: Path, settings: dict[str, Any]) -> Comparison:

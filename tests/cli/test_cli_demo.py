@@ -25,7 +25,14 @@ def short_recipes(monkeypatch):
     monkeypatch.setattr(recipes, "load_recipe", short)
 
 
-def test_the_demo_runs_every_stage_and_writes_a_report(short_recipes, tmp_path):
+@pytest.fixture
+def no_browser_runtime(monkeypatch, tmp_path):
+    from arm_convert.browser import runtime
+
+    monkeypatch.setattr(runtime, "VENDORED", tmp_path / "none")
+
+
+def test_the_demo_runs_every_stage_and_writes_a_report(short_recipes, no_browser_runtime, tmp_path):
     (tmp_path / "demo").mkdir()
     arguments = ["demo", "--out", str(tmp_path / "demo"), "--seeds", "1", "--device", "cpu"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
@@ -37,6 +44,7 @@ def test_the_demo_runs_every_stage_and_writes_a_report(short_recipes, tmp_path):
         "pretrain",
         *(f"{arm}-{n}-labels-seed-0" for arm in ("pretrained", "from-scratch") for n in (20, 50)),
     }
+    assert "skipped: a web page needs onnxruntime-web, which this installation does not" in result.output
     text = (folder / "report.html").read_text()
     shown = re.search(r"20 labels per class, from scratch: ([\d.]+) % after 4 steps", result.output)
     assert shown

@@ -48,8 +48,9 @@ PARITY_IMAGES = 64
 def demo(out: str, seeds: int, engine: EngineChoice) -> None:
     """Pretrain a small ARM on digits, finetune it, compare it with the same network from scratch.
 
-    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. If the folder
-    OUT already exists, OUT-2, OUT-3, ... is used instead.
+    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. Where
+    onnxruntime-web is available (make browser-runtime), OUT/try.html is a page to draw digits on. If the
+    folder OUT already exists, OUT-2, OUT-3, ... is used instead.
     """
     began = time.monotonic()
     folder, interrupted = _unused(Path(out)), list[bool]()
@@ -119,6 +120,8 @@ class _Demo:
             comparisons = [self._compare(labels, rows) for labels in LABELS]
         with _stage("Comparing the two engines"):
             parity = self._parity()
+        with _stage("Writing a page to draw digits on"):
+            self._write_try_page()
         losses = [row for row in rows[self.pretraining.folder] if "loss" in row]
         assert isinstance(model.spec, PretrainSpec)
         page = write_up(
@@ -141,6 +144,19 @@ class _Demo:
         click.echo(f"\n{time.monotonic() - began:.0f} s in total. Report: ", nl=False)
         click.secho(str(report.resolve()), bold=True)
         click.echo(f"To classify an image: arm predict {self._classifier()} IMAGE")
+
+    def _write_try_page(self) -> None:
+        """`try.html`, where onnx and onnxruntime-web are installed; else a line that says what is not."""
+        from arm_cli.export import write_drawing_page
+        from arm_cli.opening import open_model
+
+        page = self.folder / "try.html"
+        try:
+            write_drawing_page(open_model(str(self._classifier())), page, "Draw a digit")
+        except ValueError as error:
+            click.echo(f"  skipped: {error}")
+        else:
+            click.echo(f"  {page}: open it in a browser")
 
     def _keys(self) -> list[tuple[str, int, int]]:
         """Arm, labels per class and seed of every finetuning run."""

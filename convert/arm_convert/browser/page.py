@@ -57,6 +57,7 @@ def write_page(
             model.write(file, force=False)
         content = file.read_bytes()
     height, width = spec.image_size
+    megabytes = f"{len(content) / 1e6:.1f} MB"
     values = {
         "TITLE": html.escape(settings.title),
         "LEAD": f"Vision Mamba of ARM, {len(settings.classes)} classes, {height}x{width} pixels. Everything "
@@ -65,8 +66,8 @@ def write_page(
         if settings.draw
         else "Drop photos here, paste one, or choose them.",
         "CANVAS": "Square to draw in" if settings.draw else "The photo",
-        "ABOUT": f"Written by arm-vision. The page holds the model as an ONNX file of {len(content) / 1e6:.1f} "
-        "MB and runs it with onnxruntime-web on the CPU.",
+        "ABOUT": f"Written by arm-vision. The page holds the model as an ONNX file of {megabytes} and runs it "
+        "with onnxruntime-web on the CPU.",
         "LICENSE": html.escape(runtime.license),
         # In a script element only `<` could end it.
         "CONFIG": json.dumps({"classes": settings.classes, "draw": settings.draw}).replace("<", "\\u003c"),
