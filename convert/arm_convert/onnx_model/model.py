@@ -110,7 +110,7 @@ class _Network:
     def head(self, features: str) -> str:
         return self.linear(features, "head")
 
-    def encoder(self, images: str) -> str:
+    def decoder_input(self, images: str) -> str:
         """A pretraining model's latents (B, T, E, decoder blocks): what its decoder reads."""
         assert isinstance(self.spec, PretrainSpec)
         g, w, spec, read = self.g, self.w, self.spec, encoder_patches(self.spec)
