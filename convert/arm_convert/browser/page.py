@@ -66,8 +66,8 @@ def write_page(
         if settings.draw
         else "Drop photos here, paste one, or choose them.",
         "CANVAS": "Square to draw in" if settings.draw else "The photo",
-        "ABOUT": f"Written by arm-vision. The page holds the model as an ONNX file of {megabytes} and runs it "
-        "with onnxruntime-web on the CPU.",
+        "ABOUT": f"Written by arm-vision. The page holds the model as an ONNX file of {megabytes} and runs "
+        "it with onnxruntime-web on the CPU.",
         "LICENSE": html.escape(runtime.license),
         # In a script element only `<` could end it.
         "CONFIG": json.dumps({"classes": settings.classes, "draw": settings.draw}).replace("<", "\\u003c"),

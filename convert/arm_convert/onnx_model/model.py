@@ -145,7 +145,7 @@ def network(
     outputs: dict[str, tuple[str, tuple[int | str, ...]]]
     if isinstance(spec, PretrainSpec):
         latents = (size, spec.tokens, spec.decoder_width, spec.decoder_depth)
-        outputs = {"decoder_input": (net.encoder(images), latents)}
+        outputs = {"decoder_input": (net.decoder_input(images), latents)}
     else:
         found = net.classifier(images)
         if features:
