@@ -1,25 +1,19 @@
-"""Array files: images from .npy, outputs of a model to .npz."""
+"""Images as arrays in .npy files."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.files.atomic import create_file, new_file
 from arm_core.files.errors import BadFileError, reading
 from arm_core.files.reading import open_regular
 
 Array = npt.NDArray[np.float32]
-
-BATCHED = ("features", "logits", "decoder_input", "prediction")
-"""Outputs with a row per image; the others are means over the images."""
-
 
 _HEADER = re.compile(
     rb"\{'descr': '([^']{1,20})', 'fortran_order': (True|False), "
@@ -65,22 +59,3 @@ def _read_header(name: str, file: BinaryIO, expected: str) -> tuple[str, bool, t
         )
     shape = tuple(int(side) for side in re.findall(rb"\d+", header[3]))
     return header[1].decode("latin-1"), header[2] == b"True", shape
-
-
-def join(results: list[tuple[int, dict[str, Array]]]) -> dict[str, npt.NDArray[Any]]:
-    """Combine outputs of several batches: rows are concatenated, means weighted by the number of images."""
-    counts = np.array([count for count, _ in results], np.float64)
-    joined: dict[str, npt.NDArray[Any]] = {}
-    for name in results[0][1]:
-        values = [outputs[name] for _, outputs in results]
-        if name in BATCHED:
-            joined[name] = np.concatenate(values)
-        else:
-            joined[name] = np.average(np.stack(values), axis=0, weights=counts).astype(np.float32)
-    return joined
-
-
-def write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """Write atomically, under the exact name."""
-    with new_file(path, force=True) as draft, create_file(draft) as file:
-        np.savez(file, allow_pickle=False, **arrays)

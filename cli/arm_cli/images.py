@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The named files, and all images in the named folders at any depth. ValueError if there are none."""
+    """The files named, those that match a pattern, and of a folder all images in it at any depth.
+
+    Raises ValueError where there are none.
+    """
     from arm_core.data.walk import find_images, looked_for
 
     files: list[Path] = []
@@ -28,13 +32,19 @@ def image_files(names: Sequence[str]) -> list[Path]:
             files += [path / image for image in found.images]
         elif path.exists():
             files.append(path)
+        elif any(mark in name for mark in "*?["):  # a pattern that no shell has expanded
+            matches = glob(name, recursive=True)  # noqa: PTH207 (takes absolute patterns)
+            matching = sorted(Path(match) for match in matches if Path(match).is_file())
+            if not matching:
+                raise ValueError(f"{name}: no file matches this pattern")
+            files += matching
         else:
             raise ValueError(f"{name}: no such image or folder")
     return files
 
 
 def image_batches(files: Sequence[Path], model: Opened, batch_size: int) -> Iterator[Array]:
-    """(B, H, W, 3) float32 as the model reads them; ValueError names a corrupt file."""
+    """(B, H, W, 3) float32 as the model reads them; a broken file is named in a ValueError."""
     from arm_core.data.transforms import load_image
 
     for start in range(0, len(files), batch_size):

@@ -52,9 +52,12 @@ class EngineChoice:
             threads=self.threads,
         )
 
-    def module_device(self) -> str | None:
-        """The device for a library module; None for the framework's own choice."""
-        return None if self.device == "auto" else self.device
+    def create_module(self, spec: ModelSpec, parameters: Mapping[str, Array]) -> Any:
+        """A library module (`arm_vision.load_model`) with these values."""
+        from arm_core.data.model_config import ModelConfig
+
+        device = None if self.device == "auto" else self.device
+        return self.find().create_module(spec, parameters, ModelConfig(), device=device, scan=self.scan)
 
     @contextmanager
     def join(self) -> Iterator[tuple[Backend, Ranks]]:

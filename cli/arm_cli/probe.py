@@ -66,15 +66,12 @@ def probe(
     opened = open_model(model, weights=weights)
     config = ModelConfig(transform=opened.transform)
     train, test = _sources(data, eval_data, opened.spec.image_size)
-    backend = engine.find()
     candidates = {"model": opened.parameters}
     if random_weights:
         candidates["random weights"] = initial_parameters(opened.spec, seed)
     results: dict[str, Any] = {}
     for name, parameters in candidates.items():
-        module = backend.create_module(
-            opened.spec, parameters, config, device=engine.module_device(), scan=engine.scan
-        )
+        module = engine.create_module(opened.spec, parameters)
         found = [
             _features(module, config, source, batch_size, block, pool, f"{name}, {what}")
             for what, source in (("training images", train), ("evaluation images", test))
