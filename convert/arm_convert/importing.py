@@ -20,13 +20,15 @@ from arm_convert.layouts import Row, to_canonical
 from arm_convert.official import MASK, official_mask, official_table, pooling_from_args, spec_from_official
 from arm_convert.pickle_machine import brief
 from arm_convert.plain import Framework, plain_table
+from arm_core.data.imagenet import CLASSES as IMAGENET_CLASSES
+from arm_core.data.imagenet import imagenet_names, imagenet_synsets
 from arm_core.files.errors import BadFileError, located, reading
-from arm_core.files.metadata import HISTORY, RESULTS, TRAINING_ARGS, with_history
+from arm_core.files.metadata import CLASS_NAMES, CLASSES, HISTORY, RESULTS, TRAINING_ARGS, with_history
 from arm_core.files.model_folder import check_new, write_model
 from arm_core.files.quantized import QuantizedTensor
 from arm_core.files.safetensors import FLOATS, AnyArray, Tensor
 from arm_core.model.parameters import Parameter, initial_value, parameter_table
-from arm_core.model.spec import ModelSpec, Pooling, PretrainSpec, kind_of
+from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec, kind_of
 from arm_core.training.checkpoint import step_name
 from arm_core.training.model_source import Weights
 from arm_core.training.records import read_rows
@@ -117,7 +119,7 @@ def _resolve_official(
         _check_mask(spec, held.pop(MASK, None), choices)
     known = {name for row in rows for name in row.names}
     left_out = [f"tensor {name} {tensor.shape}" for name, tensor in held.items() if name not in known]
-    metadata = dict(source.metadata) if source.spec else _new_metadata(source, weights)
+    metadata = dict(source.metadata) if source.spec else _new_metadata(source, weights, spec)
     return Resolved(spec, canonical, metadata, choices, left_out)
 
 
@@ -201,8 +203,8 @@ _ENTRIES = {Weights.RAW: "model", Weights.EMA: "ema"}
 """How histories name the weights; equal models must keep giving equal files."""
 
 
-def _new_metadata(source: CheckpointSource, weights: Weights) -> dict[str, str]:
-    """Metadata for the model card of an official checkpoint."""
+def _new_metadata(source: CheckpointSource, weights: Weights, spec: ModelSpec) -> dict[str, str]:
+    """Metadata of an official checkpoint: class names, and what its model card tells."""
     step = f"imported from {source.path.name} ({source.format}, weights: {_ENTRIES[weights]})"
     metadata = {HISTORY: json.dumps([step])}
     told = {k: source.args[k] for k in _TOLD_ARGS if k in source.args}
@@ -212,6 +214,9 @@ def _new_metadata(source: CheckpointSource, weights: Weights) -> dict[str, str]:
     best = source.entries.get("ema_max_accuracy" if weights is Weights.EMA else "max_accuracy")
     if isinstance(best, (int, float)):
         metadata[RESULTS] = json.dumps({"best top-1 accuracy during its training, %": best})
+    if isinstance(spec, ClassifierSpec) and spec.classes == IMAGENET_CLASSES:
+        metadata[CLASSES] = json.dumps(imagenet_synsets())
+        metadata[CLASS_NAMES] = json.dumps(imagenet_names())
     return metadata
 
 

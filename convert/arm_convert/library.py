@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from arm_convert.adapt import resize
 from arm_convert.checkpoint_source import open_checkpoint_source
 from arm_convert.importing import resolve
 from arm_convert.published import find_published
-from arm_core.data.imagenet import imagenet_names, imagenet_synsets
 from arm_core.data.model_config import ModelConfig
 from arm_core.engine.protocol import Array
 from arm_core.engine.registry import choose_backend
@@ -86,13 +84,6 @@ def open_parameters(
     parameters = {name: tensor.read() for name, tensor in resolved.tensors.items()}
     config = ModelConfig.of(resolved.metadata, resolved.spec)
     return resolved.spec, parameters, config
-
-
-def with_imagenet_names(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
-    """The configuration with ImageNet's class names where a classifier of 1000 classes has none."""
-    if isinstance(spec, ClassifierSpec) and spec.classes == 1000 and not config.classes:
-        return replace(config, classes=imagenet_synsets(), class_names=imagenet_names())
-    return config
 
 
 def _preset(name: str, classes: int | None) -> ModelSpec | None:

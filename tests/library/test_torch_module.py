@@ -31,6 +31,45 @@ def images():
     return torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 40, 40)).astype(np.float32))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_has_the_outputs_and_gradients_of_the_eager_one(model, images, backend):
+    if backend == "inductor":
+        import os
+
+        if not os.environ.get("ARM_LONG_TESTS"):
+            pytest.skip("compiles for a minute: set ARM_LONG_TESTS=1")
+    model(images).square().mean().backward()
+    eager = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    out = compiled(images)
+    assert torch.allclose(out, model(images), atol=1e-5)
+    out.square().mean().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, eager[name], atol=1e-4 * float(eager[name].abs().max()) + 1e-8), name
+
+
+def test_an_exported_program_gives_the_logits_of_the_model(model, images):
+    program = torch.export.export(model, (images,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    assert torch.allclose(again(images), model(images), atol=1e-5)
+
+
+def test_function_transforms_give_the_gradients_of_backward(model, images):
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(w):
+        return torch.func.functional_call(model, w, (images,)).square().mean()
+
+    found = torch.func.grad(loss)(weights)
+    model(images).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(found[name], p.grad, atol=1e-5 * float(p.grad.abs().max()) + 1e-9), name
+
+
 def test_copies_and_state_dicts_are_independent_models(model, images):
     other = copy.deepcopy(model)
     with torch.no_grad():

@@ -28,12 +28,17 @@ def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
 
 
 def fuses(*tensors: Tensor) -> bool:
-    """Whether fused CPU functions take these tensors: float32, no autocast, and no torch.compile.
-
-    torch.compile fuses by itself.
-    """
+    """Whether fused CPU functions take these tensors: float32, no autocast, no compiler, no transform."""
     fits = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return fits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return fits and not torch.is_autocast_enabled("cpu") and not transformed()
+
+
+def transformed() -> bool:
+    """Whether torch traces or transforms the code: torch.compile, torch.export or torch.func.
+
+    They need operators with shapes of their own instead of plain autograd functions.
+    """
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 
 
 class _SwiGLU(torch.autograd.Function):

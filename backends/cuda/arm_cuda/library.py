@@ -28,6 +28,7 @@ from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec
 from arm_core.model.tokens import direction_orders, patch_order
 from arm_cuda.features import positions_for, without_class_token
+from arm_cuda.gate import transformed
 from arm_cuda.layers import Block
 from arm_cuda.model import Classifier, PretrainModel, Trunk, unfold_patches
 from arm_cuda.scan import scans
@@ -193,7 +194,7 @@ class LibraryModel(Trunk):
         spec: ModelSpec = spec_for_images(
             self.spec, tuple(images.shape), channels_last=False, dynamic=self.dynamic_image_size
         )
-        if not self._images_checked and not torch.compiler.is_compiling():
+        if not self._images_checked and not transformed():
             self._images_checked = True
             self._warn_of_unnormalized(images)
         if not images.is_floating_point():
@@ -202,8 +203,6 @@ class LibraryModel(Trunk):
 
     @torch.no_grad()
     def _warn_of_unnormalized(self, images: Tensor) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return  # inside a function transform the values cannot be read
         largest = float(images.abs().max()) if images.numel() else 0.0
         if not images.is_floating_point() or largest > UNNORMALIZED:
             warnings.warn(

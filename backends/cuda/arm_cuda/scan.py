@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from arm_core import cpu_kernels
 from arm_core.engine.scans import Implementation, Implementations
-from arm_cuda import mamba_ssm
+from arm_cuda import cpu_operators, mamba_ssm
+from arm_cuda.gate import transformed
 from arm_cuda.triton import availability
 
 
@@ -107,11 +108,15 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
+    if transformed():
+        return cpu_operators.directional_conv(x, weight, bias, order)
     result: Tensor = _CpuConv.apply(*_unshared(x, weight, bias, order))
     return result
 
 
 def _cpu_scan(*tensors: Tensor) -> Tensor:
+    if transformed():
+        return cpu_operators.selective_scan(*tensors)
     save_for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     result: Tensor = _CpuScan.apply(save_for_backward, *_unshared(*tensors))
     return result
