@@ -12,6 +12,7 @@ import click
 
 from arm_cli.options import announce
 from arm_cli.show import echo
+from arm_cli.streams import surviving_output
 
 if TYPE_CHECKING:
     from arm_cli.training.options import Request
@@ -28,7 +29,7 @@ def run_training(stage: str, request: Request, origin: str | None = None) -> Non
 
     origin: the model whose trunk a new classifier starts from.
     """
-    with request.engine.join() as (backend, ranks):
+    with surviving_output(), request.engine.join() as (backend, ranks):
         if request.resume is not None:
             _resume(stage, request, request.resume, backend, ranks)
         elif ranks.restarts and _has_checkpoint(out := _folder(stage, request)):
