@@ -55,9 +55,14 @@ class RandAugment:
 
 
 def rand_augment(
-    image: Image.Image, settings: RandAugment, *, fill: tuple[float, float, float], rng: KeyedRng
+    image: Image.Image,
+    settings: RandAugment,
+    *,
+    fill: tuple[float, float, float],
+    rng: KeyedRng,
+    trace: list[str] | None = None,
 ) -> Image.Image:
-    """Apply randomly drawn operations; `fill` is a colour of values 0..1."""
+    """Apply randomly drawn operations; `fill` is a colour of values 0..1. `trace` is told which."""
     color = (round(255 * fill[0]), round(255 * fill[1]), round(255 * fill[2]))
     names = tuple(OPERATIONS)
     for name in [names[rng.below(len(names))] for _ in range(settings.operations)]:
@@ -65,6 +70,8 @@ def rand_augment(
             magnitude = min(max(rng.gaussian(settings.magnitude, settings.magnitude_std), 0.0), LEVELS)
             sign = -1.0 if name in SIGNED and rng.chance(0.5) else 1.0
             image = OPERATIONS[name](image, sign * magnitude / LEVELS, color)
+            if trace is not None:
+                trace.append(f"{name.replace('_', ' ')} {sign * magnitude:.2g}")
     return image
 
 

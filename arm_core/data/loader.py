@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from arm_core.data.bad_images import BadImages
 from arm_core.data.decode import BadImage
-from arm_core.data.mixing import Mixing, draw_mix, mix_images, soft_targets
+from arm_core.data.mixing import Mix, Mixing, draw_mix, mix_images, soft_targets
 from arm_core.data.prefetch import Arrays, Prefetcher
 from arm_core.data.sources import ImageSource, Item
 from arm_core.data.transforms import EvalTransform, Size, TrainTransform
@@ -78,21 +78,31 @@ class TrainBatches:
 
     def samples(self, position: int) -> Iterator[tuple[Item, Array]]:
         """Each image of a batch, as stored and as (H, W, 3) float32 pixels, before mixing."""
+        for item, pixels, _ in self.traced(position):
+            yield item, pixels
+
+    def traced(self, position: int) -> Iterator[tuple[Item, Array, list[str]]]:
+        """`samples`, with what was drawn for each in words."""
         epoch = position // self.batches_per_epoch
         for index in self.indices(position).tolist():
             yield self._sample(index, epoch)
 
-    def _sample(self, index: int, epoch: int) -> tuple[Item, Array]:
+    def _sample(self, index: int, epoch: int) -> tuple[Item, Array, list[str]]:
         for following in range(len(self.source)):
-            at = (index + following) % len(self.source)
+            at, trace = (index + following) % len(self.source), list[str]()
             try:
                 item = self.source.item(at, epoch)
-                return item, self.transform(item, self.size, KeyedRng(self.seed, "augment", epoch, at))
+                rng = KeyedRng(self.seed, "augment", epoch, at)
+                return item, self.transform(item, self.size, rng, trace), trace
             except BadImage as error:
                 if self.bad is None:
                     raise
                 self.bad.add([str(error)])  # which raises before all are tried
         raise AssertionError
+
+    def mix(self, position: int) -> Mix:
+        """How a batch is mixed."""
+        return draw_mix(self.mixing, self.size, KeyedRng(self.seed, "mix", position))
 
     def __getitem__(self, position: int) -> Arrays:
         """`images` (B, H, W, 3) float32 and, with classes, `targets` (B, classes) float32."""
@@ -102,7 +112,7 @@ class TrainBatches:
             images[slot], labels[slot] = pixels, item.label
         if self.classes is None:
             return {"images": images}
-        mix = draw_mix(self.mixing, self.size, KeyedRng(self.seed, "mix", position))
+        mix = self.mix(position)
         targets = soft_targets(labels, self.classes, smoothing=self.mixing.smoothing, mix=mix)
         return {"images": mix_images(images, mix), "targets": targets}
 

@@ -96,18 +96,27 @@ class TrainTransform:
             if low > high:
                 raise ValueError(f"augmentation.{name}: expected the lower limit first, found {low}, {high}")
 
-    def __call__(self, item: Item, size: Size, rng: KeyedRng) -> Array:
-        """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
-        image = random_resized_crop(
-            decode(item.image, item.name), size, self.crop_scale, self.crop_ratio, rng
+    def __call__(self, item: Item, size: Size, rng: KeyedRng, trace: list[str] | None = None) -> Array:
+        """(H, W, 3) float32, normalised; BadImage names an item that cannot be decoded.
+
+        trace: is told in words what was drawn.
+        """
+        trace = [] if trace is None else trace
+        whole = decode(item.image, item.name)
+        left, top, width, height = crop_box(
+            (whole.height, whole.width), self.crop_scale, self.crop_ratio, rng
         )
+        trace.append(f"crop {width}x{height}+{left}+{top} of {whole.width}x{whole.height}")
+        image = resized_crop(whole, (left, top, left + width, top + height), size)
         if rng.chance(self.flip):
+            trace.append("flip")
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
-            image = rand_augment(image, self.rand_augment, fill=self.mean, rng=rng)
+            image = rand_augment(image, self.rand_augment, fill=self.mean, rng=rng, trace=trace)
         pixels = normalize(image, self.mean, self.std)
         if rng.chance(self.erase):
             random_erase(pixels, rng)
+            trace.append("erase")
         return pixels
 
 
@@ -150,8 +159,12 @@ def random_resized_crop(
     into the image, the largest centred rectangle whose ratio is allowed is taken.
     """
     left, top, width, height = crop_box((image.height, image.width), scale, ratio, rng)
-    crop = image.crop((left, top, left + width, top + height))
-    return crop.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return resized_crop(image, (left, top, left + width, top + height), size)
+
+
+def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: Size) -> Image.Image:
+    """The part within `box` (left, top, right, bottom), resized on its own (bicubic)."""
+    return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def crop_box(

@@ -59,14 +59,8 @@ class Plan:
         self._rank, self._world = ranks.rank, ranks.world
         _check_shares(self._training, ranks.world)
         self._classes = spec.classes if isinstance(spec, ClassifierSpec) else None
-        batches = self._batches = TrainBatches(
-            source=source,
-            transform=recipe.augmentation,
-            size=spec.image_size,
-            batch_size=self._training.micro_batch,
-            seed=self._training.seed,
-            classes=self._classes,
-            mixing=recipe.mixing,
+        batches = self._batches = training_batches(
+            recipe, spec, source, batch_size=self._training.micro_batch
         )
         skip = recipe.data.on_bad_image is OnBadImage.SKIP
         self.bad_images = BadImages(len(source), known_bad) if skip else None
@@ -180,6 +174,21 @@ class Plan:
         transform = json.dumps(asdict(self._recipe.eval_transform))
         names = {} if self._classes is None else {"classes": json.dumps(list(self._source.classes))}
         return {"eval_transform": transform, **names}
+
+
+def training_batches(
+    recipe: Recipe, spec: ModelSpec, source: ImageSource, *, batch_size: int
+) -> TrainBatches:
+    """The micro-batches of a recipe for a model of its kind."""
+    return TrainBatches(
+        source=source,
+        transform=recipe.augmentation,
+        size=spec.image_size,
+        batch_size=batch_size,
+        seed=recipe.training.seed,
+        classes=spec.classes if isinstance(spec, ClassifierSpec) else None,
+        mixing=recipe.mixing,
+    )
 
 
 def _check_shares(training: TrainingSettings, world: int) -> None:

@@ -22,6 +22,7 @@ COMMANDS = (
     "probe",
     "models",
     "pull",
+    "data",
     "convert",
     "export",
     "recipe",
