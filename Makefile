@@ -11,12 +11,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help demo test test-cuda lint bench-cuda bench-metal browser-runtime clean
+.PHONY: help docs demo test test-cuda lint bench-cuda bench-metal browser-runtime clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
+	@echo "make docs   build the documentation's site in site/"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make test-cuda   with an NVIDIA GPU: the Triton kernels' tests on it; installs nothing"
 	@echo "make bench-cuda  with an NVIDIA GPU: the scan and training steps against mamba-ssm, as JSON and Markdown"
@@ -36,6 +37,9 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m mkdocs build --strict
 
 # A machine with a GPU has a torch of its own: PYTHON is taken as it is where it has one, else that of .venv.
 CUDA_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
@@ -95,3 +99,7 @@ $(VENV)/test.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	@# Without what it requires: torchvision asks for a torch of its own, and the tests stand in for it.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --constraint constraints.txt timm
 	@touch $(VENV)/demo.installed $@
+
+$(VENV)/docs.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+	$(INSTALL) '.[docs]'
+	@touch $@
