@@ -1,13 +1,13 @@
-"""One model made from another: pretraining model to classifier, new head, new size, new type, average.
+"""Changes models: pretraining model to classifier, new head, new image size, other type, average.
 
-Every function maps (spec, tensors) to (spec, tensors) and reads nothing before it is written.
+The functions return tensors that are computed when they are read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from arm_core.files.safetensors import AnyArray, Tensor
 from arm_core.model.bicubic import resize_table
 from arm_core.model.parameters import Array, Parameter, Shape, initial_value, parameter_table
 from arm_core.model.rng import KeyedRng
-from arm_core.model.spec import ClassifierSpec, Direction, ModelSpec, PretrainSpec
+from arm_core.model.spec import ClassifierSpec, Direction, EncoderSpec, ModelSpec, PretrainSpec
 
 Tensors = dict[str, Tensor]
 
@@ -24,7 +24,7 @@ OFFICIAL_HEAD_STD = 2e-5
 """Standard deviation of a classifier's new head in the official finetuning."""
 
 FLOAT32_ONLY = ("A_log", "D", "dt_proj.bias")
-"""Leaves that stay float32 under any type: the decays of the scan are products of many steps."""
+"""Tensors that stay float32: the decays of the scan are products over many steps."""
 
 
 def to_classifier(
@@ -36,17 +36,18 @@ def to_classifier(
     head_std: float = OFFICIAL_HEAD_STD,
     keep_head: bool = False,
 ) -> Tensors:
-    """The tensors of classifier `target`, grown from a pretraining model or another classifier.
+    """The tensors of classifier `target`, from those of a pretraining model or another classifier.
 
     From a pretraining model, as in the official finetuning: the one direction is copied to all, the
     position table is resized (bicubic) and given a row of zeros for the class token, and class token, last
-    norm and head are new, drawn from `seed`. From a classifier the head alone is new (with `keep_head` not
+    norm and head are new, drawn from `seed`. From a classifier only the head is new (with `keep_head` not
     even that) and the rest is kept, resized where the image size differs.
 
-    Raises ValueError where the trunks differ or a direction has nothing to grow from.
+    Raises ValueError where the encoders differ or the source has no weights for a direction.
     """
-    if spec.encoder != target.encoder:
-        raise ValueError(f"expected a classifier with the trunk {spec.encoder}, found {target.encoder}")
+    pairs = {f.name: [getattr(s.encoder, f.name) for s in (spec, target)] for f in fields(EncoderSpec)}
+    if different := ", ".join(f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b):
+        raise ValueError(f"the encoders of the model and of the classifier differ: {different}")
     table = parameter_table(target)
     fresh = {"cls_token", "norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
     if isinstance(spec, ClassifierSpec):
@@ -79,20 +80,20 @@ _PER_DIRECTION = ("conv.weight", "conv.bias", "x_proj.weight", "dt_proj.weight",
 
 
 def _origins(spec: ModelSpec, target: ClassifierSpec) -> list[int]:
-    """For each direction of the target, the one of the source that it comes from."""
+    """For each direction of the target, the index of the source's direction that it is copied from."""
     have = spec.scan_directions if isinstance(spec, ClassifierSpec) else (Direction.ROW,)
     if len(have) == 1:
         return [0] * target.directions
     if lost := [d for d in target.scan_directions if d not in have]:
         raise ValueError(
-            f"the model scans in {', '.join(have)}: direction {lost[0]} has no weights to grow from; "
+            f"the model scans in {', '.join(have)}: there are no weights for direction {lost[0]}; "
             "start from the pretraining model"
         )
     return [have.index(direction) for direction in target.scan_directions]
 
 
 def _positions(spec: ModelSpec, tensor: Tensor, target: ClassifierSpec) -> Tensor:
-    """The position table for the target's grid, its class token's row in the new middle."""
+    """The position table for the target's grid, with the class token's row in the middle."""
     if isinstance(spec, ClassifierSpec) and spec.grid == target.grid:
         return tensor
 
@@ -121,8 +122,8 @@ def resize(
 ) -> tuple[ModelSpec, Tensors]:
     """The model for another image size.
 
-    A classifier's position table is resized (bicubic), the class token's row kept apart and put back in
-    the new middle. A pretraining model's tables are fixed: they are computed for the new grid.
+    The position table of a classifier is resized (bicubic), except for the class token's row, which moves to
+    the new middle. The tables of a pretraining model are fixed and computed for the new grid.
     """
     target = replace(spec, image_size=image_size)
     if isinstance(target, ClassifierSpec):
@@ -135,7 +136,7 @@ def resize(
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: str) -> Tensors:
-    """All tensors in storage type `F32`, `F16` or `BF16`, but for those in `FLOAT32_ONLY`."""
+    """All tensors in storage type `F32`, `F16` or `BF16`, except for those in `FLOAT32_ONLY`."""
     return {
         name: tensor.cast("F32" if name.partition(".mixer.")[2] in FLOAT32_ONLY else dtype)
         for name, tensor in tensors.items()
@@ -143,7 +144,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: str) -> Tensors:
 
 
 def average(models: Sequence[Mapping[str, Tensor]]) -> Tensors:
-    """The mean of several models' tensors, computed in float64 and stored as the first one's are."""
+    """The mean of several models' tensors, computed in float64 and stored in the types of the first model."""
     return {
         name: _like(tensor, tensor.shape, partial(_mean, [model[name] for model in models]))
         for name, tensor in models[0].items()

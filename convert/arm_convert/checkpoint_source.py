@@ -107,7 +107,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     expected = "expected a .pth file of torch.save, a .safetensors file, a model folder or a run"
     if start[_TAR_OFFSET:] == _TAR:
         raise BadFileError(
-            f"{path}: a tar archive, as torch before 0.1.10 saved checkpoints: not supported; "
+            f"{path}: a tar archive, the checkpoint format of early torch versions, is not supported; "
             "load it with torch and save it again"
         )
     if not start:

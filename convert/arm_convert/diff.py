@@ -13,7 +13,7 @@ from arm_core.files.safetensors import FLOATS, Tensor
 
 @dataclass(frozen=True)
 class Change:
-    """A tensor that both have, with other values."""
+    """A tensor of both with different values."""
 
     name: str
     largest: float
@@ -21,23 +21,23 @@ class Change:
     relative: float
     """The same, relative to the largest value of the first."""
     changed: int
-    """Values that differ."""
+    """Number of values that differ."""
     values: int
 
 
 @dataclass(frozen=True)
 class Diff:
-    """All differences of two sets of tensors."""
+    """All differences between two sets of tensors."""
 
     only_first: list[str]
     only_second: list[str]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     types: dict[str, tuple[str, str]]
-    """Stored in another type; the values are compared all the same."""
+    """Types that differ; the values are compared nevertheless."""
     changes: list[Change]
     """Largest relative difference first."""
     equal: int
-    """Tensors with equal values."""
+    """Number of tensors with equal values."""
 
     @property
     def same(self) -> bool:

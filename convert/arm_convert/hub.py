@@ -17,7 +17,7 @@ from arm_core.files.model_folder import CARD, CONFIG, INDEX, WEIGHTS
 
 PREFIX = "hf://"
 FILES = [CONFIG, CARD, WEIGHTS, INDEX, "model-*.safetensors"]
-"""What a model folder consists of, as patterns; nothing else is fetched."""
+"""Patterns of the files in a model folder; only these are downloaded."""
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ADDRESS = re.compile(rf"hf://({_PART}/{_PART})(?:@([A-Za-z0-9._-]+))?(?:/(.+))?")
@@ -25,7 +25,7 @@ _ADDRESS = re.compile(rf"hf://({_PART}/{_PART})(?:@([A-Za-z0-9._-]+))?(?:/(.+))?
 
 @dataclass(frozen=True)
 class Address:
-    """A repository on the hub, and what of it is meant."""
+    """A repository on the hub, with an optional revision and file."""
 
     repository: str
     revision: str | None = None
@@ -33,7 +33,7 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """The parts of an address; ValueError where it is none."""
+    """The parts of an address; ValueError where it is not one."""
     match = _ADDRESS.fullmatch(text)
     if match is None or (match[3] and ".." in match[3].split("/")):
         raise ValueError(f"{text}: expected hf://user/name, hf://user/name@revision or hf://user/name/file")
@@ -41,7 +41,7 @@ def parse_address(text: str) -> Address:
 
 
 def fetch(text: str) -> Path:
-    """Download a model (from the hub's cache, if it is there) and return its folder or file."""
+    """Download a model, unless it is in the hub's cache; returns its folder or file."""
     address, hub = parse_address(text), library()
     with in_one_line(text):
         if address.file:
@@ -52,7 +52,7 @@ def fetch(text: str) -> Path:
 
 
 def push(folder: Path, text: str, *, private: bool, message: str) -> str:
-    """Upload a model folder, creating the repository where needed; returns the commit's address."""
+    """Upload a model folder, and create the repository if needed; returns the URL of the commit."""
     address, hub = parse_address(text), library()
     if address.file:
         raise ValueError(f"{text}: expected hf://user/name or hf://user/name@revision to push to")
@@ -67,7 +67,7 @@ def push(folder: Path, text: str, *, private: bool, message: str) -> str:
             revision=address.revision,
             commit_message=message,
             allow_patterns=FILES,
-            delete_patterns=FILES,  # a model that is cut into other shards must not keep its old ones
+            delete_patterns=FILES,  # remove the shards of an earlier upload
         )
     return str(done)
 
@@ -82,7 +82,7 @@ def library() -> Any:
 
 @contextmanager
 def in_one_line(text: str) -> Iterator[None]:
-    """The library's errors (its own and its HTTP client's, of many classes) as a sentence for the user."""
+    """Turn the errors of the library and of its HTTP client, which have many classes, into ValueError."""
     try:
         yield
     except Exception as error:

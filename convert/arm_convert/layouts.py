@@ -1,8 +1,8 @@
-"""How tensors of the parameter table lie in a foreign format: one row per tensor, read both ways.
+"""Tables of correspondence between the parameter table and foreign formats; one row per tensor.
 
-A foreign format may name a tensor differently, give each scan direction a tensor of its own where ours
-has a leading direction axis K, and order or pad axes in its own way. Conversions go by name, never by
-shape. Letters in shapes: D width, K directions, W convolution taps, T tokens, p patch side.
+A foreign format can have other names, one tensor per scan direction instead of a leading axis K, and
+another order or number of axes. Tensors are matched by name, never by shape. Letters in shapes: D width,
+K directions, W kernel size of the convolution, T tokens, p patch side.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from arm_core.files.safetensors import AnyArray, Shape, Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How one foreign tensor lies in memory, compared with ours (without the direction axis)."""
+    """The layout of a foreign tensor relative to ours (without the direction axis)."""
 
     shape: Callable[[Shape], Shape]
-    """Foreign shape of a tensor of our shape."""
+    """Foreign shape for a shape of ours."""
     to_foreign: Callable[[AnyArray], AnyArray]
     to_canonical: Callable[[AnyArray], AnyArray]
 
@@ -35,7 +35,7 @@ SAME = reshaped(lambda s: s, lambda s: s)
 
 
 def channels_first_patches(patch: int, channels: int) -> Layout:
-    """(D, p * p * channels) in (row, column, channel) order is (D, channels, p, p) there."""
+    """(D, p * p * channels) in (row, column, channel) order becomes (D, channels, p, p)."""
     return Layout(
         lambda s: (s[0], channels, patch, patch),
         lambda x: x.reshape(-1, patch, patch, channels).transpose(0, 3, 1, 2),
@@ -75,7 +75,7 @@ def foreign_shapes(rows: Sequence[Row]) -> dict[str, Shape]:
 
 
 def differences(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is missing or has another shape, one phrase each."""
+    """Missing tensors and wrong shapes, one phrase each."""
     shapes = foreign_shapes(rows)
     missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in tensors]
     return missing + [

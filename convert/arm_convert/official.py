@@ -1,8 +1,8 @@
-"""The official checkpoints' names and shapes, and ours: one table, read both ways.
+"""Names and shapes of official checkpoints: one table for both directions of conversion.
 
-The official model (OliverRensu/ARM) has one tensor per scan direction, told apart by suffixes, where
-ours has a leading direction axis; it embeds patches with a convolution and keeps singleton axes on
-tokens and tables.
+The official model (OliverRensu/ARM) has one tensor per scan direction, marked by a suffix, instead of a
+leading direction axis. It embeds patches with a convolution, and its tokens and tables have additional
+axes of size 1.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ SUFFIXES: dict[Direction, str] = {
     Direction.COLUMN: "_c",
     Direction.COLUMN_REVERSE: "_c_b",
 }
-"""How official names tell the directions apart."""
+"""Suffixes of official names by scan direction."""
 
 MASK = "mask"
-"""The decoder's attention mask: a buffer there, 0 where a query may see and -inf elsewhere."""
+"""The decoder's attention mask, a buffer: 0 where a query may attend and -inf elsewhere."""
 
 FROZEN = ("pos_embed", "dec_pos_embed")
-"""Official pretraining parameters that are never updated, hence in no optimizer group."""
+"""Official pretraining parameters that are not trained and belong to no optimizer group."""
 
 _NAMES = {
     "patch_embed.weight": "patch_embed.proj.weight",
@@ -81,9 +81,9 @@ _SCAN_NAMES = {
 }
 
 
-TOKEN = reshaped(lambda s: (1, 1, *s), lambda s: s[2:])  # (D,) is (1, 1, D) there
-TABLE = reshaped(lambda s: (1, *s), lambda s: s[1:])  # (T, D) is (1, T, D) there
-CONV1D = reshaped(lambda s: (s[0], 1, s[1]), lambda s: (s[0], s[2]))  # (D, W) is (D, 1, W) there
+TOKEN = reshaped(lambda s: (1, 1, *s), lambda s: s[2:])  # (D,) becomes (1, 1, D)
+TABLE = reshaped(lambda s: (1, *s), lambda s: s[1:])  # (T, D) becomes (1, T, D)
+CONV1D = reshaped(lambda s: (s[0], 1, s[1]), lambda s: (s[0], s[2]))  # (D, W) becomes (D, 1, W)
 
 
 def _row(parameter: Parameter, spec: ModelSpec) -> Row:
@@ -127,7 +127,7 @@ def official_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def official_mask(spec: PretrainSpec) -> AnyArray:
-    """The `mask` buffer, (tokens, tokens) float32: 0 where a query may see a latent, else -inf."""
+    """The `mask` buffer, (tokens, tokens) float32: 0 where a query may attend to a latent, else -inf."""
     return np.where(decoder_mask(spec), np.float32(0), np.float32(-np.inf))
 
 
@@ -138,7 +138,7 @@ def official_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, 
 
 
 def canonical_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """The reverse of `official_view`; a tensor of ours needs all its directions."""
+    """The inverse of `official_view`; tensors without all their directions are left out."""
     rows = [row for row in official_table(spec) if all(name in arrays for name in row.names)]
     return {row.name: row.join([np.asarray(arrays[name]) for name in row.names]) for row in rows}
 
@@ -146,14 +146,13 @@ def canonical_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str,
 def from_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All official tensors of a model by our names, fetched on demand.
 
-    Raises ValueError for a missing or misshaped tensor; what the file holds beyond the model is the
-    caller's to report.
+    Raises ValueError for a missing tensor or a wrong shape; other tensors of the file are ignored.
     """
     return to_canonical(official_table(spec), tensors)
 
 
 def to_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a model by official names, fetched on demand, the mask buffer recreated."""
+    """All tensors of a model by official names, fetched on demand, including the mask buffer."""
     found = to_foreign(official_table(spec), tensors)
     if isinstance(spec, PretrainSpec):
         found[MASK] = Tensor.of(official_mask(spec))
@@ -169,9 +168,9 @@ def spec_from_official(
 ) -> ModelSpec:
     """The model that official names and shapes belong to.
 
-    args: the checkpoint's training arguments where it has them; `global_pool` and a rectangular
-    `input_size` are all that is used.  image_size, pooling: override what weights cannot tell.
-    Raises ValueError where the names are not an official model's, saying which made it think so.
+    args: the checkpoint's training arguments, of which `global_pool` is used.  image_size, pooling:
+    settings that the weights do not determine.  Raises ValueError where these are not the names of an
+    official model, and names the architecture where it is known.
     """
     kind = kind_from_official(shapes)
     width, channels, patch, _ = _shape_of(shapes, "patch_embed.proj.weight", 4)
@@ -202,7 +201,7 @@ def spec_from_official(
 
 
 def kind_from_official(shapes: Mapping[str, Shape]) -> str:
-    """`pretrain` or `classifier`; a ValueError shows what else the names look like."""
+    """`pretrain` or `classifier`; a ValueError names other architectures by their tensors."""
     has_mixer = "layers.0.mixer.A_log" in shapes and "patch_embed.proj.weight" in shapes
     if has_mixer and "ar_token" in shapes:
         return "pretrain"
@@ -224,11 +223,11 @@ _OTHERS = {
     "encoder.layer.0.attention.attention.query.weight": "a transformers ViT",
     "visual.conv1.weight": "a CLIP model",
 }
-"""Tensors that give other architectures away."""
+"""Tensors that identify other architectures."""
 
 
 def pooling_from_args(args: Mapping[str, Any] | None) -> Pooling | None:
-    """What the training arguments say about pooling; None where they are silent."""
+    """The pooling in the training arguments; None where they do not state it."""
     value = (args or {}).get("global_pool")
     return None if not isinstance(value, bool) else Pooling.MEAN if value else Pooling.CLS
 
@@ -260,7 +259,7 @@ def _shape_of(shapes: Mapping[str, Shape], name: str, axes: int) -> Shape:
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    """How many blocks `prefix`0, `prefix`1, ... the names hold."""
+    """The number of blocks `prefix`0, `prefix`1, ... among the names."""
     found = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}
     return next(i for i in range(len(found) + 1) if str(i) not in found)
 
@@ -268,5 +267,7 @@ def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
 def _square(positions: int, scale: int) -> tuple[int, int]:
     side = math.isqrt(max(positions, 0))
     if side < 1 or side * side != positions:
-        raise ValueError(f"{positions} positions are no square; say the image size with --image-size HxW")
+        raise ValueError(
+            f"the number of position embeddings, {positions}, is not a perfect square; pass --image-size HxW"
+        )
     return side * scale, side * scale

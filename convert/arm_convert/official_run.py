@@ -262,7 +262,7 @@ def import_run(source: CheckpointSource, resolved: Resolved, out: Path) -> Recip
         recipe=fingerprint(recipe),
         engine={"backend": "official code", "checkpoint": source.path.name},
     )
-    # Tensors stand in for arrays: the checkpoint streams them one at a time.
+    # Tensors are passed as arrays: the checkpoint writes them one at a time.
     training = TrainingState(**cast(dict[str, dict[str, Array]], arrays))
     checkpoint = Checkpoint(spec=spec, progress=progress, state=training, metadata=resolved.metadata)
     check_new(out, force=False)

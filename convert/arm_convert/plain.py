@@ -1,13 +1,13 @@
-"""Files for people who hold plain `torch.nn` or `mlx.nn` modules: each framework's own layouts.
+"""Exports for plain `torch.nn` or `mlx.nn` modules, in the layouts of each framework.
 
-Names are those of the parameter table, except that the tensors of a scan direction k stand apart, as in
-a list of modules: `layers.0.mixer.conv.<k>.weight`, `x_proj.<k>.weight`, `dt_proj.<k>.weight` and `.bias`,
-`A_log.<k>`, `D.<k>`. Then every tensor loads into a stock module:
+Names are those of the parameter table, except that each scan direction k has separate tensors, like a
+list of modules: `layers.0.mixer.conv.<k>.weight`, `x_proj.<k>.weight`, `dt_proj.<k>.weight` and `.bias`,
+`A_log.<k>`, `D.<k>`. Every tensor loads into a standard module:
 
     tensor                torch.nn                               mlx.nn
     patch_embed           Conv2d(C, D, p, p)     (D, C, p, p)    Conv2d          (D, p, p, C)
     conv.<k>              Conv1d(D, D, W, groups=D)  (D, 1, W)   Conv1d          (D, W, 1)
-    everything else       Linear (out, in), LayerNorm, and bare tensors: the same in both
+    all others            Linear (out, in), LayerNorm and plain tensors: the same in both
 """
 
 from __future__ import annotations

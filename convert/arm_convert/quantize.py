@@ -1,4 +1,4 @@
-"""A classifier whose large matrices take 4 or 8 bits, for MLX to multiply as they are."""
+"""Quantizes the large matrices of a classifier to 4 or 8 bits, in the format of MLX."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from arm_core.files.safetensors import Tensor
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 QUANTIZED = ("in_proj.weight", "out_proj.weight", "mlp.w1.weight", "mlp.w2.weight", "mlp.w3.weight")
-"""Ends of the names of what is quantized: the matrices shared by all tokens and directions, over nine
-tenths of a base model. The scan's own parameters, embedding and head stay as they are: small, and the
-first to suffer."""
+"""Suffixes of the quantized matrices, over 90 % of the base model. The parameters of the scan, the patch
+embedding and the head stay as they are: they are small and sensitive to rounding."""
 
 
 def quantize_model(
     spec: ModelSpec, tensors: Mapping[str, Tensor], *, bits: int, group_size: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The model with its large matrices quantized when they are read, and the names of those that are.
+    """The model with its large matrices quantized on reading, and the names of the quantized matrices.
 
-    Matrices whose rows are no whole number of groups stay as they are. Raises ValueError where all do, and
-    for a pretraining model.
+    A matrix whose row length is not divisible by `group_size` is not quantized. Raises ValueError where no
+    matrix is, and for a pretraining model.
     """
     if not isinstance(spec, ClassifierSpec):
-        raise ValueError("only a classifier is quantized; make one with arm convert to-classifier")
+        raise ValueError(
+            "only classifiers can be quantized; convert the model with arm convert to-classifier"
+        )
     made, done = dict(tensors), []
     for name, tensor in tensors.items():
         if name.endswith(QUANTIZED) and tensor.shape[1] % group_size == 0:
@@ -34,7 +35,7 @@ def quantize_model(
             done.append(name)
     if not done:
         raise ValueError(
-            f"no matrix of width {spec.encoder.width} has rows of whole groups of {group_size}; "
+            f"width {spec.encoder.width} is not divisible by the group size {group_size}; "
             "choose a smaller --group-size"
         )
     return made, done

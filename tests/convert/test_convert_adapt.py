@@ -194,13 +194,13 @@ def test_directions_of_a_classifier_are_picked_by_name(finetuned, tmp_path):
 def test_a_direction_that_was_never_trained_is_refused():
     two = replace(foreign.CLASSIFIER, scan_directions=DIRECTIONS[2])
     tensors = as_tensors(initial_parameters(two, 0))
-    with pytest.raises(ValueError, match="direction column has no weights to grow from"):
+    with pytest.raises(ValueError, match="there are no weights for direction column"):
         adapt.to_classifier(two, tensors, foreign.CLASSIFIER, seed=0)
 
 
-def test_another_trunk_is_refused():
+def test_another_encoder_is_refused():
     other = replace(foreign.CLASSIFIER, encoder=EncoderSpec(width=8, depth=12, patch=4))
-    with pytest.raises(ValueError, match="expected a classifier with the trunk"):
+    with pytest.raises(ValueError, match="the encoders .* differ: depth 6 and 12"):
         adapt.to_classifier(
             foreign.PRETRAIN, as_tensors(initial_parameters(foreign.PRETRAIN, 0)), other, seed=0
         )

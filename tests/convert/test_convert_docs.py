@@ -1,4 +1,4 @@
-"""The examples in docs/convert.md run as they stand."""
+"""The examples in docs/convert.md run unchanged."""
 
 from __future__ import annotations
 

@@ -7,6 +7,9 @@ import json
 import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import foreign
@@ -106,7 +109,7 @@ def test_a_source_that_is_not_there_or_is_no_model_is_refused(tmp_path, name):
         (b"", "not a checkpoint: the file is empty"),
         (
             b"storages".ljust(257, b"\0") + b"ustar\x0000" + bytes(300),
-            "a tar archive, as torch before 0.1.10",
+            "a tar archive, the checkpoint format of early torch",
         ),
     ],
     ids=["jpeg", "png", "text", "empty", "tar"],
@@ -180,9 +183,7 @@ def test_a_run_gives_its_weights_or_their_average(tmp_path, place):
     (folder / "model.safetensors").write_bytes(content)
     result = convert("import", tmp_path / place, tmp_path / "m")
     assert result.exit_code == 2
-    assert (
-        "model.safetensors: damaged" in result.output or "none of the 1 checkpoints is sound" in result.output
-    )
+    assert "model.safetensors: corrupt" in result.output
 
 
 def test_a_pth_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -285,3 +286,39 @@ def test_a_self_description_that_lies_is_refused(tmp_path):
         write_tensors(tmp_path / "y.safetensors", file.tensors, {**file.metadata, **changes})
         with pytest.raises(BadFileError, match=message):
             resolve(open_checkpoint_source(tmp_path / "y.safetensors", warn=print))
+
+
+def test_sigterm_during_a_conversion_leaves_nothing_behind(tmp_path):
+    (tmp_path / "m").mkdir()
+    folder = model_folder(tmp_path / "m" / "a", "classifier")
+    program = (
+        "import sys, time\n"
+        "from arm_convert import adapt\n"
+        "from arm_core.files import model_folder\n"
+        "def slow(*_):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "model_folder.write_weights = slow\n"
+        "from arm_cli.main import main\n"
+        "main(prog_name='arm')\n"
+    )
+    words = [sys.executable, "-c", program, "convert", "cast", folder, tmp_path / "out", "--dtype", "float16"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(list(map(str, words)), env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "writing\n"
+        assert len(names(tmp_path)) == 2  # the draft
+        child.terminate()
+        assert child.wait(timeout=60) == 128 + signal.SIGTERM
+    assert names(tmp_path) == ["m"]
+
+
+def test_two_imports_to_one_new_folder_do_not_both_succeed(tmp_path, official):
+    folders = [model_folder(tmp_path / str(i), "classifier", seed=i) for i in range(2)]
+    program = "from arm_cli.main import main; main(prog_name='arm')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = [sys.executable, "-c", program, "convert", "import"]
+    commands = [[*start, str(folder), str(tmp_path / "m")] for folder in folders]
+    running = [subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) for words in commands]
+    errors = [child.communicate(timeout=100)[1] for child in running]
+    assert sorted(child.returncode for child in running) == [0, 2], errors
+    assert names(tmp_path) == ["0", "1", "m", "official.pth"]

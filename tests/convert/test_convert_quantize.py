@@ -161,7 +161,7 @@ def test_other_conversions_take_the_rounded_values(quantized, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (foreign.PRETRAIN, "only a classifier is quantized"),
+        (foreign.PRETRAIN, "only classifiers can be quantized"),
         (foreign.CLASSIFIER, "choose a smaller --group-size"),
     ],
 )

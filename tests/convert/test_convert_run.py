@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import foreign
@@ -198,3 +199,30 @@ def test_the_optimizer_groups_are_the_official_ones(name):
     source = open_checkpoint_source(folder / f"{name}.pth", warn=print)
     stated = json.loads((folder / f"{name.split('_checkpoint')[0]}_meta.json").read_text())["groups"]
     assert official_groups(source, resolve(source).spec) == [group["names"] for group in stated]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"batch_size": 0}, r"args.batch_size: expected a whole number, 1 or more, found 0"),
+        ({"batch_size": 1.5}, r"args.batch_size: expected a whole number, 1 or more, found 1.5"),
+        ({"accum_iter": 0}, r"args.accum_iter: expected a whole number"),
+        ({"world_size": 0.5}, r"args.world_size: expected a whole number"),
+        ({"world_size": -1}, r"args.world_size: expected a whole number"),
+        ({"batch_size": float("nan")}, r"args.batch_size: expected a number"),
+        ({"batch_size": 10**400}, r"args.batch_size: expected a number, found a huge number"),
+        ({"seed": -1}, r"args.seed: expected a whole number, 0 or more"),
+        ({"lr": 0}, r"base_lr"),
+        ({"epochs": -1}, r"length|expected"),
+        ({"warmup_epochs": 1e14}, r"warmup|expected"),
+        ({"drop_path": 7}, r"drop_path"),
+        ({"layer_decay": -3}, r"layer_decay"),
+    ],
+    ids=str,
+)
+def test_training_arguments_out_of_range_are_refused_by_name(tmp_path, args, message):
+    path = with_optimizer("classifier", tmp_path / "x.pth", args=args)
+    result = arm("convert", "import", path, tmp_path / "run", "--with-optimizer")
+    assert result.exit_code == 2
+    assert re.search(rf"x\.pth: .*({message})", result.output), result.output
+    assert not (tmp_path / "run").exists()

@@ -302,15 +302,45 @@ def overlapping() -> bytes:
     return bytes(content).replace(b"archive/data.pkk", b"archive/data.pkl")
 
 
+def nested() -> bytes:
+    """A record that contains another one, with its header."""
+    inner = archive([("archive/data.pkk", EMPTY)])
+    content = bytearray(archive([("archive/data.pkl", inner[: inner.find(b"PK\1\2")])]))
+    directory, end = content.find(b"PK\1\2", 60), content.rfind(b"PK\5\6")
+    entry = bytearray(inner[inner.find(b"PK\1\2") : inner.rfind(b"PK\5\6")])
+    entry[42:46] = content.find(b"PK\3\4", 4).to_bytes(4, "little")
+    content[end:end] = entry
+    end += len(entry)
+    content[end + 8 : end + 12] = b"\2\0\2\0"
+    content[end + 12 : end + 16] = (end - directory).to_bytes(4, "little")
+    return bytes(content)
+
+
+def beyond() -> bytes:
+    """A record of 16 bytes whose directory entry claims a gigabyte."""
+    content = bytearray(one_tensor(count=2**28))
+    entry = content.find(b"PK\1\2", content.find(b"PK\1\2", content.find(b"PK\1\2") + 4) + 4)
+    content[entry + 20 : entry + 28] = (2**30).to_bytes(4, "little") * 2
+    return bytes(content)
+
+
+def twice() -> bytes:
+    return archive([("archive/data.pkl", EMPTY), ("archive/data.pkk", EMPTY)]).replace(b".pkk", b".pkl")
+
+
 TRICKS = (
-    *("compressed", "zip bomb", "path up", "absolute path", "no pickle", "two pickles", "TorchScript"),
-    *("big-endian", "overlap", "cut off", "hole", "flipped bit", "empty", "four bytes"),
+    *("nested", "twice", "beyond", "compressed", "zip bomb", "path up", "absolute path", "no pickle"),
+    *("two pickles", "TorchScript", "big-endian", "overlap", "cut off", "hole", "flipped bit", "empty"),
+    "four bytes",
 )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (nested(), "the record 'archive/data.pkk' overlaps another one"),
+        (beyond(), "the record 'archive/data/0' extends beyond the file"),
+        (twice(), "'archive/data.pkl' appears twice in the zip directory"),
         (archive(GOOD, zipfile.ZIP_DEFLATED), "is compressed"),
         (archive([("archive/data.pkl", bytes(10**7))], zipfile.ZIP_DEFLATED), "is compressed"),
         (archive([("../../etc/data.pkl", EMPTY)]), "not one that torch.save writes"),

@@ -158,6 +158,14 @@ BAD_FILES = {
 }
 
 
+def test_a_header_over_16_mib_is_refused_before_it_is_read(tmp_path: Path):
+    with (tmp_path / "x").open("wb") as file:
+        file.write((2**25).to_bytes(8, "little") + b'{"a":1')
+        file.truncate(2**25 + 8)
+    with pytest.raises(BadFileError, match="the header takes 33554432 bytes; at most 16777216"):
+        read_tensors(tmp_path / "x")
+
+
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_damaged_or_hostile_safetensors_file_is_refused_by_name(tmp_path: Path, content, message):
     (tmp_path / "bad.safetensors").write_bytes(content)
