@@ -200,7 +200,7 @@ def test_a_direction_that_was_never_trained_is_refused():
 
 def test_another_encoder_is_refused():
     other = replace(foreign.CLASSIFIER, encoder=EncoderSpec(width=8, depth=12, patch=4))
-    with pytest.raises(ValueError, match="the encoders .* differ: depth 6 and 12"):
+    with pytest.raises(ValueError, match=r"the encoders .* differ: depth 6 and 12"):
         adapt.to_classifier(
             foreign.PRETRAIN, as_tensors(initial_parameters(foreign.PRETRAIN, 0)), other, seed=0
         )
