@@ -62,6 +62,8 @@ class EngineOptions:
     """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
     shard: bool = False
     """Sharded weights, gradients and optimizer state over the ranks instead of repeating them on each."""
+    deterministic: bool = False
+    """Use deterministic algorithms on a GPU. On a CPU the caller also fixes `threads`."""
 
 
 @dataclass(frozen=True, kw_only=True)

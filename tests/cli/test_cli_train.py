@@ -266,3 +266,18 @@ def test_a_mistake_is_one_line_and_leaves_no_run(mistakes, words, message):
     assert result.stdout == ""
     if "cannot be decoded" not in message:  # broken images are found while training
         assert not (mistakes / "new").exists()
+
+
+def test_a_deterministic_run_records_its_threads_and_keeps_them(place):
+    words = ["--data", "train", "--device", "cpu"]
+    result = arm(
+        "pretrain", "pre.toml", *words, "--out", "run", "--deterministic", "--threads", "1", "--steps", "2"
+    )
+    assert result.exit_code == 0, result.output
+    result = arm("pretrain", "--resume", "run", "--threads", "2", "--set", "training.length=4 steps")
+    assert result.exit_code == 2
+    assert "--threads 2: this run is deterministic with 1 threads" in result.output
+    result = arm("pretrain", "--resume", "run", "--set", "training.length=4 steps")
+    assert result.exit_code == 0, result.output
+    sessions = [json.loads(line) for line in (place / "run/sessions.jsonl").read_text().splitlines()]
+    assert [(row["threads"], row["deterministic"]) for row in sessions] == [("1", "True")] * 2

@@ -5,6 +5,7 @@ It runs on a CPU or one NVIDIA GPU, or on one of each of several processes (`arm
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -85,6 +86,9 @@ class TorchEngine:
         if self._device.type == "cpu":
             set_threads(options.threads)
             keep_freed_memory()
+        elif options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for this
+            torch.use_deterministic_algorithms(True)
         self.device = device_name(self._device)
         self._available = device_memory(self._device)
         self._memory = step_memory(

@@ -99,6 +99,11 @@ class Request:
     shard: bool = option(
         "--shard", is_flag=True, help="Shard the training state over the processes (torchrun)."
     )
+    deterministic: bool = option(
+        "--deterministic",
+        is_flag=True,
+        help="Fix and record what the bits of the result depend on: CPU threads and GPU algorithms.",
+    )
     as_json: bool = added_by(json_option)
 
 

@@ -68,6 +68,7 @@ def create_engine(
 ) -> tuple[Engine, dict[str, str]]:
     """The engine that trains, and what `sessions.jsonl` records about it."""
     from arm_core.engine.protocol import Compile
+    from arm_core.training.determinism import DETERMINISTIC
 
     recipe = prepared.recipe
     options = dataclasses.replace(options, precision=recipe.training.precision)
@@ -79,7 +80,11 @@ def create_engine(
         record["threads"] = str(options.threads)
     if engine.compile is not Compile.NONE:
         record["compile"] = str(engine.compile)
-    flags = {"recompute": options.recompute, "shard": options.shard}
+    flags = {
+        "recompute": options.recompute,
+        "shard": options.shard,
+        DETERMINISTIC: options.deterministic,
+    }
     return engine, record | {name: str(on) for name, on in flags.items() if on}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,9 +112,9 @@ def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: 
             assert run.resumed is not None
             prepared = prepare(run.recipe, ranks, run.spec)
             step = run.resumed.progress.step
-            print_summary(prepared, backend, _options(request), ranks, folder, resumed_at=step)
-            state = run.resumed.state
-            engine, record = create_engine(backend, _options(request), prepared, state, ranks)
+            options = _options(request, run.resumed.progress.engine)
+            print_summary(prepared, backend, options, ranks, folder, resumed_at=step)
+            engine, record = create_engine(backend, options, prepared, run.resumed.state, ranks)
             announce(backend, engine, ranks)
         _train(run, engine, record, prepared, request, ranks)
 
@@ -140,15 +141,19 @@ def _full_name(stage: str, request: Request) -> str:
     return full if full in shipped_recipes() else request.recipe
 
 
-def _options(request: Request) -> EngineOptions:
+def _options(request: Request, recorded: Mapping[str, str] | None = None) -> EngineOptions:
+    """The engine's options; recorded: what the run says of its last session, if it is resumed."""
     from arm_core.engine.protocol import Compile
+    from arm_core.training.determinism import pin
 
-    return dataclasses.replace(
+    options = dataclasses.replace(
         request.engine.options(),
         compile=Compile(request.compiled),
         recompute=request.recompute,
         shard=request.shard,
+        deterministic=request.deterministic,
     )
+    return pin(options, recorded or {})
 
 
 def _train(
