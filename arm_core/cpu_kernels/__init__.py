@@ -3,7 +3,7 @@
 They compute what `arm_core.model.reference.scan` states, in float32, with Numba kernels compiled at the first
 call and cached on disk. Inputs are NumPy arrays, as a rule zero-copy views of a framework's tensors;
 they are never modified, and rows that are slices of longer rows are read in place. Sizes: K directions,
-B images, L tokens, D channels, N states, W convolution taps. Channels are computed 64 at a time: another
+B images, L tokens, D channels, N states, W convolution width. Channels are computed 64 at a time: another
 D is filled up with zeros, at the price of copies.
 
 Results are repeatable to the last bit, whatever the number of threads: a task never shares what it

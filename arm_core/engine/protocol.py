@@ -1,4 +1,4 @@
-"""What the core asks of a backend, and how backends are found.
+"""The protocol of engines and backends, and the values that they exchange with the core.
 
 A backend is a pure function of (parameters, batch, settings): order, augmentation, mixing, drop-path
 masks, schedules and initial values are computed in `arm_core` and handed over as NumPy arrays. That
@@ -94,7 +94,7 @@ class StepResult:
 
 
 class OutOfMemory(ValueError):  # noqa: N818
-    """The device has no room for a batch; the state is that of before.
+    """The device has too little memory for a batch; the state is unchanged.
 
     available: bytes of the device.  shape: of the images.  fitting: images that the cost model has room
     for in training, None for a pass without gradients, which takes little and is not modelled.
@@ -114,7 +114,7 @@ class OutOfMemory(ValueError):  # noqa: N818
             words += f" at a time; by the cost model about {fitting} fit"
         else:
             words += (
-                f" at a time, though by the cost model {fitting} fit: does something else use the device?"
+                f" at a time, though by the cost model {fitting} fit; is another process using the device?"
             )
         super().__init__(words)
 
@@ -173,7 +173,7 @@ class Engine(Protocol):
 
     spec: ModelSpec
     device: str
-    """In words, for people and for the run's record."""
+    """The name that is printed and recorded."""
     scan: str
     """The scan implementation in use, never `auto`; with a note if it runs partly on another kernel."""
     compile: Compile
@@ -247,13 +247,13 @@ class Backend(Protocol):
         """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
 
     def scan_timer(self, device: str) -> ScanTimer:
-        """What measures the scans alone on a device. Raises ValueError where the device is not there."""
+        """A timer for the scans on a device. Raises ValueError if the device is not available."""
 
     def join(self, device: str) -> Ranks:
         """The job that a launcher made this process a part of, else `ALONE`; once per process.
 
         device: as in `EngineOptions`; it decides what the ranks talk through. Raises ValueError where the
-        launcher's description of the job is broken, or the device is not there for this rank.
+        launcher's description of the job is broken, or the device is not available for this rank.
         """
 
     def create_engine(

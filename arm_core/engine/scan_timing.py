@@ -1,7 +1,7 @@
-"""How long the selective scan takes, apart from everything else: what `arm bench scan` asks of a backend.
+"""Times of the selective scan by itself, for `arm bench scan`.
 
-Times are of the whole operator with softplus, mean over directions and gate. Rates count the bytes that no
-implementation can avoid: its operands and results, each once.
+Times are of the whole operator with softplus, mean over directions and gate. Rates count the bytes that every
+implementation has to move: operands and results, each once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from arm_core.model.spec import ModelSpec
 from arm_core.model.tokens import direction_orders
 
 PATIENCE = 3.0
-"""Seconds after which a measurement is content with the repeats that it has."""
+"""Seconds after which a measurement stops repeating."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class ScanShape:
     spec: ModelSpec
     batch: int
     bfloat16: bool = False
-    """Type of what is there for each token: bfloat16, or else float32."""
+    """Whether the per-token operands are bfloat16; else float32."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -86,7 +86,7 @@ class ScanTimes:
     """Seconds of each repeat."""
 
     forward: list[float]
-    """Without anything kept for a backward."""
+    """Without saving anything for a backward pass."""
     both: list[float]
     """Forward and backward, with all gradients."""
 
@@ -95,7 +95,7 @@ class ScanTimer(Protocol):
     """Times scans on one device of a backend."""
 
     device: str
-    """In words."""
+    """The name that is printed."""
 
     def copy_rate(self) -> float:
         """Bytes per second that the device reads and writes when it copies a large array."""
@@ -106,7 +106,7 @@ class ScanTimer(Protocol):
     def tune(self, shape: ScanShape, *, repeats: int) -> Iterator[tuple[str, ScanTimes]]:
         """Every choice of the kernels' constants as the entry of their table, measured one by one.
 
-        Raises ValueError where there is nothing to choose.
+        Raises ValueError if the kernels have no constants to choose.
         """
 
 

@@ -131,7 +131,7 @@ def test_mlx_multiplies_the_packed_matrices_and_refuses_to_train_them(quantized,
         lambda: engine.train_step([batch], step=1, lr=0.1),
         engine.export_state,
     ):
-        with pytest.raises(ValueError, match="a quantized model does not train"):
+        with pytest.raises(ValueError, match="a quantized model cannot be trained"):
             attempt()
 
 

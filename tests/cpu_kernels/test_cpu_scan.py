@@ -348,7 +348,7 @@ def test_gradient_of_another_shape_is_refused() -> None:
 
 
 def test_files_of_kernels_change_with_what_is_compiled_into_them() -> None:
-    """Else Numba's cache would go on with the old code after an edit or an upgrade, without a word."""
+    """Otherwise Numba's cache would silently use the old code after an edit or an upgrade."""
     folder = Path(cpu_kernels.__file__).parent
     helpers = b"".join((folder / name).read_bytes() for name in ("functions.py", "simd.py"))
     digest = hashlib.sha256(helpers).hexdigest()[:12]

@@ -81,7 +81,7 @@ def make_engine(run, ranks, cls=SharedToy, **options):
 
 
 def train(path, ranks, *, source=TRAIN, observer=None, recipe=RECIPE, cls=SharedToy, **options):
-    """Start a run at `path`, or go on with it, as one rank."""
+    """Start or resume a run at `path`, as one rank."""
     begun = bool(lead(ranks, lambda: saved_steps(path)))
     run = (
         resume_run(path, warn=pytest.fail, ranks=ranks)
@@ -177,7 +177,7 @@ def test_ranks_ask_each_other_about_signals_now_and_then_only():
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_the_micro_batches_of_every_update(world):
-    """Also where their number is no multiple of the ranks', and wherever the run goes on."""
+    """Also if their number is not divisible by the ranks, and wherever the run is resumed."""
     spec = RECIPE.spec(4)
     alone = Plan(RECIPE, spec, TRAIN)
     for position in (0, 6, 12):
@@ -221,7 +221,7 @@ def test_ranks_train_as_one_process_does_and_rank_0_alone_writes(tmp_path, whole
     assert len(read_rows(tmp_path / "run" / "sessions.jsonl")) == 1
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, whole):
+def test_a_run_resumes_with_any_number_of_ranks(tmp_path, whole):
     path = tmp_path / "run"
     for world, until in ((2, 3), (3, 5), (1, 8)):
 
@@ -334,12 +334,14 @@ def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):
 
 
 def test_no_room_for_what_the_model_says_fits_points_at_other_programs():
-    assert "9 fit: does something else use the device?" in str(OutOfMemory("GPU", 1, (8, 4, 4, 3), fitting=9))
+    assert "9 fit; is another process using the device?" in str(
+        OutOfMemory("GPU", 1, (8, 4, 4, 3), fitting=9)
+    )
     assert "choose a smaller batch" in str(OutOfMemory("GPU", 1, (8, 4, 4, 3)))
 
 
 def test_a_signal_to_one_process_still_ends_a_run_of_its_own(tmp_path):
-    """World 1 asks nobody: the very step is the last."""
+    """A single process exchanges nothing: the current step is the last."""
 
     class Interrupting(Observer):
         def stepped(self, step, images):

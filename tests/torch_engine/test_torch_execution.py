@@ -101,7 +101,7 @@ def test_a_compiled_model_trains_as_one_that_is_not():
     [
         ({"compile": Compile.BLOCKS, "scan": "cpu"}, "scan 'cpu' cannot be compiled"),
         ({"compile": Compile.MODEL, "scan": "reference", "recompute": True}, "choose --compile blocks"),
-        ({"shard": True}, "--shard spreads a model over several processes; start them with torchrun"),
+        ({"shard": True}, "--shard needs several processes; start them with torchrun"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_one_sentence(options, sentence):

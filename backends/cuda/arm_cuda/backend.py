@@ -1,4 +1,4 @@
-"""How the core finds this backend: what is missing, which devices and scans there are."""
+"""The torch backend as the core finds it; importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TorchBackend:
 
         names = {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}
         built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-        return names.get(built[1], built[1]) if built else "a library of torch's own", None
+        return names.get(built[1], built[1]) if built else "a library built into torch", None
 
     def scans(self, device: str) -> Mapping[str, str | None]:
         from arm_cuda.scan import scans

@@ -1,8 +1,8 @@
-"""Several processes, one model: how torch's process groups meet, and where a model's tensors live.
+"""Several processes that train one model: joining the job, and placing the tensors of the model.
 
-`join` reads what `torchrun` says of the job. A `Placement` then tells the engine how its tensors relate
-to those of the other ranks: alone, repeated on every rank (DistributedDataParallel), or spread over them
-(FSDP2). NCCL carries tensors of GPUs, gloo those of CPUs and everything that `Ranks.gather` exchanges.
+`join` reads the job from the environment that `torchrun` sets. A `Placement` defines how the tensors of an
+engine relate to those of the other ranks: one process, replicated (DistributedDataParallel) or sharded
+(FSDP2). NCCL transfers tensors of GPUs, gloo those of CPUs and everything that `Ranks.gather` exchanges.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from arm_cuda.devices import local_device
 Forward = Callable[..., dict[str, Tensor]]
 
 _KEPT: list[Any] = []
-"""The process group, until the interpreter ends: let go last by DistributedDataParallel, it would join its
-threads while holding the lock that they wait for."""
+"""Keeps the process group until the interpreter ends: if DistributedDataParallel released it last, it would
+join its threads while holding the lock that they wait for."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class TorchRanks:
         return values
 
     def close(self) -> None:
-        # Nobody leaves while another still waits for an answer, nor while gloo's threads still hold tensors
-        # that Python knows: those must not be let go while the interpreter ends. A barrier has none.
+        # No rank leaves while another waits for an answer, nor while gloo's threads hold tensors of Python,
+        # which must not be released while the interpreter ends. A barrier has no tensors.
         dist.barrier()
         dist.destroy_process_group()
 
@@ -71,8 +71,8 @@ def join(device: str) -> Ranks:
     try:
         store, _, _ = next(rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == given["WORLD_SIZE"]:
-            # torchrun keeps the store over its restarts, and with it the addresses of processes that are
-            # gone. On several machines the restarts are not counted alike: docs/scaling.md says what helps.
+            # torchrun keeps the store across restarts, with the addresses of processes that have ended.
+            # On several machines the restart counts differ: see docs/scaling.md.
             store = dist.PrefixStore(f"start {restarts}", store)  # type: ignore[attr-defined]
         talk = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(talk, store=store, rank=rank, world_size=world)
@@ -81,14 +81,15 @@ def join(device: str) -> Ranks:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{world} processes cannot meet at {given['MASTER_ADDR']}:{given['MASTER_PORT']}: {reason[:300]}"
+            f"{world} processes cannot connect to {given['MASTER_ADDR']}:{given['MASTER_PORT']} "
+            f"({reason[:300]})"
         ) from error
     return TorchRanks(rank, world, restarts)
 
 
 @contextmanager
 def raising_peer_failures(ranks: Ranks) -> Iterator[None]:
-    """Turn what the communication libraries say of a peer that is gone into a PeerFailed."""
+    """Raise errors of the communication libraries about another process as PeerFailed."""
     try:
         yield
     except RuntimeError as error:
@@ -104,21 +105,21 @@ def _about_a_peer(error: RuntimeError) -> bool:
 
 
 class Placement:
-    """One process: every tensor is whole, and here."""
+    """One process, which holds every tensor."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
-        """What to call for a pass that has gradients."""
+        """The function for a forward pass with gradients."""
         return forward
 
-    def passes(self, own: int, of: int) -> int:
-        """Passes that this rank makes for its `own` of an update's `of` micro-batches."""
+    def passes(self, own: int, total: int) -> int:
+        """Passes that this rank makes for its `own` of the `total` micro-batches of an update."""
         return own
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around a pass, forward and backward: gradients are added up over the ranks in the last one."""
+        """Context of one forward and backward pass; gradients are reduced over the ranks in the last one."""
         return nullcontext()
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -163,25 +164,25 @@ class Replicated(Placement):
 
 
 class Sharded(Placement):
-    """Every rank holds a part of each tensor; blocks are put together while they compute."""
+    """Every rank holds a shard of each tensor; a block is gathered while it computes."""
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
         mesh = init_device_mesh(device.type, (self.ranks.world,))
         blocks = [block for name in ("layers", "decoder") for block in getattr(model, name, ())]
         for module in (*blocks, model):
-            # Also the root lets go after its forward pass: weights may change before the next one.
+            # The root reshards after its forward pass too: weights can change before the next one.
             fully_shard(module, mesh=mesh, reshard_after_forward=True, shard_placement_fn=self._axis)
         assert isinstance(model, FSDPModule)
         self._model = model
         return model
 
     def _axis(self, parameter: nn.Parameter) -> Shard:
-        """The first axis that divides evenly: a leading direction axis has but 1 or 4 entries."""
+        """The first axis that divides evenly: a leading direction axis has only 1 to 4 entries."""
         sizes = [size for size in parameter.shape if size % self.ranks.world == 0]
         return Shard(list(parameter.shape).index(sizes[0]) if sizes else 0)
 
-    def passes(self, own: int, of: int) -> int:
-        return -(-of // self.ranks.world)  # all ranks take part in putting the weights together
+    def passes(self, own: int, total: int) -> int:
+        return -(-total // self.ranks.world)  # all ranks take part in gathering the weights
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -195,7 +196,7 @@ class Sharded(Placement):
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
         mesh, placements = parameter.device_mesh, parameter.placements
-        # No rank is the source: each cuts its part out of its own copy.
+        # No rank is the source: each takes its shard of its own copy.
         return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
 
     def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
@@ -214,6 +215,6 @@ def choose_placement(ranks: Ranks, *, shard: bool) -> Placement:
     """How the tensors of an engine relate to those of the other ranks."""
     if ranks.world == 1:
         if shard:
-            raise ValueError("--shard spreads a model over several processes; start them with torchrun")
+            raise ValueError("--shard needs several processes; start them with torchrun")
         return Placement(ranks)
     return Sharded(ranks) if shard else Replicated(ranks)

@@ -47,7 +47,7 @@ from arm_cuda.update import Group, sum_of_squares, update
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Loss and gradient norm that may still be on their way from the device."""
+    """Loss and gradient norm, perhaps still being computed by the device."""
 
     values: Tensor
     """(2,)"""
@@ -101,7 +101,7 @@ class TorchEngine:
         self._model = build_model(spec, scan, self._device)
         self._placement = choose_placement(ranks, shard=options.shard)
         self._forward = self._placement.wrap(self._model, execute(self._model, options), self._device)
-        # Sharding puts other tensors in the place of the parameters.
+        # Sharding replaces the parameters.
         self._all = dict(self._model.named_parameters())
         self._trainable = {name: p for name, p in self._all.items() if p.requires_grad}
         with torch.no_grad():
@@ -170,7 +170,7 @@ class TorchEngine:
         )
 
     def _on_rank_0(self, parts: Mapping[str, Tensor]) -> dict[str, Array]:
-        """Whole tensors in host memory, one after the other; the other ranks only lend their parts."""
+        """Full tensors in host memory, one after the other; empty on the other ranks."""
         arrays: dict[str, Array] = {}
         with raising_peer_failures(self._ranks), torch.no_grad():
             for name, part in parts.items():
@@ -222,7 +222,7 @@ class TorchEngine:
     def _put(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
         if self._device.type == "cuda":
-            tensor = tensor.pin_memory()  # else the copy waits for the device
+            tensor = tensor.pin_memory()  # otherwise the copy waits for the device
         return tensor.to(self._device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -230,7 +230,7 @@ class TorchEngine:
 
     @contextmanager
     def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
-        """Around work on a batch: an exhausted device and lost peers are reported as such."""
+        """Context of work on a batch: raises OutOfMemory and PeerFailed."""
         try:
             with raising_peer_failures(self._ranks):
                 yield
@@ -239,14 +239,14 @@ class TorchEngine:
             fitting = self._memory.fitting(self._available) if training else None
             raise OutOfMemory(self.device, self._available, images.shape, fitting=fitting) from error
 
-    def _accumulate(self, batches: Sequence[Batch], of: int) -> Tensor:
-        """Gradients of the mean loss over all ranks' `of` micro-batches; returns this rank's share of it."""
+    def _accumulate(self, batches: Sequence[Batch], total: int) -> Tensor:
+        """Gradients of the mean loss over `total` micro-batches of all ranks; returns this rank's share."""
         share = torch.zeros((), device=self._device)
-        passes = self._placement.passes(len(batches), of)
+        passes = self._placement.passes(len(batches), total)
         for i in range(passes):
             last = i == passes - 1
-            # A rank with fewer micro-batches than others repeats one for nothing.
-            batch, weight = (batches[i], 1 / of) if i < len(batches) else (batches[-1], 0.0)
+            # A rank with fewer micro-batches than others repeats one with weight 0.
+            batch, weight = (batches[i], 1 / total) if i < len(batches) else (batches[-1], 0.0)
             with self._placement.accumulating(last):
                 loss = self._loss(batch)
                 # Gradients are averaged over the ranks, not added.

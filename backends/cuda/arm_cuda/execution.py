@@ -1,7 +1,7 @@
 """How a model's forward pass is run: compiled by torch, or with blocks computed again in the backward pass.
 
-Neither changes a parameter's name or the values that come out. Passes without gradients are run as
-written: their batches come in other sizes, each of which would be compiled anew.
+Neither changes names of parameters or results. Passes without gradients are not compiled: their batches
+have other sizes, and each size would be compiled again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from arm_core.engine.protocol import Compile, EngineOptions
 
 COMPILABLE = ("triton", "reference")
-"""Scans that torch's compiler can look through, or that are custom operators with shapes of their own."""
+"""Scans that torch can compile: plain operators, or custom operators with registered shapes."""
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -29,11 +29,13 @@ def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> C
         return Compile.NONE
     if scan not in COMPILABLE:
         raise ValueError(
-            f"scan {scan!r} cannot be compiled; --compile {options.compile} goes with --scan "
+            f"scan {scan!r} cannot be compiled; --compile {options.compile} needs --scan "
             f"{' or '.join(COMPILABLE)}"
         )
     if options.compile is Compile.MODEL and (options.shard or options.recompute):
-        raise ValueError("--compile model goes neither with --shard nor --recompute; choose --compile blocks")
+        raise ValueError(
+            "--compile model works neither with --shard nor with --recompute; use --compile blocks"
+        )
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"--compile on a CPU needs a C++ compiler, but {compiler} is not installed")

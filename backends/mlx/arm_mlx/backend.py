@@ -1,4 +1,4 @@
-"""How the core finds this backend: what is missing, which devices and scans there are."""
+"""The MLX backend as the core finds it; importing this module does not import MLX."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MlxBackend:
         found = find_spec("mlx")
         if found is None:
             return "MLX is not installed; pip install 'arm-vision[mlx]'"
-        # On Linux the package `mlx` holds the bindings alone; `mlx-cpu` or `mlx-cuda` bring the library.
+        # On Linux the package `mlx` contains only the bindings; `mlx-cpu` or `mlx-cuda` contain the library.
         folders = [Path(folder, "lib") for folder in found.submodule_search_locations or []]
         if sys.platform == "linux" and not any((folder / "libmlx.so").exists() for folder in folders):
             return "MLX is installed without its library libmlx.so; pip install 'arm-vision[mlx]'"

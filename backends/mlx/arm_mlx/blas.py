@@ -2,7 +2,7 @@
 
 MLX's Linux wheel carries netlib's reference BLAS, which takes 1230 ms for a float32 product of
 2048x768 and 768x2048 where OpenBLAS takes 22 ms (two cores). The dynamic linker takes the first
-`cblas_sgemm` that it finds, so a library that stands in the process before MLX does replaces it.
+`cblas_sgemm` that it finds, so a library that is loaded before MLX replaces it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class Blas:
     """What MLX's products on the CPU run on."""
 
     library: str
-    """In words."""
+    """The name that is printed."""
     advice: str | None = None
-    """What would make them faster; None where nothing would."""
+    """What would make them faster, if anything."""
     handle: ctypes.CDLL | None = None
     """The library itself where it was loaded here."""
 
 
 @cache
 def load() -> Blas:
-    """Put a system OpenBLAS in MLX's way, once per process; call it before `import mlx.core`.
+    """Load a system OpenBLAS for MLX, once per process; call it before `import mlx.core`.
 
-    Says what products will run on; never raises, since every answer is a working one.
+    Returns what products will run on; never raises, since MLX works in every case.
     """
     if sys.platform == "darwin":
         return Blas(library="Accelerate")

@@ -42,7 +42,7 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Loss and gradient norm that may still be on their way from the device."""
+    """Loss and gradient norm, perhaps still being computed by the device."""
 
     loss: mx.array
     grad_norm: mx.array
@@ -142,7 +142,7 @@ class MlxEngine:
                 mx.async_eval(loss, gradients)  # one micro-batch's graph at a time
             now = mx.array(rates(step, lr, settings))
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
-            del gradients  # what nobody holds any more, the update's results may overwrite
+            del gradients  # so that the update can reuse their memory
             mx.async_eval(loss, norm, self._state)
         return PendingStep(loss, norm, self._raising_peer_failures)
 
@@ -184,7 +184,7 @@ class MlxEngine:
 
     def _refuse_quantized(self) -> None:
         if self._quantized:
-            raise ValueError("a quantized model does not train; start from the one it was made of")
+            raise ValueError("a quantized model cannot be trained; use the model that it was made from")
 
     @property
     def _trainable(self) -> Arrays:
@@ -269,5 +269,5 @@ def to_host(arrays: Arrays) -> dict[str, Array]:
 
 
 def to_float(scalar: mx.array) -> float:
-    """The value, as soon as the device has it."""
+    """The value; waits for the device."""
     return cast(float, scalar.item())

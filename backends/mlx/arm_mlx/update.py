@@ -20,12 +20,12 @@ Arrays = dict[str, mx.array]
 
 @dataclass(frozen=True)
 class Moments:
-    """What the optimizer keeps of every trainable parameter, by name; the dicts stay the same objects."""
+    """The optimizer's moments of every trainable parameter, by name; the dicts stay the same objects."""
 
     exp_avg: Arrays = field(default_factory=dict)
     exp_avg_sq: Arrays = field(default_factory=dict)
     ema: Arrays = field(default_factory=dict)
-    """Empty unless an average is kept."""
+    """Empty unless an EMA is kept."""
 
 
 def rates(step: int, lr: float, settings: OptimizerSettings) -> Array:
