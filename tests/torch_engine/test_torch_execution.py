@@ -100,7 +100,7 @@ def test_a_compiled_model_trains_as_one_that_is_not():
     ("options", "sentence"),
     [
         ({"compile": Compile.BLOCKS, "scan": "cpu"}, "scan 'cpu' cannot be compiled"),
-        ({"compile": Compile.MODEL, "scan": "reference", "recompute": True}, "choose --compile blocks"),
+        ({"compile": Compile.MODEL, "scan": "reference", "recompute": True}, "use --compile blocks"),
         ({"shard": True}, "--shard needs several processes; start them with torchrun"),
     ],
 )
