@@ -68,6 +68,6 @@ def run(
     found = re.search(r'<pre id="result"[^>]*>(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"the page did not finish: {done.stderr[-2000:]}"
     result = json.loads(html.unescape(found[1]))
-    assert result["complaints"] == []
-    assert result["requests"] == []
+    assert result["complaints"] == [], result["complaints"]
+    assert result["requests"] == [], result["requests"]
     return result["value"]
