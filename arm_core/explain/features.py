@@ -80,20 +80,22 @@ class Neighbour:
     """Raster index."""
 
 
-def nearest_patches(engine: Engine, query: Array, batches: Iterable[Array], *, count: int) -> list[Neighbour]:
-    """The most similar patches of other images, at most one for each image, most similar first.
+def nearest_patches(
+    engine: Engine, queries: Array, batches: Iterable[Array], *, count: int
+) -> list[list[Neighbour]]:
+    """For each query the most similar patches of other images, at most one for each image, most similar
+    first.
 
-    query: (D,), a row of `patch_features`.  batches: normalised images (B, H, W, 3), read one after the
-    other.
+    queries: (Q, D), rows of `patch_features`.  batches: normalised images (B, H, W, 3), read once.
     """
-    found: list[Neighbour] = []
-    direction, patches, start = unit(query), read_patches(engine.spec), 0
+    found: list[list[Neighbour]] = [[] for _ in queries]
+    directions, patches, start = unit(queries), read_patches(engine.spec), 0
     for images in batches:
-        cosines = unit(patch_features(engine, images)) @ direction  # (B, P)
-        best = cosines.argmax(-1)
-        for b, place in enumerate(best):
-            value = float(cosines[b, place])
-            found.append(Neighbour(similarity=value, image=start + b, patch=int(patches[place])))
-        found = sorted(found, key=lambda n: (-n.similarity, n.image))[:count]
+        cosines = unit(patch_features(engine, images)) @ directions.T  # (B, P, Q)
+        best = cosines.argmax(1)  # (B, Q)
+        for (b, q), place in np.ndenumerate(best):
+            value, patch = float(cosines[b, place, q]), int(patches[place])
+            found[q].append(Neighbour(similarity=value, image=start + b, patch=patch))
+        found = [sorted(one, key=lambda n: (-n.similarity, n.image))[:count] for one in found]
         start += len(images)
     return found

@@ -68,9 +68,10 @@ def test_colours_of_equal_or_few_features_are_finite():
 def test_the_nearest_patch_of_an_image_among_others_is_its_own_copy(classifier_spec):
     engine = Reference(classifier_spec)
     pool = images_for(classifier_spec, 7, seed=1)
-    query = patch_features(engine, pool[4:5])[0, 11]
+    queries = np.stack([patch_features(engine, pool[i : i + 1])[0, 11] for i in (2, 4)])
     batches = (pool[:3], pool[3:6], pool[6:])
-    found = nearest_patches(engine, query, batches, count=3)
+    other, found = nearest_patches(engine, queries, batches, count=3)
+    assert (other[0].image, other[0].patch) == (2, 11)
     assert (found[0].image, found[0].patch) == (4, 11)
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
     assert len(found) == len({n.image for n in found}) == 3

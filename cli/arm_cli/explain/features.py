@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from arm_cli.images import image_batches, image_files
 from arm_cli.opening import Opened
-from arm_cli.pages.pictures import outline, save_row, stems
+from arm_cli.pages.pictures import enlarge, outline, save_row, stems
 from arm_cli.pages.shell import pack, picture, render
 from arm_cli.progress import ProgressBar
 from arm_core.data.transforms import denormalize, load_image
@@ -114,43 +114,38 @@ def _on_patches(
 
 
 def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder: Path, query: Query) -> str:
-    """The patches of a folder's images most similar to one patch of each image."""
-    spec, pool, shown = opened.spec, image_files([query.folder]), []
+    """The patches of a folder's images most similar to one patch of each image, without the image itself."""
+    spec, pool = opened.spec, image_files([query.folder])
     place = int(np.flatnonzero(read_patches(spec) == query.patch)[0])
-    with ProgressBar("explain", len(pool) * len(files), "images") as counter:
-        for file, name, batch in zip(files, stems(files), image_batches(files, opened, 1), strict=True):
-            others = [other for other in pool if other.resolve() != file.resolve()]
-            if not others:
-                raise ValueError(f"{query.folder}: holds no image but {file.name} itself")
-            wanted = patch_features(engine, batch)[0, place]
+    with ProgressBar("explain", len(files) + len(pool), "images") as counter:
 
-            def counted(others: Sequence[Path] = tuple(others)) -> Iterator[Array]:
-                for images in image_batches(others, opened, BATCH):
-                    yield images
-                    counter.advance(len(images))
+        def counted(files: Sequence[Path]) -> Iterator[Array]:
+            for images in image_batches(files, opened, BATCH):
+                yield images
+                counter.advance(len(images))
 
-            found = nearest_patches(engine, wanted, counted(), count=query.count)
-            pictures = [_pixels(opened, batch[0])]
-            pictures += [
-                _pixels(opened, load_image(others[n.image], spec.image_size, opened.transform)) for n in found
-            ]
-            marked = [p.copy() for p in pictures]
-            for image, patch in zip(marked, [query.patch, *(n.patch for n in found)], strict=True):
-                outline(image, (patch // spec.grid[1], patch % spec.grid[1]), spec.grid)
-            save_row(folder / f"{name}-neighbours.png", marked)
-            shown.append({
-                "name": file.name,
-                "src": picture(pictures[0]),
-                "found": [
-                    {
-                        "name": str(others[n.image].name),
-                        "patch": n.patch,
-                        "similarity": round(n.similarity, 4),
-                        "src": picture(image),
-                    }
-                    for n, image in zip(found, pictures[1:], strict=True)
-                ],
-            })  # fmt: skip
+        queries = np.concatenate([patch_features(engine, images)[:, place] for images in counted(files)])
+        # One more than wanted: the image itself, where it is in the folder, is left out below.
+        nearest = nearest_patches(engine, queries, counted(pool), count=query.count + 1)
+    shown = []
+    for file, name, candidates in zip(files, stems(files), nearest, strict=True):
+        found = [n for n in candidates if pool[n.image].resolve() != file.resolve()][: query.count]
+        chosen = [(file, query.patch), *((pool[n.image], n.patch) for n in found)]
+        pictures = [_pixels(opened, load_image(f, spec.image_size, opened.transform)) for f, _ in chosen]
+        framed = [enlarge(image) for image in pictures]
+        for image, (_, patch) in zip(framed, chosen, strict=True):
+            outline(image, (patch // spec.grid[1], patch % spec.grid[1]), spec.grid)
+        save_row(folder / f"{name}-neighbours.png", framed)
+        described = [
+            {
+                "name": pool[n.image].name,
+                "patch": n.patch,
+                "similarity": round(n.similarity, 4),
+                "src": picture(image),
+            }
+            for n, image in zip(found, pictures[1:], strict=True)
+        ]
+        shown.append({"name": file.name, "src": picture(pictures[0]), "found": described})
     data = {"grid": spec.grid, "size": spec.image_size, "patch": query.patch, "images": shown}
     caption = (
         f"The patches in {query.folder} whose features have the largest cosine similarity with the framed "

@@ -236,6 +236,6 @@ def _captions(spec: ModelSpec) -> list[str]:
     return [
         lead,
         "The rollout multiplies the maps of all layers and is a heuristic; gradient times input "
-        "differentiates the whole model, with nothing held. In each map the colour of the largest value "
-        "is full.",
+        "differentiates the whole model, with nothing held. Within a map, colour is "
+        "proportional to size.",
     ]

@@ -46,7 +46,7 @@ function section(image) {
     const byPatch = new Array(grid[0] * grid[1]).fill(null);
     found.forEach((value, i) => { const p = onPatches ? i : patches[i]; if (p >= 0) byPatch[p] = value; });
     const most = Math.max(...byPatch.map(v => Math.abs(v ?? 0)), 1e-30), { more, less } = colors();
-    map.paint(p => byPatch[p] === null ? null : [...(byPatch[p] >= 0 ? more : less), 0.9 * Math.sqrt(Math.abs(byPatch[p]) / most)]);
+    map.paint(p => byPatch[p] === null ? null : [...(byPatch[p] >= 0 ? more : less), 0.9 * Math.abs(byPatch[p]) / most]);
     const best = byPatch.map((value, p) => [value ?? 0, p]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 4);
     const unit = view === "gradient times input" ? value => value.toPrecision(3) : percent;
     readout.textContent = `${view}${stored.has(`${view}|${direction}`) ? `, ${direction}` : ""}. `

@@ -41,16 +41,16 @@ def stems(files: Sequence[Path]) -> list[str]:
 
 
 def overlay(pixels: Pixels, values: Floats, *, marked: tuple[int, int] | None = None) -> Pixels:
-    """An image in grey under its influence map: orange for positive values, blue for negative, NaN left grey.
+    """An image in grey under its influence map: orange for positive, blue for negative values, NaN left grey.
 
-    pixels: (H, W, 3).  values: (rows, columns); the largest size gets the full colour.  marked: a patch to
+    pixels: (H, W, 3).  values: (rows, columns); the colour is proportional to their size.  marked: a patch to
     outline. Returns (H, W, 3), enlarged as `enlarge` does.
     """
     pixels = enlarge(pixels)
     rows, columns = values.shape
     patch = np.array(pixels.shape[:2]) // values.shape
     size = np.nan_to_num(np.abs(values))
-    alpha = np.sqrt(size / size.max()) * 0.9 if size.max() > 0 else size
+    alpha = 0.9 * size / size.max() if size.max() > 0 else size
     alpha = np.kron(alpha, np.ones(patch))[..., None]
     color = np.where((np.nan_to_num(values) >= 0)[..., None], MORE, LESS)
     color = color.repeat(patch[0], axis=0).repeat(patch[1], axis=1)
@@ -62,12 +62,13 @@ def overlay(pixels: Pixels, values: Floats, *, marked: tuple[int, int] | None = 
 
 
 def outline(pixels: Pixels, patch: tuple[int, int], grid: tuple[int, int]) -> None:
-    """Draw a frame around a patch, in place."""
+    """Draw a frame inside a patch, in place; the patch has 5 pixels or more."""
     height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     cut = pixels[patch[0] * height : (patch[0] + 1) * height, patch[1] * width : (patch[1] + 1) * width]
-    for depth, color in ((0, (255, 255, 255)), (1, MARK)):
+    line = max(1, min(height, width) // 16)
+    for depth in range(2 * line):
         for edge in (np.s_[depth], np.s_[-1 - depth], np.s_[:, depth], np.s_[:, -1 - depth]):
-            cut[edge] = color
+            cut[edge] = (255, 255, 255) if depth < line else MARK
 
 
 def enlarge(pixels: Pixels) -> Pixels:
