@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from arm_core import cpu_kernels
+from arm_core.engine.protocol import TrainingState
 from arm_core.engine.registry import choose_backend
 from arm_core.explain.influence import gradient_times_input, influence
 from arm_core.explain.layout import on_grid, token_patches, token_weights
@@ -129,7 +130,7 @@ def test_contributions_are_the_frozen_jacobian_by_autodiff_times_the_token(spec)
 def test_maps_of_every_layer_equal_the_frozen_jacobian_by_autodiff_on_both_engines(spec, backend):
     """From the inputs that the engine's blocks have: rounding of earlier layers does not count."""
     parameters, images, order = strong(spec), images_for(spec), direction_orders(spec)
-    engine = backend.create_engine(spec, parameters)
+    engine = backend.create_engine(spec, TrainingState(parameters=parameters))
     found, recorded = influence(engine, images), engine.forward(images, intermediates=True)
     recorded = {name: value.astype(np.float64) for name, value in recorded.items()}
     block_input = recorded["tokens"]
@@ -149,7 +150,7 @@ def test_maps_of_every_layer_equal_the_frozen_jacobian_by_autodiff_on_both_engin
 @cases
 def test_shares_of_tokens_and_of_the_bias_make_one(spec, backend):
     parameters, images = strong(spec), images_for(spec, 2)
-    found = influence(backend.create_engine(spec, parameters), images, layers=[3])
+    found = influence(backend.create_engine(spec, TrainingState(parameters=parameters)), images, layers=[3])
     recorded = forward(spec, parameters, images)
     w = Weights(parameters, "layers.3.")
     for b in range(2):
@@ -236,14 +237,18 @@ def test_kernel_refuses_other_shapes_by_name():
 def test_a_silent_mixer_has_no_influence(classifier_spec, backend):
     parameters = strong(classifier_spec)
     parameters["layers.2.mixer.out_proj.weight"][:] = 0
-    found = influence(backend.create_engine(classifier_spec, parameters), images_for(classifier_spec))
+    found = influence(
+        backend.create_engine(classifier_spec, TrainingState(parameters=parameters)),
+        images_for(classifier_spec),
+    )
     assert (found.maps[:, 2] == 0).all()
     assert np.isfinite(found.rollout()).all()
 
 
 def test_rollout_rows_add_up_to_one_and_follow_the_definition(classifier_spec, backend):
     found = influence(
-        backend.create_engine(classifier_spec, strong(classifier_spec)), images_for(classifier_spec, 2)
+        backend.create_engine(classifier_spec, TrainingState(parameters=strong(classifier_spec))),
+        images_for(classifier_spec, 2),
     )
     rollout = found.rollout()
     np.testing.assert_allclose(rollout.sum(-1), 1, atol=1e-5)
@@ -257,7 +262,7 @@ def test_rollout_rows_add_up_to_one_and_follow_the_definition(classifier_spec, b
 
 
 def test_rollout_of_some_layers_only_is_refused(classifier_spec, backend):
-    engine = backend.create_engine(classifier_spec, strong(classifier_spec))
+    engine = backend.create_engine(classifier_spec, TrainingState(parameters=strong(classifier_spec)))
     with pytest.raises(ValueError, match="expected maps of all layers from 0 on, found 1, 3"):
         influence(engine, images_for(classifier_spec), layers=[3, 1]).rollout()
     with pytest.raises(ValueError, match="layer 6: the model has layers 0 to 5"):
@@ -295,7 +300,7 @@ def test_tokens_return_to_their_patches(classifier_spec, pretrain_spec):
 def test_gradient_times_input_is_the_derivative_along_each_patch(backend):
     classifier_spec = SPECS["four directions, 13 tokens"]
     parameters, images = strong(classifier_spec, scale=0.1), images_for(classifier_spec)
-    engine = backend.create_engine(classifier_spec, parameters)
+    engine = backend.create_engine(classifier_spec, TrainingState(parameters=parameters))
     found = gradient_times_input(engine, images)
     best = forward(classifier_spec, parameters, images)["logits"][0].argmax()
     for row, column in ((0, 0), (2, 3), (1, 1)):
@@ -308,7 +313,7 @@ def test_gradient_times_input_is_the_derivative_along_each_patch(backend):
 
 
 def test_gradient_times_input_of_a_patch_that_follows_is_zero_in_pretraining(pretrain_spec, backend):
-    engine = backend.create_engine(pretrain_spec, strong(pretrain_spec, scale=0.1))
+    engine = backend.create_engine(pretrain_spec, TrainingState(parameters=strong(pretrain_spec, scale=0.1)))
     found = gradient_times_input(engine, images_for(pretrain_spec), token=(2, 1))
     order = token_patches(pretrain_spec)
     place = int(np.flatnonzero(order == 2 * 6 + 1)[0])
@@ -318,7 +323,7 @@ def test_gradient_times_input_of_a_patch_that_follows_is_zero_in_pretraining(pre
 
 
 def test_input_gradient_refuses_unknown_outputs_and_other_shapes(classifier_spec, backend):
-    engine = backend.create_engine(classifier_spec, strong(classifier_spec))
+    engine = backend.create_engine(classifier_spec, TrainingState(parameters=strong(classifier_spec)))
     images = images_for(classifier_spec)
     with pytest.raises(ValueError, match="unknown output 'logit'; known are"):
         engine.input_gradient(images, "logit", np.zeros((1, 10), np.float32))
