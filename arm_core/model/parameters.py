@@ -214,9 +214,14 @@ def initial_parameters(spec: ModelSpec, seed: int) -> dict[str, Array]:
     return {name: initial_value(row, seed) for name, row in parameter_table(spec).items()}
 
 
-def check_parameters(spec: ModelSpec, arrays: Arrays, *, source: str = "parameters") -> None:
-    """Compare names and shapes with the table, strictly; a ValueError lists every difference."""
-    table = parameter_table(spec)
+def check_parameters(
+    spec: ModelSpec, arrays: Arrays, *, source: str = "parameters", trainable_only: bool = False
+) -> None:
+    """Compare names and shapes with the table, strictly; a ValueError lists every difference.
+
+    trainable_only: for moments and averages, which the fixed tables do not have.
+    """
+    table = {name: row for name, row in parameter_table(spec).items() if row.trainable or not trainable_only}
     problems = [f"missing {name} {table[name].shape}" for name in table if name not in arrays]
     problems += [f"unexpected {name} {tuple(arrays[name].shape)}" for name in arrays if name not in table]
     problems += [

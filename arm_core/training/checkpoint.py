@@ -163,12 +163,12 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     spec = read_config(folder)
     model, optimizer = read_tensors(folder / MODEL), read_tensors(folder / OPTIMIZER).tensors
     check_parameters(spec, model.tensors, source=str(folder / MODEL))  # type: ignore[arg-type]  # shapes alone
-    state = TrainingState(
-        parameters=StoredArrays(model.tensors),
-        exp_avg=StoredArrays(_below(optimizer, "exp_avg")),
-        exp_avg_sq=StoredArrays(_below(optimizer, "exp_avg_sq")),
-        ema=StoredArrays(read_tensors(folder / EMA).tensors if EMA in files else {}),
-    )
+    stored = {kind: _below(optimizer, kind) for kind in ("exp_avg", "exp_avg_sq")}
+    for kind, tensors in stored.items():
+        check_parameters(spec, tensors, source=f"{folder / OPTIMIZER}: {kind}", trainable_only=True)  # type: ignore[arg-type]
+    stored["ema"] = read_average(folder, spec) if EMA in files else {}
+    arrays = {kind: StoredArrays(tensors) for kind, tensors in stored.items()}
+    state = TrainingState(parameters=StoredArrays(model.tensors), **arrays)
     values = read_json_file(folder / STATE)
     try:
         progress = _progress(values)
@@ -177,6 +177,13 @@ def load_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     except ValueError as error:
         raise BadFileError(f"{folder / STATE}: {error}") from None
     return Checkpoint(spec=spec, progress=progress, state=state, metadata=model.metadata)
+
+
+def read_average(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The moving average of the trainable parameters in a checkpoint that has one."""
+    average = read_tensors(folder / EMA).tensors
+    check_parameters(spec, average, source=str(folder / EMA), trainable_only=True)  # type: ignore[arg-type]
+    return average
 
 
 def _progress(values: Mapping[str, Any]) -> Progress:

@@ -17,8 +17,8 @@ import numpy as np
 
 from arm_core.engine.protocol import Array
 from arm_core.files.model_folder import Model, read_model
-from arm_core.files.safetensors import Tensor, read_tensors
-from arm_core.training.checkpoint import EMA, FOLDER, MANIFEST, Warn, newest_folder, verify
+from arm_core.files.safetensors import Tensor
+from arm_core.training.checkpoint import EMA, FOLDER, MANIFEST, Warn, newest_folder, read_average, verify
 
 
 class Weights(StrEnum):
@@ -78,5 +78,5 @@ def open_folder(path: Path, *, warn: Warn) -> ModelSource:
     model = read_model(folder)
     average = None
     if run is not None and (folder / EMA).is_file():
-        average = {**model.arrays, **read_tensors(folder / EMA).tensors}
+        average = {**model.arrays, **read_average(folder, model.spec)}
     return ModelSource(model, kind, average, run)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arm_cli.options import EngineChoice, json_option, weights_option
+from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_cli.opening import Opened
@@ -219,21 +220,17 @@ def _show(report: dict[str, Any], found: Comparison | None, data: str | None, as
     if "runtime" in report:
         parts.append(f"with onnxruntime-web {report['runtime']}; open it in a browser")
     if found is None:
-        click.echo(f"{name}: {', '.join(parts)}")
+        echo(f"{name}: {', '.join(parts)}")
         return
-    click.echo(f"{name}: {', '.join(parts)}, loads in {found.facts['load_seconds']:.1f} s")
+    echo(f"{name}: {', '.join(parts)}, loads in {found.facts['load_seconds']:.1f} s")
     many = f"{found.images} images" if data else f"{found.images} noise images"
     for output, difference in found.differences.items():
-        click.echo(f"{output}: largest difference {difference:.1e} of the largest value ({many})")
+        echo(f"{output}: largest difference {difference:.1e} of the largest value ({many})")
     if found.same_answers is not None:
-        click.echo(f"same answer: {100 * found.same_answers:.1f} % of {many}")
+        echo(f"same answer: {100 * found.same_answers:.1f} % of {many}")
     if found.accuracy is not None:
-        click.echo(f"top-1: file {100 * found.accuracy[0]:.2f} %, model {100 * found.accuracy[1]:.2f} %")
+        echo(f"top-1: file {100 * found.accuracy[0]:.2f} %, model {100 * found.accuracy[1]:.2f} %")
     file, engine = (1e3 * seconds for seconds in found.latency)
-    click.echo(
-        f"latency of one image: file {file:.1f} ms, engine {engine:.1f} ms ({file / engine:.2f} times)"
-    )
+    echo(f"latency of one image: file {file:.1f} ms, engine {engine:.1f} ms ({file / engine:.2f} times)")
     if not found.within:
-        click.echo(
-            f"BEYOND the tolerance of {found.precision}: the file does not compute what the model does"
-        )
+        echo(f"BEYOND the tolerance of {found.precision}: the file does not compute what the model does")

@@ -7,7 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import click
+from arm_cli.show import echo
+from arm_core.files.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -61,7 +62,7 @@ class ProgressBar:
         # One line early, so that the time left is known; then one every EVERY seconds.
         if now - self._said >= EVERY or (count and self._calls == EARLY):
             self._said = now
-            click.echo(self.line(note), err=True)
+            echo(self.line(note), err=True)
 
     def line(self, note: str = "") -> str:
         """The progress in one plain line."""
@@ -73,9 +74,9 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(printable(text), highlight=False, markup=False)
         else:
-            click.echo(text, err=True)
+            echo(text, err=True)
 
     def _rate(self) -> float:
         """Counts per second. The first call is left out once there are others: it compiles and allocates."""

@@ -12,7 +12,7 @@ import pytest
 from arm_core.engine.protocol import TrainingState
 from arm_core.files.errors import BadFileError
 from arm_core.files.model_folder import read_model
-from arm_core.files.safetensors import read_tensors
+from arm_core.files.safetensors import read_tensors, write_tensors
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, PretrainSpec
 from arm_core.training import checkpoint as ck
@@ -308,3 +308,27 @@ def test_a_failure_at_any_write_flush_or_rename_leaves_the_previous_checkpoint(t
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {1, 2}
     assert fail_at > 30
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("optimizer", "exp_avg/"), ("optimizer", "exp_avg_sq/"), ("ema", "")], ids=str
+)
+@pytest.mark.parametrize("change", ["missing", "reshaped", "unexpected", "emptied"])
+def test_moments_or_an_average_of_another_shape_are_refused_by_name(tmp_path, file, kind, change):
+    folder = ck.save_checkpoint(tmp_path, make_checkpoint(2))
+    path = folder / f"{file}.safetensors"
+    arrays = {name: tensor.read() for name, tensor in read_tensors(path).tensors.items()}
+    name = next(name for name in arrays if name.startswith(kind) and name.endswith("norm_f.weight"))
+    value = arrays.pop(name)
+    if change == "reshaped":
+        arrays[name] = value.reshape(-1, 1)
+    elif change == "unexpected":
+        arrays |= {name: value, f"{kind}surplus": value}
+    elif change == "emptied":
+        arrays = {other: v for other, v in arrays.items() if kind and not other.startswith(kind)}
+    write_tensors(path, arrays)
+    files = json.loads((folder / "manifest.json").read_text())
+    files[path.name] = ck._digest(path)
+    (folder / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(ValueError, match=f"{file}.safetensors.*(missing|expected)"):
+        ck.load_checkpoint(folder)
