@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CPU_OPERATIONS = 6e10
 """Floating-point operations per second and core that the CPU estimate assumes. A training step of the base
-model reaches 7e10 on 2 cores (`benchmarks/results/`); small models reach less."""
+model reaches 1.1e11 on 2 cores (`cpu_step` in `benchmarks/results/`); smaller models reach less."""
 
 LONG_ON_CPU = 3600.0
 """Seconds from which a run on a CPU is worth a warning."""
