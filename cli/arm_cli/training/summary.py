@@ -116,7 +116,10 @@ def warnings(prepared: Prepared, backend: Backend, options: EngineOptions, ranks
 
     recipe, training = prepared.recipe, prepared.recipe.training
     if recipe.stage is Stage.FINETUNE and prepared.evaluation is None:
-        yield "no images to evaluate on, so the accuracy is not measured; pass --eval-data FOLDER."
+        yield (
+            "no images to evaluate on, so the accuracy is not measured; pass --eval-data PATH, "
+            "or --set data.val_fraction=0.1."
+        )
     if len(prepared.train.classes) == 1:
         yield f"only one class ({prepared.train.classes[0]}); a classifier needs two or more to learn."
     device = options.device if options.device != "auto" else backend.devices()[0]
