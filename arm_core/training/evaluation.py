@@ -46,13 +46,15 @@ def evaluate(
     batches: Iterable[EvalBatch],
     *,
     seen: Callable[[int], None] | None = None,
+    each: Callable[[EvalBatch, Array], None] | None = None,
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     rounds: int = 0,
 ) -> Evaluation:
     """Run the engine's model over `batches` (an `EvalLoader`).
 
-    seen: called with the number of images of each batch.  stop: asked before each batch, at the same points
+    seen: called with the number of images of each batch.  each: called with each batch of a classifier and
+    its logits, (B, classes).  stop: asked before each batch, at the same points
     on all ranks; True ends the evaluation with EvaluationStopped.
     ranks: each passes its own batches and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
     fewer batches computes a dummy batch in the last round, since all ranks take part in a pass.
@@ -70,6 +72,8 @@ def evaluate(
             loss = float(cross_entropy(outputs["logits"], batch.labels).sum())
             before = classes_before(outputs["logits"], batch.labels)
             own.append((count, int((before < 1).sum()), int((before < TOP).sum()), loss))
+            if each is not None:
+                each(batch, outputs["logits"])
         else:
             own.append((count, 0, 0, float(outputs["loss"]) * count))
         if seen is not None:

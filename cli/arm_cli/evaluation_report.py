@@ -1,0 +1,188 @@
+"""How the result of `arm evaluate` is shown: a line, JSON, or a page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arm_cli.show import echo, print_json
+
+if TYPE_CHECKING:
+    from arm_cli.opening import Opened
+    from arm_core.data.sources import ImageSource
+    from arm_core.training.evaluation import Evaluation
+    from arm_core.training.predictions import Predictions
+
+MISTAKES = 24
+"""Most confident mistakes on the page."""
+PICTURE = 640
+"""Side of the confusion picture, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An evaluation and what it was made of."""
+
+    opened: Opened
+    source: ImageSource
+    evaluation: Evaluation
+    predictions: Predictions | None
+    """None for a pretraining model."""
+    images_per_s: float
+    protocol: dict[str, Any]
+
+    def name(self, label: int) -> str:
+        """A class for people."""
+        names = self.opened.class_names or self.source.classes
+        return names[label] if len(names) == len(self.source.classes) else self.source.classes[label]
+
+
+def report(measured: Measured, *, as_json: bool, page: str | None) -> None:
+    """Print the result, and write the page where one is wanted."""
+    if page is not None:
+        from arm_core.files.atomic import new_file, write_text
+
+        text = _page(measured)
+        with new_file(Path(page), force=True) as draft:
+            write_text(draft, text)
+    if as_json:
+        print_json(_as_data(measured))
+        return
+    found, predictions = measured.evaluation, measured.predictions
+    speed = f"{found.images} images, {measured.images_per_s:.3g} images/s"
+    if predictions is None:
+        echo(f"loss {found.loss:.4f} ({speed})")
+        return
+    from arm_core.training.predictions import calibration_error, interval, worst_confusions
+
+    assert found.top1 is not None
+    low, high = interval(found.top1, found.images)
+    echo(
+        f"top-1 {100 * found.top1:.2f} % ({100 * low:.2f} to {100 * high:.2f}), "
+        f"top-5 {100 * (found.top5 or 0):.2f} %, loss {found.loss:.4f}, "
+        f"calibration error {calibration_error(predictions):.4f} ({speed})"
+    )
+    worst = worst_confusions(predictions, len(measured.source.classes), 3)
+    words = [f"{measured.name(true)} as {measured.name(other)} ({count})" for true, other, count in worst]
+    if words:
+        echo(f"most frequent confusions: {', '.join(words)}")
+
+
+def _as_data(measured: Measured) -> dict[str, Any]:
+    from arm_core.training.predictions import calibration_error, interval, per_class, worst_confusions
+
+    found, predictions, opened = measured.evaluation, measured.predictions, measured.opened
+    transform = opened.transform
+    result: dict[str, Any] = {"model": str(opened.folder)}
+    result |= {name: value for name, value in asdict(found).items() if value is not None}
+    result |= {"images_per_s": round(measured.images_per_s, 2)}
+    result["protocol"] = {
+        **measured.protocol,
+        "image_size": list(opened.spec.image_size),
+        "crop_fraction": transform.fraction(opened.spec.image_size),
+        "interpolation": "bicubic",
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "classes": len(measured.source.classes),
+    }
+    if predictions is not None and found.top1 is not None and found.top5 is not None:
+        names = measured.source.classes
+        result["top1_interval"] = list(interval(found.top1, found.images))
+        result["top5_interval"] = list(interval(found.top5, found.images))
+        result["calibration_error"] = calibration_error(predictions)
+        result["per_class"] = [
+            {"class": name, "images": images, "top1": correct / images if images else None}
+            for name, (images, correct) in zip(names, per_class(predictions, len(names)), strict=True)
+        ]
+        result["confusions"] = [
+            {"class": names[true], "predicted": names[other], "images": count}
+            for true, other, count in worst_confusions(predictions, len(names))
+        ]
+    return result
+
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; background: #fff; color: #222 }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(12em, 1fr)); gap: 1em }
+figure { margin: 0 } img { max-width: 100%; border: 1px solid #ccc } .map { image-rendering: pixelated }
+figcaption { font-size: 12px; overflow-wrap: anywhere } td, th { padding: 0 1em 0 0; text-align: left }
+"""
+
+
+def _page(measured: Measured) -> str:
+    from arm_core.training.predictions import confident_mistakes, interval, per_class, worst_confusions
+
+    found, predictions = measured.evaluation, measured.predictions
+    assert predictions is not None
+    assert found.top1 is not None
+    names, (low, high) = measured.source.classes, interval(found.top1, found.images)
+    rows = sorted(
+        (correct / images, measured.name(label), images)
+        for label, (images, correct) in enumerate(per_class(predictions, len(names)))
+        if images
+    )
+    table = [(name, str(images), f"{100 * part:.1f} %") for part, name, images in rows]
+    worst = [
+        (measured.name(true), measured.name(other), str(count))
+        for true, other, count in worst_confusions(predictions, len(names))
+    ]
+    mistakes = [
+        _mistake(measured, predictions, at) for at in confident_mistakes(predictions, MISTAKES).tolist()
+    ]
+    title = html.escape(f"{measured.opened.folder} on {measured.protocol['data']}")
+    summary = (
+        f"top-1 {100 * found.top1:.2f} % ({100 * low:.2f} to {100 * high:.2f}), top-5 "
+        f"{100 * (found.top5 or 0):.2f} %, {found.images} images"
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+        f"<h1>{title}</h1><p>{summary}</p>"
+        f"<h2>Confusion</h2><p>Rows are true classes, columns predicted ones; darker is more frequent.</p>"
+        f'<img class=map alt="confusion matrix" width={PICTURE} src="{_confusion(measured)}">'
+        f"<h2>Most frequent confusions</h2>{_table(('class', 'predicted', 'images'), worst)}"
+        f"<h2>Most confident mistakes</h2><div class=grid>{''.join(mistakes)}</div>"
+        f"<h2>Classes</h2>{_table(('class', 'images', 'top-1'), table)}</html>\n"
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, str, str]]) -> str:
+    cells = ["".join(f"<th>{word}</th>" for word in head)]
+    cells += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _confusion(measured: Measured) -> str:
+    """Part of each true class, from white (none) to dark (all), on a scale that shows single images."""
+    import numpy as np
+
+    from arm_core.training.predictions import confusion
+
+    assert measured.predictions is not None
+    counts = confusion(measured.predictions, len(measured.source.classes)).astype(np.float64)
+    part = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    return _picture(np.repeat((255 * (1 - part)).astype(np.uint8)[..., None], 3, -1))
+
+
+def _mistake(measured: Measured, predictions: Predictions, at: int) -> str:
+    from arm_core.data.transforms import denormalize
+
+    transform, size = measured.opened.transform, measured.opened.spec.image_size
+    item = measured.source.item(int(predictions.indices[at]))
+    pixels = denormalize(transform(item, size), transform.mean, transform.std)
+    predicted, true = (measured.name(int(p[at])) for p in (predictions.predicted, predictions.labels))
+    words = f"{predicted} ({100 * predictions.confidence[at]:.1f} %), is {true}: {Path(item.name).name}"
+    return (
+        f'<figure><img alt="" src="{_picture(pixels)}"><figcaption>{html.escape(words)}</figcaption></figure>'
+    )
+
+
+def _picture(pixels: Any) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
