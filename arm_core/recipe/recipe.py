@@ -83,7 +83,7 @@ _MODELS: dict[Stage, type[PretrainModel] | type[ClassifierModel]] = {
 
 _BOOKKEEPING = {
     "data": ("path", "eval_path", "workers", "format", "on_bad_image"),
-    "training": ("log_every", "save_every", "keep", "evaluate_every"),
+    "training": ("log_every", "save_every", "keep", "keep_every", "evaluate_every"),
 }
 """Settings that do not change what is computed and may differ between machines and sessions."""
 
@@ -164,6 +164,11 @@ def fingerprint(recipe: Recipe) -> str:
         for name in names:
             table[section].pop(name, None)
     return hashlib.sha256(dump(table).encode()).hexdigest()[:16]
+
+
+def bookkeeping() -> set[str]:
+    """Settings that do not change what is computed, as `section.key`."""
+    return {f"{section}.{name}" for section, names in _BOOKKEEPING.items() for name in names}
 
 
 def _from_table(table: dict[str, Any]) -> Recipe:

@@ -206,6 +206,8 @@ class TrainingSettings:
     """Interval between checkpoints."""
     keep: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
+    keep_every: Span | None = None
+    """Distance between checkpoints that are kept permanently; None for no such checkpoints."""
     evaluate_every: Span | None = None
     """None for an evaluation at the end only."""
 
@@ -219,7 +221,7 @@ class TrainingSettings:
             log_every=AT_LEAST_ONE,
             keep=AT_LEAST_ONE,
         )
-        for name in ("length", "save_every", "evaluate_every"):
+        for name in ("length", "save_every", "evaluate_every", "keep_every"):
             span: Span | None = getattr(self, name)
             if span is not None and span.amount <= 0:
                 raise ValueError(f"training.{name}: expected more than 0 {span.unit}, found '{span}'")

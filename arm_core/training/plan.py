@@ -92,6 +92,15 @@ class Plan:
         steps = every.steps(self.steps_per_epoch)
         return step // steps > (step - 1) // steps
 
+    def save_due(self, step: int) -> bool:
+        """Whether `step` is to be saved."""
+        return self.due(self._training.save_every, step) or self.kept(step)
+
+    def kept(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept permanently (`training.keep_every`)."""
+        every = self._training.keep_every
+        return every is not None and step > 0 and self.due(every, step)
+
     def open(self, position: int, *, workers: int) -> TrainLoader:
         """Loader of this rank's micro-batches from `position` on; close it after use."""
         return TrainLoader(

@@ -119,7 +119,7 @@ class Trainer:
                 self._log()
             if stop.asked():
                 break
-            if self.plan.due(self._training.save_every, self.step):
+            if self.plan.save_due(self.step):
                 self._save()
             self._evaluate_if_due(stop)
 
@@ -277,7 +277,9 @@ class Trainer:
 
     def _prune(self) -> None:
         best = self._best()
-        prune(self.run.path, keep=self._training.keep, also=[self.step, *([best["step"]] if best else [])])
+        kept = [step for step in saved_steps(self.run.path) if self.plan.kept(step)]
+        also = [self.step, *kept, *([best["step"]] if best else [])]
+        prune(self.run.path, keep=self._training.keep, also=also)
 
     def _reset_clock(self) -> None:
         self._clock, self._clock_images = time.monotonic(), 0

@@ -281,3 +281,22 @@ def test_a_deterministic_run_records_its_threads_and_keeps_them(place):
     assert result.exit_code == 0, result.output
     sessions = [json.loads(line) for line in (place / "run/sessions.jsonl").read_text().splitlines()]
     assert [(row["threads"], row["deterministic"]) for row in sessions] == [("1", "True")] * 2
+
+
+def test_resume_auto_starts_a_run_and_resumes_it_later(place):
+    words = ["pretrain", "pre.toml", "--data", "train", "--device", "cpu", "--out", "run", "--resume", "auto"]
+    result = arm(*words, "--steps", "4")
+    assert result.exit_code == 0, result.output
+    assert "finished after 4 steps" in result.output
+    assert arm(*words, "--steps", "4", "--workers", "1").exit_code == 0
+    sessions = [json.loads(line) for line in (place / "run/sessions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in sessions] == [0, 4]
+    assert load_recipe(place / "run/recipe.toml").data.workers == 1
+    result = arm(*words, "--steps", "4", "--set", "optimizer.clip=7", "--seed", "5")
+    assert result.exit_code == 2
+    assert "run: contains a run of another recipe (" in result.output
+    assert "optimizer.clip = - there, 7.0 here" in result.output
+    assert "training.seed = 0 there, 5 here" in result.output
+    result = arm(*words[:-2], "--steps", "4")
+    assert result.exit_code == 2
+    assert "already contains a run; resume it with `arm pretrain --resume run`" in result.output

@@ -224,6 +224,12 @@ def test_the_best_checkpoint_is_kept(tmp_path, recipe):
     assert saved_steps(tmp_path) == [6, 15]
 
 
+def test_the_newest_and_the_permanent_checkpoints_are_kept(tmp_path, recipe):
+    changes = ["training.save_every=2 steps", "training.keep=2", "training.keep_every=1 epoch"]
+    train(tmp_path, override(recipe, changes))
+    assert saved_steps(tmp_path) == [5, 10, 14, 15], "an epoch has 5 steps"
+
+
 def test_pretraining_evaluates_its_loss(tmp_path):
     small = [item for item in SMALL if "model.depth" not in item and "labels" not in item]
     recipe = override(

@@ -61,7 +61,8 @@ def disk_use(prepared: Prepared) -> tuple[int, int]:
     fixed = sum(row.size for row in rows if not row.trainable)
     copies = 3 + (prepared.recipe.optimizer.ema_decay is not None)  # weights, two moments, average
     best = prepared.evaluation is not None
-    return prepared.recipe.training.keep + best, 4 * (copies * trainable + fixed)
+    permanent = sum(prepared.plan.kept(step) for step in range(1, prepared.plan.total_steps + 1))
+    return prepared.recipe.training.keep + best + permanent, 4 * (copies * trainable + fixed)
 
 
 def lr_plot(plan: Plan) -> str:

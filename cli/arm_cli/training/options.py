@@ -75,7 +75,11 @@ class Request:
 
     recipe: str | None = added_by(click.argument("recipe", required=False))
     out: str | None = option("--out", metavar="RUN", help="Folder of the run; by default runs/RECIPE.")
-    resume: str | None = option("--resume", metavar="RUN", help="Resume a run, on any engine.")
+    resume: str | None = option(
+        "--resume",
+        metavar="RUN|auto",
+        help="Resume a run, on any engine; auto: the run in --out, if there is one of this recipe.",
+    )
     dry_run: bool = option(
         "--dry-run", is_flag=True, help="Print what would happen, with three timed steps; write nothing."
     )

@@ -16,13 +16,19 @@ from arm_cli.show import echo
 from arm_cli.streams import surviving_output
 
 if TYPE_CHECKING:
+    from arm_cli.training.changes import Change
     from arm_cli.training.options import Request
     from arm_cli.training.run import Prepared
     from arm_core.engine.protocol import Backend, EngineOptions
     from arm_core.engine.ranks import Ranks
+    from arm_core.files.model_folder import Model
     from arm_core.recipe.recipe import Recipe
     from arm_core.training.observer import Outcome
     from arm_core.training.run_folder import RunFolder
+
+
+AUTO = "auto"
+"""Value of --resume: resume the run in the output folder, if there is one."""
 
 
 def run_training(stage: str, request: Request, origin: str | None = None) -> None:
@@ -30,20 +36,52 @@ def run_training(stage: str, request: Request, origin: str | None = None) -> Non
 
     origin: the model whose trunk a new classifier starts from.
     """
+    from arm_core.engine.ranks import lead, together
+
     with surviving_output(), request.engine.join() as (backend, ranks):
-        if request.resume is not None:
+        # A launcher that restarts a job repeats the command that started the run.
+        auto = request.resume == AUTO or (request.resume is None and ranks.restarts > 0)
+        if request.resume is not None and not auto:
             _resume(stage, request, request.resume, backend, ranks)
-        elif ranks.restarts and _has_checkpoint(out := _folder(stage, request)):
-            # The launcher repeats the command that started the run.
-            _resume(stage, dataclasses.replace(request, recipe=None, out=None), out, backend, ranks)
+        elif auto and lead(ranks, lambda: _has_checkpoint(stage, request)):
+            with together(ranks):
+                overrides = _same_run(stage, request, origin)
+            out = _folder(stage, request)
+            request = dataclasses.replace(request, recipe=None, out=None)
+            _resume(stage, request, out, backend, ranks, overrides)
         else:
             _start(stage, request, origin, backend, ranks)
 
 
-def _has_checkpoint(folder: str) -> bool:
+def _has_checkpoint(stage: str, request: Request) -> bool:
     from arm_core.training.checkpoint import saved_steps
 
-    return bool(saved_steps(Path(folder)))
+    return bool(saved_steps(Path(_folder(stage, request))))
+
+
+def _same_run(stage: str, request: Request, origin: str | None) -> list[str]:
+    """Check that the output folder holds a run of the requested recipe; returns changes of its bookkeeping.
+
+    Raises ValueError that lists the settings that differ.
+    """
+    from arm_cli.recipe import flat, shown
+    from arm_core.recipe.recipe import bookkeeping, load_recipe
+    from arm_core.training.run_folder import RECIPE
+
+    folder = _folder(stage, request)
+    recipe, changes, _ = _requested(stage, request, origin)
+    wanted, stored = flat(recipe), flat(load_recipe(Path(folder) / RECIPE))
+    kept = bookkeeping()
+    different = [
+        f"{key} = {shown(stored.get(key))} there, {shown(wanted.get(key))} here"
+        for key in dict.fromkeys([*stored, *wanted])
+        if stored.get(key) != wanted.get(key) and key not in kept
+    ]
+    if different:
+        raise ValueError(
+            f"{folder}: contains a run of another recipe ({'; '.join(different[:5])}); choose another --out"
+        )
+    return [change.assignment for change in changes if change.key in kept]
 
 
 def _folder(stage: str, request: Request) -> str:
@@ -51,22 +89,13 @@ def _folder(stage: str, request: Request) -> str:
 
 
 def _start(stage: str, request: Request, origin: str | None, backend: Backend, ranks: Ranks) -> None:
-    from arm_cli.opening import find_model
-    from arm_cli.training.changes import apply, changes_of
-    from arm_cli.training.origin import with_trunk_of
     from arm_cli.training.run import create_engine, first_state, prepare
     from arm_cli.training.summary import print_summary
     from arm_core.engine.ranks import together
     from arm_core.training.run_folder import start_run
 
     with together(ranks):
-        recipe = _load(stage, request)
-        changes = changes_of(request.changes, recipe, request.engine.precision)
-        recipe = apply(recipe, changes)
-        model = None
-        if origin is not None:
-            model = find_model(origin).model
-            recipe = with_trunk_of(model, recipe, {change.key for change in changes}, _say)
+        recipe, changes, model = _requested(stage, request, origin)
         # All that can be wrong with the request is found before there is a folder.
         prepared = prepare(recipe, ranks)
         folder = _folder(stage, request)
@@ -86,7 +115,30 @@ def _start(stage: str, request: Request, origin: str | None, backend: Backend, r
         _train(run, engine, record, prepared, request, ranks)
 
 
-def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: Ranks) -> None:
+def _requested(stage: str, request: Request, origin: str | None) -> tuple[Recipe, list[Change], Model | None]:
+    """The recipe of a new run, the changes that the command line makes, and the model of --from."""
+    from arm_cli.opening import find_model
+    from arm_cli.training.changes import apply, changes_of
+    from arm_cli.training.origin import with_trunk_of
+
+    recipe = _load(stage, request)
+    changes = changes_of(request.changes, recipe, request.engine.precision)
+    recipe = apply(recipe, changes)
+    if origin is None:
+        return recipe, changes, None
+    model = find_model(origin).model
+    return with_trunk_of(model, recipe, {change.key for change in changes}, _say), changes, model
+
+
+def _resume(
+    stage: str,
+    request: Request,
+    folder: str,
+    backend: Backend,
+    ranks: Ranks,
+    overrides: list[str] | None = None,
+) -> None:
+    """overrides: changes of the recipe; None for those that the command line asks for."""
     from arm_cli.training.changes import changes_of
     from arm_cli.training.run import create_engine, prepare
     from arm_cli.training.summary import print_summary
@@ -94,7 +146,6 @@ def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: 
     from arm_core.recipe.recipe import load_recipe
     from arm_core.training.run_folder import RECIPE, resume_run
 
-    overrides: list[str] = []
     with together(ranks):
         if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
             raise ValueError(f"--resume continues a run as it is; drop {' and '.join(given)}")
@@ -105,9 +156,10 @@ def _resume(stage: str, request: Request, folder: str, backend: Backend, ranks: 
             recipe = load_recipe(stored)
             if recipe.stage != stage:
                 raise ValueError(f"{folder}: resume with: arm {recipe.stage} --resume {folder}")
-            changes = changes_of(request.changes, recipe, request.engine.precision)
-            overrides = [change.assignment for change in changes]
-    with resume_run(folder, overrides, warn=warn, ranks=ranks) as run:
+            if overrides is None:
+                changes = changes_of(request.changes, recipe, request.engine.precision)
+                overrides = [change.assignment for change in changes]
+    with resume_run(folder, overrides or [], warn=warn, ranks=ranks) as run:
         with together(ranks):
             assert run.resumed is not None
             prepared = prepare(run.recipe, ranks, run.spec)
