@@ -35,10 +35,11 @@ class Compile(StrEnum):
     """What a backend's compiler is given."""
 
     AUTO = "auto"
-    """What pays on the device: MLX compiles its whole step on an Apple GPU, and nothing else is."""
+    """MLX compiles its whole step on an Apple GPU; torch compiles the blocks on an NVIDIA GPU with scan
+    `triton`; otherwise nothing is compiled."""
     NONE = "none"
     BLOCKS = "blocks"
-    """Each block by itself: one compilation serves all of them."""
+    """Each block of the encoder and the decoder by itself; one compilation serves all blocks of a kind."""
     MODEL = "model"
     """The whole forward and backward pass."""
 

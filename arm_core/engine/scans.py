@@ -21,7 +21,7 @@ class Implementation(Generic[Tensor]):
     half_precision: bool = True
     """Whether it takes float16 and bfloat16; False: the engine converts its operands to float32."""
     unusable: Callable[[str], str | None] = lambda device: None
-    """Device type -> None, or the reason why it cannot run there."""
+    """Device, such as `cpu` or `cuda:1` -> None, or the reason why it cannot run there."""
     note: Callable[[int], str | None] = lambda conv_width: None
     """Convolution width -> what the printed name of the scan adds, such as a substitute for a kernel."""
 
@@ -33,9 +33,8 @@ class Implementations(dict[str, Implementation[Tensor]]):
         raise ValueError(f"unknown scan {name!r}; expected {', '.join(self)}")
 
     def usable(self, device: str) -> dict[str, str | None]:
-        """For a device (`cuda:1` counts as `cuda`): None if usable, else the reason why not."""
-        kind = device.partition(":")[0]
-        return {name: implementation.unusable(kind) for name, implementation in self.items()}
+        """For a device such as `cpu` or `cuda:1`: None if usable, else the reason why not."""
+        return {name: implementation.unusable(device) for name, implementation in self.items()}
 
     def label(self, name: str, conv_width: int) -> str:
         """The name as printed and recorded."""

@@ -26,8 +26,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.present)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: machine.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine.capability)
     monkeypatch.setattr(availability, "_broken", lambda device: machine.broken)
     return machine
 
@@ -44,6 +44,37 @@ def test_a_gpu_too_old_is_named_with_what_it_has(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 0)
     expected = "needs compute capability 8.0 (Ampere) or newer; Tesla V100 has 7.0"
     assert availability.unusable("cuda") == expected
+
+
+def test_the_gpu_that_was_asked_for_is_the_one_that_is_probed(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = []
+    monkeypatch.setattr(availability, "_broken", lambda device: probed.append(str(device)))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index == 2 else (9, 0)
+    )
+    assert availability.unusable("cuda:1") is None
+    assert "needs compute capability 8.0" in str(availability.unusable("cuda:2"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert scan.scans("cuda")["triton"] is None
+    assert scan.scans("cuda:0")["triton"] is None
+    assert probed == ["cuda:1", "cuda:3", "cuda:0"]
+
+
+def test_the_engine_loads_numba_for_scans_on_the_cpu_alone(fresh_python: Callable[[str], str]) -> None:
+    """A machine whose scans run on its GPU needs no Numba."""
+    printed = fresh_python(
+        "import sys\nsys.modules['numba'] = None\n"
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'numba' else find(name, *more)\n"
+        "import arm_cuda.engine, arm_cuda.library\n"
+        "from arm_cuda.scan import scans\n"
+        "print(scans('cuda')['triton'], scans('cpu')['cpu'], sep='|')\n"
+    )
+    gpu, cpu = printed.strip().split("|")
+    assert "Numba" not in gpu
+    assert cpu == "Numba is not installed; run: pip install numba"
 
 
 def test_a_missing_gpu_is_said(gpu: SimpleNamespace) -> None:

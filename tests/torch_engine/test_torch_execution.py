@@ -16,6 +16,7 @@ from arm_core.model.spec import EncoderSpec, PretrainSpec
 torch = pytest.importorskip("torch")
 
 from arm_cuda.engine import TorchEngine  # noqa: E402
+from arm_cuda.execution import choose_compile  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -24,7 +25,7 @@ SMALL = PretrainSpec(
     image_size=(12, 12),
     cluster=(1, 1),
     decoder_width=16,
-    decoder_depth=1,
+    decoder_depth=2,
     decoder_heads=1,
 )
 """8 tokens: the compiler unrolls the reference scan."""
@@ -78,8 +79,13 @@ def test_blocks_computed_twice_give_the_same_bits_and_keep_less(pretrain_spec):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks_give_the_same_gradients(recompute):
     plain = make(scan="reference")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = make(scan="reference", compile=Compile.BLOCKS, recompute=recompute)
     assert_same_gradients(compiled.loss_and_gradients(batch()), plain.loss_and_gradients(batch()), 2e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # One for the encoder, two for the decoder, whose first block gets an expanded tensor.
+    assert graphs == 3
 
 
 @pytest.mark.slow
@@ -94,6 +100,23 @@ def test_a_compiled_model_trains_as_one_that_is_not():
     # Another batch size needs no other compilation: passes without gradients run as written.
     images = batch(images=5).images
     np.testing.assert_allclose(compiled.forward(images)["loss"], plain.forward(images)["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "scan", "expected"),
+    [
+        ("cuda", "triton", Compile.BLOCKS),
+        ("cuda:1", "triton", Compile.BLOCKS),
+        ("cuda", "reference", Compile.NONE),
+        ("cuda", "mamba-ssm", Compile.NONE),
+        ("cpu", "cpu", Compile.NONE),
+        ("cpu", "reference", Compile.NONE),
+    ],
+)
+def test_auto_compiles_the_blocks_where_triton_scans(device, scan, expected):
+    assert choose_compile(EngineOptions(), scan, torch.device(device)) is expected
+    none = EngineOptions(compile=Compile.NONE)
+    assert choose_compile(none, scan, torch.device(device)) is Compile.NONE
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch_scans import (  # noqa: E402
     run,
 )
 
+from arm_core import cpu_kernels  # noqa: E402
 from arm_cuda import scan as scans  # noqa: E402
 
 # K, B, L, D, N, W: lengths around the CPU's chunks of 16, widths around its 64 channels, sizes of one.
@@ -102,9 +103,9 @@ def test_cpu_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
     tensors = [values[name] for name in (*SCAN, "order")]
     with_grad = scans.selective_scan(*tensors, impl="cpu")
     kept = []
-    forward = scans.cpu_kernels.scan_forward
+    forward = cpu_kernels.scan_forward
     monkeypatch.setattr(
-        scans.cpu_kernels,
+        cpu_kernels,
         "scan_forward",
         lambda *a, save_for_backward, **o: (
             kept.append(save_for_backward) or forward(*a, save_for_backward=save_for_backward, **o)

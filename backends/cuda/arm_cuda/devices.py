@@ -8,8 +8,6 @@ import sys
 
 import torch
 
-from arm_core import cpu_kernels
-
 
 def devices() -> list[str]:
     """`cuda:0` and so on for every NVIDIA GPU, then `cpu`."""
@@ -66,6 +64,8 @@ def device_memory(device: torch.device) -> int:
 def set_threads(count: int | None) -> None:
     """CPU threads of torch and of the CPU kernels; None keeps torch's own choice."""
     threads = count or torch.get_num_threads()
+    from arm_core import cpu_kernels  # not on a GPU, which does not need Numba
+
     cpu_kernels.start_threads()  # resets torch's count, and the count decides the last bits of a sum
     torch.set_num_threads(threads)
 

@@ -79,7 +79,7 @@ class TorchEngine:
         self._device = local_device(options.device) if several else resolve_device(options.device)
         self._settings, self._ranks = optimizer, ranks
         self._bfloat16 = options.precision is Precision.BFLOAT16
-        scan = choose_scan(scans(self._device.type), options.scan)
+        scan = choose_scan(scans(str(self._device)), options.scan)
         self.scan = IMPLEMENTATIONS.label(scan, spec.encoder.conv_width)
         self.compile: Compile = choose_compile(options, scan, self._device)
         options = replace(options, compile=self.compile)

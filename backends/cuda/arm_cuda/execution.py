@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arm_core.engine.protocol import Compile, EngineOptions
+from arm_cuda.model import PretrainModel
 
 COMPILABLE = ("triton", "reference")
 """Scans that torch can compile: plain operators, or custom operators with registered shapes."""
@@ -24,8 +25,14 @@ Forward = Callable[..., dict[str, Tensor]]
 
 
 def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> Compile:
-    """What is compiled: nothing for `AUTO`. Raises ValueError for what cannot be compiled here."""
-    if options.compile in (Compile.AUTO, Compile.NONE):
+    """What is compiled. Raises ValueError for what cannot be compiled here.
+
+    `AUTO` compiles the blocks on a GPU whose scan is `triton`, which needs the same compilers, and nothing
+    elsewhere: the loop of `reference` would be unrolled, and `mamba-ssm` cannot be compiled.
+    """
+    if options.compile is Compile.AUTO:
+        return Compile.BLOCKS if device.type == "cuda" and scan == "triton" else Compile.NONE
+    if options.compile is Compile.NONE:
         return Compile.NONE
     if scan not in COMPILABLE:
         raise ValueError(
@@ -47,6 +54,9 @@ def execute(model: nn.Module, options: EngineOptions) -> Forward:
     if options.recompute or options.compile is Compile.BLOCKS:
         for block in model.get_submodule("layers").children():
             block.forward = _block_forward(block.forward, options)
+    if options.compile is Compile.BLOCKS and isinstance(model, PretrainModel):
+        for block in model.decoder.children():
+            block.forward = _compiled_in_training(block.forward)
     if options.compile is not Compile.MODEL:
         forward: Forward = model.forward
         return forward
@@ -68,5 +78,15 @@ def _block_forward(plain: Callable[..., Tensor], options: EngineOptions) -> Call
         again = checkpoint(run, x, order, scale, "", None, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(again, Tensor)
         return again
+
+    return forward
+
+
+def _compiled_in_training(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled where gradients are computed; each other batch size would be compiled again."""
+    compiled: Callable[..., Tensor] = torch.compile(plain, fullgraph=True)
+
+    def forward(*tensors: Tensor) -> Tensor:
+        return compiled(*tensors) if torch.is_grad_enabled() else plain(*tensors)
 
     return forward

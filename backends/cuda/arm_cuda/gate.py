@@ -9,8 +9,6 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from arm_core import cpu_kernels
-
 
 def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
     """silu(w1(x)) * w2(x).
@@ -46,6 +44,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         a, b = torch.addmm(b1, x, w1.mT), torch.addmm(b2, x, w2.mT)
         ctx.save_for_backward(x, w1, w2, a, b)
+        from arm_core import cpu_kernels
+
         out = cpu_kernels.swiglu_forward(a.numpy(), b.numpy(), threads=torch.get_num_threads())
         return torch.from_numpy(out)
 
@@ -54,6 +54,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, w1, w2, a, b = ctx.saved_tensors
         arrays = (t.numpy() for t in (grad, a, b))
+        from arm_core import cpu_kernels
+
         gradients = cpu_kernels.swiglu_backward(*arrays, threads=torch.get_num_threads())
         grad_a, grad_b = (torch.from_numpy(g) for g in gradients)
         grad_x = torch.mm(grad_a, w1).addmm_(grad_b, w2)

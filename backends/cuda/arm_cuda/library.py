@@ -100,9 +100,9 @@ class LibraryModel(Trunk):
         return self
 
     def _choose_scan(self) -> None:
-        kind = self.patch_embed.weight.device.type
-        if kind != "meta":
-            chosen = choose_scan(scans(kind), self._scan)
+        device = self.patch_embed.weight.device
+        if device.type != "meta":
+            chosen = choose_scan(scans(str(device)), self._scan)
             for layer in self.layers:
                 cast(Block, layer).mixer.scan = chosen
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor
 
+from arm_cuda.triton.availability import numbered
+
 INSTALL = (
     "build it for this torch: MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm "
     "(and pip install einops transformers)"
@@ -82,12 +84,12 @@ def selective_scan(
 
 
 def unusable(device: str) -> str | None:
-    """None where mamba-ssm's scan runs on the device type, else why not, and what to install."""
-    if device != "cuda":
+    """None if mamba-ssm runs on the device (`cuda`: the current GPU), else why not and what to install."""
+    if torch.device(device).type != "cuda":
         return "its kernels run on NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU here"
-    return _scan_unusable()
+    return _scan_unusable(str(numbered(device)))
 
 
 def convolution_note(conv_width: int) -> str | None:
@@ -108,13 +110,13 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 @cache
-def _scan_unusable() -> str | None:
+def _scan_unusable(device: str) -> str | None:
     """By calling it: where `import mamba_ssm` works, its kernels may still be missing."""
     if find_spec("mamba_ssm") is None:
         return f"mamba-ssm is not installed; {INSTALL}"
     try:
-        row = torch.ones((1, 2, 1), device="cuda", requires_grad=True)
-        rate, group = -torch.ones((2, 1), device="cuda"), torch.ones((1, 2, 1, 1), device="cuda")
+        row = torch.ones((1, 2, 1), device=device, requires_grad=True)
+        rate, group = -torch.ones((2, 1), device=device), torch.ones((1, 2, 1, 1), device=device)
         y = _selective_scan_fn()(row, row, rate, group, group, delta_softplus=True)
         (gradient,) = torch.autograd.grad(y.sum(), row)
         return None if bool(gradient.isfinite().all()) else f"mamba-ssm gives wrong results here; {INSTALL}"

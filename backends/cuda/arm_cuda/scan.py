@@ -7,6 +7,7 @@ D channels, N states, W convolution width.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from arm_core import cpu_kernels
 from arm_core.engine.scans import Implementation, Implementations
 from arm_cuda import cpu_operators, mamba_ssm
 from arm_cuda.gate import transformed
@@ -104,7 +104,7 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     return torch.take_along_dim(x, order.long()[:, None, :, None], dim=2)
 
 
-# cpu: the Numba kernels of the core
+# cpu: the Numba kernels of the core, imported by the first call: GPUs do not need Numba
 
 
 def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
@@ -134,6 +134,8 @@ class _CpuConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
+        from arm_core import cpu_kernels
+
         u = cpu_kernels.conv_forward(*_arrays(*tensors), threads=torch.get_num_threads())
         return torch.from_numpy(u).to(tensors[0].dtype)
 
@@ -141,6 +143,8 @@ class _CpuConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
+        from arm_core import cpu_kernels
+
         gradients = cpu_kernels.conv_backward(*_arrays(grad_u, *tensors), threads=torch.get_num_threads())
         return *_like(gradients, tensors), None
 
@@ -149,6 +153,8 @@ class _CpuScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, save_for_backward: bool, *tensors: Tensor) -> Tensor:
         arrays = _arrays(*tensors)
+        from arm_core import cpu_kernels
+
         out, residuals = cpu_kernels.scan_forward(
             *arrays, save_for_backward=save_for_backward, threads=torch.get_num_threads()
         )
@@ -161,6 +167,8 @@ class _CpuScan(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         grad, *arrays = _arrays(grad_out, *tensors)
+        from arm_core import cpu_kernels
+
         gradients = cpu_kernels.scan_backward(grad, ctx.residuals, *arrays, threads=torch.get_num_threads())
         return None, *_like(gradients, tensors), None
 
@@ -189,6 +197,12 @@ def _like(gradients: tuple[npt.NDArray[Any], ...], tensors: tuple[Tensor, ...]) 
     return [torch.from_numpy(g.reshape(-1)).view(t.shape).to(t.dtype) for g, t in pairs]
 
 
+def _cpu_unusable(device: str) -> str | None:
+    if device != "cpu":
+        return "its kernels run on the CPU"
+    return None if find_spec("numba") else "Numba is not installed; run: pip install numba"
+
+
 # triton: kernels of this package; its modules import Triton, which not every machine has
 
 
@@ -209,7 +223,7 @@ IMPLEMENTATIONS: Implementations[Tensor] = Implementations(
         "cpu": Implementation(
             directional_conv=_cpu_conv,
             selective_scan=_cpu_scan,
-            unusable=lambda device: None if device == "cpu" else "its kernels run on the CPU",
+            unusable=_cpu_unusable,
         ),
         "triton": Implementation(
             directional_conv=_triton_conv,

@@ -39,7 +39,7 @@ class TorchScanTimer:
         return 2 * COPIED / min(repeat(copy, 10))
 
     def time(self, shape: ScanShape, scan: str, *, repeats: int) -> ScanTimes:
-        scan = choose_scan(scans(self._device.type), scan)
+        scan = choose_scan(scans(str(self._device)), scan)
         inputs = {name: torch.from_numpy(a).to(self._device) for name, a in shape.arrays().items()}
         if shape.bfloat16:
             inputs |= {name: inputs[name].bfloat16() for name in BY_TOKEN}

@@ -15,16 +15,16 @@ OLDEST_GPU = (8, 0)
 
 
 def unusable(device: str) -> str | None:
-    """None where the kernels run on the device type, else why not, and what would help."""
+    """None if the kernels run on the device (`cuda`: the current GPU), else why not, and what would help."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is set, and Triton's interpreter is for tests; unset it"
-    if device != "cuda":
+    if torch.device(device).type != "cuda":
         return "its kernels run on NVIDIA GPUs"
     try:
         found = version("triton")
     except PackageNotFoundError:
         return "Triton is not installed; pip install 'triton>=3.6'"
-    return _too_old(found) or _no_gpu() or _broken(torch.device("cuda", torch.cuda.current_device()))
+    return _too_old(found) or _no_gpu(device) or _broken(numbered(device))
 
 
 def _too_old(found: str) -> str | None:
@@ -33,12 +33,19 @@ def _too_old(found: str) -> str | None:
     return None if numbers >= OLDEST_TRITON else f"needs Triton {oldest} or newer, found {found}"
 
 
-def _no_gpu() -> str | None:
+def numbered(device: str) -> torch.device:
+    """The GPU with its number; `cuda` is the current one."""
+    index = torch.device(device).index
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def _no_gpu(device: str) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install torch for CUDA from pytorch.org"
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU here"
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    gpu = numbered(device)
+    name, capability = torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu)
     if capability < OLDEST_GPU:
         return (
             f"needs compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} (Ampere) or newer; "
