@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 
-from arm_cuda.library import LibraryModel
+from arm_cuda.library_base import LibraryModel
 
 
 class ChannelNorm(nn.LayerNorm):
