@@ -147,7 +147,7 @@ class FrozenMixer:
         q = z * _sigmoid(z) * (towards @ w["mixer.out_proj.weight"])
         return cpu_kernels.influence_map(
             np.ascontiguousarray(inner),
-            np.logaddexp(0, dt, dtype=np.float32),
+            np.maximum(dt, 0) + np.log1p(np.exp(-np.abs(dt))),  # softplus; logaddexp takes 7 times as long
             opening,
             w["mixer.conv.weight"],
             -np.exp(w["mixer.A_log"]),
