@@ -1,13 +1,13 @@
-"""What a model costs: parameters, multiply-adds and kept activations, part by part, from its spec alone.
+"""Cost of a model by part, from its spec: parameters, multiply-adds and kept activations.
 
 Multiply-adds are those of one image through one forward pass: every matrix product, the convolution
 (one per channel and tap), and four per channel, state and step of the scan (dt A, the state's update,
-its input, C h). Norms, gates, exponentials and sums are left out; a training step is about three
+its input, C h). Norms, gates, exponentials and sums are not counted. A training step costs about three
 forward passes.
 
-Activations are the values that a training step keeps for its gradients: the inputs of every product,
-norm and activation function, and for the scan its operands and one state every `CHECKPOINT` steps. An
-engine that recomputes more keeps fewer.
+Activations are the values that a training step keeps for the gradients: the inputs of every product, norm
+and activation function, and for the scan its operands and one state every `CHECKPOINT` steps. An engine
+that recomputes more keeps fewer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ EMA_BYTES = 4
 """Its moving average."""
 
 SPARE = 0.9
-"""Part of a device's memory that a step can fill: libraries, fragments and passing values take the rest."""
+"""Fraction of a device's memory that a step can use; the rest is for libraries and temporary values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """One row of the table: a kind of layer, all its copies together."""
+    """One row of the table: a kind of layer, summed over its copies."""
 
     name: str
     parameters: int
@@ -71,11 +71,11 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "prediction": ("prediction_norm.*", "prediction.*"),
     "head": ("norm_f.*", "head.*"),
 }
-"""Parts by name, and the parameters that belong to each; every parameter matches exactly one."""
+"""Parts by name, with patterns of their parameters; every parameter matches exactly one part."""
 
 
 def cost_table(spec: ModelSpec) -> list[PartCost]:
-    """The parts of a model in the order of its data flow."""
+    """The parts of a model, in the order of the data flow."""
     work = {**_trunk(spec), **(_decoder(spec) if isinstance(spec, PretrainSpec) else _head(spec))}
     rows = []
     for name, (multiply_adds, activations) in work.items():
@@ -99,26 +99,26 @@ class StepMemory:
     state: int
     """Weights, gradients, moments and average."""
     per_image: int
-    """What is kept of one image for the gradients."""
+    """Kept for the gradients, per image."""
     passing: int
-    """Per image as well, but only while a block is computed again."""
+    """Temporary, per image, while a block is recomputed."""
 
     def total(self, images: int) -> int:
         """With a micro-batch of `images`."""
         return self.state + images * (self.per_image + self.passing)
 
     def fitting(self, available: int) -> int:
-        """Images in the largest micro-batch for a device of `available` bytes; 0 where not one fits."""
+        """Images in the largest micro-batch for a device of `available` bytes; 0 if not even one fits."""
         return max(0, int((SPARE * available - self.state) // (self.per_image + self.passing)))
 
 
 def step_memory(
     spec: ModelSpec, *, value_bytes: int = 4, average: bool = False, recompute: bool = False, shards: int = 1
 ) -> StepMemory:
-    """What a training step holds.
+    """Memory of a training step.
 
-    value_bytes: of a kept value, 2 with bfloat16 products.  average: whether one is kept of the weights.
-    recompute: blocks keep their input (float32) alone.  shards: devices that the state is spread over.
+    value_bytes: size of a kept value, 2 with bfloat16 products.  average: whether an EMA is kept.
+    recompute: blocks keep only their input (float32).  shards: devices that share the state.
     """
     parts = cost_table(spec)
     fixed = 4 * sum(part.fixed for part in parts)
@@ -146,7 +146,7 @@ Work = dict[str, tuple[int, int]]
 def _trunk(spec: ModelSpec) -> Work:
     encoder = spec.encoder
     width, state, rank, mlp = encoder.width, encoder.state, encoder.dt_rank, encoder.mlp_width
-    # A pretraining model embeds the patches that it reads, a classifier those that are not the class token.
+    # A pretraining model embeds the patches that it reads, a classifier all tokens but the class token.
     patches = spec.tokens if isinstance(spec, PretrainSpec) else spec.patches
     per_block = encoder.depth * spec.tokens
     scanned = per_block * spec.directions  # steps of the scan over the whole depth
@@ -158,14 +158,14 @@ def _trunk(spec: ModelSpec) -> Work:
             per_block * (2 * width + width) * width + scanned * (width * low + rank * width),
             per_block * 2 * width + scanned * low,
         ),
-        # It keeps its input x; its output u is kept by the scan.
+        # Keeps its input x; the scan keeps its output u.
         "mixer convolution": (scanned * width * encoder.conv_width, per_block * width),
         # u, dt and every CHECKPOINT-th state for each direction; the gate z and what it scales.
         "mixer scan": (
             scanned * 4 * width * state,
             scanned * (2 * width + width * state // CHECKPOINT) + per_block * 2 * width,
         ),
-        # The two products and what the gate makes of them; its silu is computed again.
+        # The two products and the output of the gate, whose silu is recomputed.
         "block MLPs": (per_block * 3 * width * mlp, per_block * (width + 3 * mlp)),
     }
 
@@ -175,10 +175,10 @@ def _decoder(spec: PretrainSpec) -> Work:
     taps = len(TAP_DEPTHS) * spec.encoder.width
     blocks = spec.decoder_depth * tokens
     return {
-        # Inputs of the norms are the blocks' outputs, which the next block keeps; the last has none.
+        # The inputs of the norms are outputs of blocks, which the next block keeps; the last has no next one.
         "taps to decoder": (tokens * taps * width * spec.decoder_depth, tokens * (taps + spec.encoder.width)),
-        # Query, key and value, and the output once more after the heads are joined; masked scores are
-        # computed in full.
+        # Query, key and value, and the output again after the heads are joined; masked scores are computed
+        # as well.
         "decoder attention": (
             blocks * (4 * width * width + 2 * tokens * width),
             blocks * (2 * 2 * width + 5 * width),

@@ -1,13 +1,13 @@
 """The parameter table: every tensor of a model, by name, and its initial value.
 
-`parameter_table(spec)` is the single truth that backends, checkpoints, optimizer groups and
-converters are checked against. Shapes in comments: D width, N states, R dt rank, K directions,
-W convolution taps.
+Backends, checkpoints, optimizer groups and converters are checked against `parameter_table(spec)`. Shapes
+in comments: D width, N states, R dt rank, K directions, W convolution kernel size.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,12 +88,12 @@ class Parameter:
     shape: Shape
     init: Initializer
     trainable: bool = True
-    """False for the fixed position tables: saved and converted, never updated."""
+    """False for the fixed position tables, which are saved and converted but never updated."""
     decay: bool = False
-    """Whether AdamW's weight decay applies. As in the official code, `A_log` is decayed (its
-    `_no_weight_decay` mark is read by nothing there) and so is the decoder's `ar_token`."""
+    """Whether AdamW's weight decay applies. As in the official code, it applies to `A_log` (whose
+    `_no_weight_decay` attribute is not used there) and to the decoder's `ar_token`."""
     layer: int = 0
-    """Learning-rate layer: 0 for the embedding, i + 1 for block i, depth + 1 for everything after."""
+    """Layer for learning-rate scales: 0 for the embedding, i + 1 for block i, depth + 1 after the blocks."""
 
     @property
     def size(self) -> int:
@@ -115,7 +115,7 @@ def _norm(name: str, width: int, layer: int) -> Iterator[Parameter]:
 
 
 def _mixer(name: str, spec: EncoderSpec, directions: int, layer: int) -> Iterator[Parameter]:
-    """in_proj, gate and out_proj are shared; what the scan reads has a leading direction axis K."""
+    """in_proj, gate and out_proj are shared; the scan's parameters have a leading direction axis K."""
     width, rank, k = spec.width, spec.dt_rank, directions
 
     def tensor(suffix: str, shape: Shape, init: Initializer, *, decay: bool) -> Parameter:
@@ -126,7 +126,7 @@ def _mixer(name: str, spec: EncoderSpec, directions: int, layer: int) -> Iterato
     yield tensor("conv.bias", (k, width), _kaiming(spec.conv_width), decay=False)
     yield tensor("x_proj.weight", (k, rank + 2 * spec.state, width), _kaiming(width), decay=True)
     yield tensor("dt_proj.weight", (k, width, rank), _kaiming(rank), decay=True)
-    # The official classifier zeroes this bias in all directions but the first; here all K get dt.
+    # The official classifier sets this bias to 0 except in the first direction; here all K are initialised.
     yield tensor("dt_proj.bias", (k, width), _dt_bias, decay=False)
     yield tensor("A_log", (k, width, spec.state), _log_states, decay=True)
     yield tensor("D", (k, width), ONES, decay=False)
@@ -205,13 +205,27 @@ def count_parameters(spec: ModelSpec, *, trainable_only: bool = True) -> int:
 
 
 def initial_value(row: Parameter, seed: int) -> Array:
-    """The tensor's initial value, float32: a function of seed, name and shape alone."""
+    """The tensor's initial value, float32; depends only on seed, name and shape."""
     return np.ascontiguousarray(row.init(KeyedRng(seed, row.name), row.shape), dtype=np.float32)
 
 
 def initial_parameters(spec: ModelSpec, seed: int) -> dict[str, Array]:
-    """Initial values of the whole model, identical bits for every backend."""
+    """Initial values of the whole model, with identical bits for every backend.
+
+    Raises ValueError if they exceed the memory of this machine.
+    """
+    size, memory = 4 * count_parameters(spec, trainable_only=False), _machine_memory()
+    if size > memory:
+        raise ValueError(
+            f"the weights of this model take {size / 2**30:,.0f} GiB, more than the memory of this machine, "
+            f"{memory / 2**30:,.0f} GiB; choose a smaller width or depth"
+        )
     return {name: initial_value(row, seed) for name, row in parameter_table(spec).items()}
+
+
+def _machine_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_parameters(
@@ -240,7 +254,7 @@ def _first(problems: Iterable[str], limit: int = 5) -> str:
 
 
 def _likely_preset(arrays: Arrays) -> str:
-    """A hint when the arrays are those of another preset."""
+    """A hint if the arrays have the size of another preset."""
     embed = arrays.get("patch_embed.weight")
     depth = sum(name.endswith(".mixer.D") for name in arrays)
     for name, size in PRESETS.items():

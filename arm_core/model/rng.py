@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone: the same on every machine, in any order, in any process."""
+"""Random numbers that depend only on a key: the same on every machine, in any order, in any process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy.typing as npt
 class KeyedRng:
     """A Philox generator keyed by a seed and a name, such as (7, "augment", epoch, index).
 
-    What it yields depends on its key and on the calls before, on nothing else: any process can make any
-    sample or initial value, at any time, and makes the same one. Only raw 32-bit words are drawn (a stream
-    that NumPy keeps stable) and shaped here.
+    Its output depends only on the key and on earlier calls, so any process can generate any sample or
+    initial value at any time, with the same result. It draws raw 32-bit words, a stream that NumPy keeps
+    stable, and computes the distributions from them.
     """
 
     def __init__(self, seed: int, *key: str | int) -> None:
@@ -43,7 +43,7 @@ class KeyedRng:
         return kept[:count]
 
     def between(self, low: float, high: float) -> float:
-        """A number in [low, high)."""
+        """A uniform number in [low, high)."""
         return low + (high - low) * float(self.uniform(1)[0])
 
     def chance(self, probability: float) -> bool:
@@ -51,14 +51,14 @@ class KeyedRng:
         return float(self.uniform(1)[0]) < probability
 
     def below(self, count: int) -> int:
-        """A whole number in 0..count - 1."""
+        """A whole number from 0 to count - 1."""
         return int(float(self.uniform(1)[0]) * count)
 
     def gaussian(self, mean: float, std: float) -> float:
         return mean + std * float(self.normal(1)[0])
 
     def gamma(self, shape: float) -> float:
-        """A Gamma(shape, 1) number: Marsaglia and Tsang (2000), with their boost for shapes below 1."""
+        """A Gamma(shape, 1) number: Marsaglia and Tsang (2000), with their method for shapes below 1."""
         boost = 1.0 if shape >= 1 else (1.0 - self.between(0, 1)) ** (1.0 / shape)
         d = (shape if shape >= 1 else shape + 1.0) - 1.0 / 3.0
         while True:
@@ -70,9 +70,9 @@ class KeyedRng:
     def beta(self, alpha: float) -> float:
         """A Beta(alpha, alpha) number."""
         first, second = self.gamma(alpha), self.gamma(alpha)
-        # Both can underflow to 0 where alpha is tiny; the distribution then sits at 0 and 1.
+        # Both can underflow to 0 if alpha is tiny; the distribution is then concentrated at 0 and 1.
         return first / (first + second) if first + second > 0 else float(self.chance(0.5))
 
     def permutation(self, count: int) -> npt.NDArray[np.int64]:
-        """0..count - 1 in random order; sorts raw words, whose stream NumPy keeps stable."""
+        """0 to count - 1 in random order; sorts raw words, whose stream NumPy keeps stable."""
         return np.argsort(self._bits.random_raw(count), kind="stable")

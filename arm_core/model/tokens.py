@@ -1,8 +1,8 @@
-"""Token orders, the decoder's mask and position tables: where each patch stands, as integer tables.
+"""Token orders, the decoder's mask and position tables.
 
 Patches are numbered in raster order, row by row from the top left. An *order* is a permutation
-`order[t] = token read at step t`; a direction of the scan is a row of `direction_orders`. Nothing is
-flipped or transposed in memory: kernels read through these tables.
+`order[t] = token read at step t`; each direction of the scan is a row of `direction_orders`. Nothing is
+flipped or transposed in memory; kernels index through these tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int32]
 
 
 def cluster_order(spec: PretrainSpec) -> Indices:
-    """Clusters in the order of their prediction: `(clusters,)`, each its raster index among clusters."""
+    """Clusters in prediction order: `(clusters,)` raster indices of clusters."""
     rows, columns = spec.grid[0] // spec.cluster[0], spec.grid[1] // spec.cluster[1]
     raster = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
     match spec.prediction_order:
@@ -29,14 +29,14 @@ def cluster_order(spec: PretrainSpec) -> Indices:
         case PredictionOrder.COLUMN_REVERSE:
             order = raster.T.ravel()[::-1]
         case PredictionOrder.RANDOM:
-            # Sorting raw 64-bit draws: NumPy promises this stream, but not that of `permutation`.
+            # Sort raw 64-bit draws: NumPy keeps this stream stable, but not that of `permutation`.
             draws = np.random.Philox(key=spec.order_seed).random_raw(raster.size)
             order = np.argsort(draws, kind="stable").astype(np.int32)
     return np.ascontiguousarray(order)
 
 
 def patch_order(spec: PretrainSpec) -> Indices:
-    """All patches, cluster by cluster: `(patches,)` raster indices, row-first inside each cluster."""
+    """All patches, cluster by cluster: `(patches,)` raster indices, in row order within a cluster."""
     height, width = spec.cluster
     rows, columns = spec.grid
     raster = np.arange(spec.patches, dtype=np.int32).reshape(rows // height, height, columns // width, width)
@@ -55,9 +55,9 @@ def target_patches(spec: PretrainSpec) -> Indices:
 
 
 def decoder_mask(spec: PretrainSpec) -> npt.NDArray[np.bool_]:
-    """Which latents a query may see: `(tokens, tokens)`, True at [query, latent] if it may.
+    """Latents that each query attends to: `(tokens, tokens)`, True at [query, latent].
 
-    Queries of cluster i + 1 see the latents of clusters 1..i, all tokens of a cluster alike.
+    Queries of cluster i + 1 attend to the latents of clusters 1..i, regardless of the token in the cluster.
     """
     cluster = np.arange(spec.tokens) // spec.patches_per_cluster
     return np.asarray(cluster[:, None] >= cluster[None, :])
@@ -66,10 +66,10 @@ def decoder_mask(spec: PretrainSpec) -> npt.NDArray[np.bool_]:
 def direction_orders(spec: ModelSpec) -> Indices:
     """One row per scan direction: `(K, tokens)`, the token read at each step.
 
-    Pretraining tokens already stand in prediction order, so their one direction is the identity. A
-    classifier's tokens are the patches in raster order with the class token in the middle; every
-    direction passes the class token at its own middle step (for an odd number of patches the two
-    reversed directions pass it one step later, being the exact mirror of the forward ones).
+    Pretraining tokens are already in prediction order, so their only direction is the identity. The tokens
+    of a classifier are the patches in raster order with the class token in the middle. Every direction
+    reads the class token at its middle step; for an odd number of patches the two reversed directions read
+    it one step later, since they are exact mirrors of the forward ones.
     """
     if isinstance(spec, PretrainSpec):
         return np.arange(spec.tokens, dtype=np.int32)[None]
@@ -81,7 +81,7 @@ def _classifier_order(spec: ClassifierSpec, direction: Direction) -> Indices:
     if direction in (Direction.COLUMN, Direction.COLUMN_REVERSE):
         patches = patches.T
     tokens = patches.ravel()
-    tokens = tokens + (tokens >= spec.class_position)  # patch -> token: make room for the class token
+    tokens = tokens + (tokens >= spec.class_position)  # patch -> token: skip the position of the class token
     order = np.insert(tokens, spec.class_position, spec.class_position).astype(np.int32)
     if direction in (Direction.ROW_REVERSE, Direction.COLUMN_REVERSE):
         order = order[::-1]
@@ -95,7 +95,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> npt.NDArray[np.float3
     [sin(position * f), cos(position * f)] with f = 10000^(-i / (width / 4)), computed in float64.
     """
     if width % 4:
-        raise ValueError(f"a 2-D sin-cos table needs a multiple of 4 channels, found {width}")
+        raise ValueError(f"the channels of a 2-D sin-cos table must be divisible by 4, found {width}")
     rows, columns = grid
     frequencies = 10000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
 

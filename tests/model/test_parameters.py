@@ -38,7 +38,7 @@ def test_presets_have_the_official_parameter_counts(preset, trainable, total, cl
     assert count_parameters(classifier_preset(preset)) == classifier
 
 
-def test_initial_values_depend_on_seed_and_name_alone():
+def test_initial_values_depend_only_on_seed_and_name():
     row = parameter_table(CLASSIFIER)["layers.2.mixer.in_proj.weight"]
     first = initial_value(row, 3)
     assert (first == initial_parameters(CLASSIFIER, 3)[row.name]).all()
@@ -49,7 +49,7 @@ def test_initial_values_depend_on_seed_and_name_alone():
     )
 
 
-def test_initial_values_are_fixed_for_good():
+def test_initial_values_never_change():
     """Literal values: a change here would start every seeded run elsewhere."""
     np.testing.assert_allclose(KeyedRng(0, "x").uniform(3), UNIFORM, rtol=0, atol=1e-12)
     np.testing.assert_allclose(KeyedRng(0, "x").normal(3), NORMAL, rtol=0, atol=1e-9)
@@ -95,6 +95,14 @@ def test_truncated_normals_keep_their_limit():
     assert rng.size == 5000
     assert np.abs(rng).max() < 1.5
     assert abs(rng.mean()) < 0.05
+
+
+def test_weights_beyond_the_memory_of_the_machine_are_refused_before_they_are_made():
+    spec = ClassifierSpec(encoder=EncoderSpec(width=16384, depth=512), classes=2)
+    with pytest.raises(
+        ValueError, match=r"take [0-9,]+ GiB, more than the memory of this machine, [0-9,]+ GiB"
+    ):
+        initial_parameters(spec, 0)
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_named():

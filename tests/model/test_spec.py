@@ -31,7 +31,7 @@ def classifier(**changes):
 
 
 @pytest.mark.parametrize(("preset", "taps"), [("base", (6, 8, 10, 12)), ("huge", (12, 16, 20, 24))])
-def test_taps_stand_where_the_official_models_read(preset, taps):
+def test_taps_are_at_the_depths_of_the_official_models(preset, taps):
     assert pretrain_preset(preset).taps == taps
 
 

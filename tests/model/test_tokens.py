@@ -97,7 +97,7 @@ def test_directions_equal_flips_and_transposes_with_the_class_token_kept_in_the_
         assert (order == expected[direction]).all(), direction
 
 
-def test_a_pretraining_model_reads_its_tokens_as_they_stand():
+def test_a_pretraining_model_reads_its_tokens_in_order():
     assert (direction_orders(pretrain()) == np.arange(18)).all()
 
 
@@ -112,6 +112,6 @@ def test_position_tables_encode_the_column_first_and_the_row_second():
     assert table.dtype == np.float32
 
 
-def test_position_tables_refuse_a_width_that_is_no_multiple_of_four():
-    with pytest.raises(ValueError, match="multiple of 4 channels, found 6"):
+def test_position_tables_refuse_a_width_that_is_not_divisible_by_four():
+    with pytest.raises(ValueError, match="must be divisible by 4, found"):
         sincos_positions((2, 2), 6)

@@ -68,7 +68,7 @@ def test_each_preset_has_both_recipes_of_its_model(name):
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_official_recipes_hold_the_official_models_and_settings(size):
+def test_official_recipes_have_the_official_models_and_settings(size):
     pretrain, finetune = load_recipe(f"pretrain-{size}"), load_recipe(f"finetune-{size}")
     assert pretrain.spec() == pretrain_preset(size)
     assert finetune.spec(1000) == classifier_preset(size)
@@ -83,7 +83,7 @@ def test_official_recipes_hold_the_official_models_and_settings(size):
     assert ("not released" in recipe_text(f"pretrain-{size}")) == (size == "huge")
 
 
-def test_what_may_be_none_defaults_to_none_since_toml_has_no_null():
+def test_optional_settings_default_to_none_since_toml_has_no_null():
     for cls in SECTIONS:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, hint in field_types(cls).items():

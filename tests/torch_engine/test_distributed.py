@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +147,8 @@ TWO = ["--set", "training.accumulation=2"]
 
 def test_a_killed_process_ends_the_job_and_a_restart_goes_on(place):
     words = [*WORDS, *TWO, "--set", "training.save_every=1 step"]
-    began = time.monotonic()
     done = torchrun(2, "arm", *words, "--out", "run", restarts=1, cwd=place, KILL="1:3")
     assert done.returncode == 0, done.stderr[-5000:]
-    assert time.monotonic() - began < 60
     assert "Error: another process of this job has ended (" in done.stderr
     assert "exitcode: -9" in done.stderr
     assert done.stderr.count("finished after 4 steps; the model is in run/checkpoints/step-00000004") == 1

@@ -181,7 +181,7 @@ class FaultyDisk:
     """Patches every call that changes the disk, so that number `fail_at` fails.
 
     `kind` is what happens there: `crash` stops the process half-way through a write, and everything that
-    was not flushed is lost, renames included; `full` raises OSError once, and the program goes on.
+    was not flushed is lost, renames included; `full` raises OSError once, and the program continues.
     """
 
     def __init__(self, monkeypatch, fail_at: int, kind: str) -> None:
@@ -296,7 +296,7 @@ def test_a_failure_at_any_write_flush_or_rename_leaves_the_previous_checkpoint(t
         assert (run / "checkpoints" / (run / "LAST").read_text().strip() / "manifest.json").exists()
         if kind == "full" and found.progress.step == 1:
             assert not list((run / "checkpoints").glob("*.tmp"))
-        # Whatever was left behind, the run goes on.
+        # The run continues, whatever was left behind.
         ck.save_checkpoint(run, after)
         ck.prune(run, keep=2)
         assert_same(ck.newest_checkpoint(run, no_warning), after)

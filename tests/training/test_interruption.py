@@ -20,7 +20,7 @@ EVALUATED = 7
 
 
 class Killed(BaseException):
-    """Ends the process at once, like SIGKILL."""
+    """Ends the process immediately, like SIGKILL."""
 
 
 @pytest.fixture

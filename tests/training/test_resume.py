@@ -80,7 +80,7 @@ def make_engine(run: RunFolder, backend: str) -> Engine:
 
 
 def train(path: Path, backend: str, kill_at: int | None = None, pause: float = 0.0, seen=print) -> None:
-    """Start a run at `path`, or go on with it."""
+    """Start a run at `path`, or resume it."""
     recipe = make_recipe(backend)
     run = resume_run(path, warn=seen) if saved_steps(path) else start_run(path, recipe, recipe.spec(3))
     with run:
