@@ -4,8 +4,9 @@
 
 Every implementation is checked against the CPU's first. Then, for a layer of each model in pretraining and
 finetuning, float32 and bfloat16: forward, and forward with backward, of the kernels, of the loop with a
-backward of its own (`reference`), and of a log-depth scan; GB/s and shares as `arm bench scan` has them.
-Then images/s of training steps. docs/performance.md says what to hold the figures against.
+backward of its own (`reference`), of a log-depth scan, and of mlx-vision-mamba if it is installed; GB/s and
+shares as in `arm bench scan`. Then images/s of training steps. docs/performance.md says how to read the
+figures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import mlx_peer
 import numpy as np
 from hardware import commit, header, machine
 from log_depth import log_depth_scan
@@ -42,11 +44,16 @@ def scans(device: str) -> list[str]:
     return [name for name, why in backend.scans(device).items() if why is None]
 
 
-def offer_log_depth() -> None:
-    """Add the log-depth scan to what the engine can be told to run."""
+def offer_peers() -> None:
+    """Add the log-depth scan and, if it is installed, mlx-vision-mamba to the scans of the engine."""
     from arm_mlx.scan import IMPLEMENTATIONS
 
     IMPLEMENTATIONS["log-depth"] = replace(IMPLEMENTATIONS["reference"], selective_scan=log_depth_scan)
+    if mlx_peer.installed():
+        unusable = IMPLEMENTATIONS["metal"].unusable
+        IMPLEMENTATIONS[mlx_peer.NAME] = replace(
+            IMPLEMENTATIONS["reference"], selective_scan=mlx_peer.peer_scan, unusable=unusable
+        )
 
 
 def check(device: str) -> None:
@@ -104,7 +111,7 @@ def scan_row(shape: ScanShape, rate: float, times: ScanTimes) -> dict[str, Any]:
 
 
 def scan_line(scan: str, row: dict[str, Any]) -> str:
-    words = [f"  {scan:10s}"]
+    words = [f"  {scan:16s}"]
     for way, label in (("forward", "forward"), ("both", "with backward")):
         words.append(f"{label} {median(row[f'{way}_s']) * 1e3:9.3f} ms")
         words.append(f"{row[f'{way}_gb_per_s']:6.1f} GB/s {row[f'{way}_share']:5.0%}  ")
@@ -172,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device not in backend.devices():
         sys.exit("benchmarks/metal.py needs an Apple GPU: MLX finds no Metal GPU here")
-    offer_log_depth()
+    offer_peers()
     name = backend.scan_timer(options.device).device
     print(header("mlx", "numpy"), f"device    {name}", sep="\n", end="\n\n")
     check(options.device)
