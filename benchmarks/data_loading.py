@@ -206,7 +206,7 @@ def report(name: str, source: ImageFolder, transform: TrainTransform, side: int,
         print(f"  {'plain Pillow loop':30s}{plain:6.2f} ms CPU per image")
     print(
         f"  {'of this on 8x8 pixels':30s}{fixed:6.2f} ms CPU per image: "
-        f"at most {100 * fixed / whole:.0f} % with the interpreter lock held, {1000 / fixed:.0f} images/s"
+        f"about {100 * fixed / whole:.0f} % with the interpreter lock held, {1000 / fixed:.0f} images/s"
     )
     cores = ", ".join(f"{whole * rate / 1000:.1f} at {rate}" for rate in GPU_RATES)
     print(f"  cores that feed a GPU: {cores} images/s")
