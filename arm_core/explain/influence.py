@@ -123,7 +123,7 @@ class FrozenMixer:
         self._spec, self._threads = spec.encoder, threads
         prefix = f"layers.{layer}."
         self._w = {
-            name.removeprefix(prefix): value
+            name.removeprefix(prefix): np.asarray(value, np.float32)  # also of a quantized matrix
             for name, value in parameters.items()
             if name.startswith((f"{prefix}norm1.", f"{prefix}mixer."))
         }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from arm_core.model.spec import PretrainSpec
 
 PAGE = "index.html"
+MOST = 40
+"""Images of a page."""
 
 
 @click.command(short_help="Show what a pretraining model predicts.")
@@ -53,7 +55,7 @@ def complete(
     from arm_cli.images import image_batches, image_files
     from arm_cli.opening import open_model
     from arm_cli.pages.pictures import ready_folder, save_row, stems
-    from arm_cli.pages.shell import picture, render
+    from arm_cli.pages.shell import check_count, picture, render
     from arm_cli.progress import ProgressBar
     from arm_cli.show import echo
     from arm_core.data.transforms import denormalize
@@ -70,7 +72,9 @@ def complete(
         raise ValueError(
             f"--from: expected 1 to {spec.clusters - 1} of {spec.clusters} clusters, found {given}"
         )
-    files, folder = image_files(images), ready_folder(out)
+    files = image_files(images)
+    check_count(files, MOST)
+    folder = ready_folder(out)
     runner = engine.create(spec, opened.parameters)
     shown: list[dict[str, Any]] = []
     with ProgressBar("complete", len(files), "images") as counter:

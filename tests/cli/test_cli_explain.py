@@ -147,6 +147,21 @@ def test_complete_refuses_a_classifier_and_too_many_given_clusters(models, photo
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "most"),
+    [
+        ("explain", (), 12),
+        ("explain", ("--pca",), 24),
+        ("explain", ("--neighbours", "x", "--token", "1,1", "--count", "59"), 2),
+        ("complete", (), 40),
+    ],
+)
+def test_more_images_than_a_page_holds_are_refused_at_once(models, photos, tmp_path, command, words, most):
+    many = [photos / "a.png"] * (most + 1)
+    sentence = f"a page holds at most {most} images, found {most + 1}; give fewer images"
+    assert sentence in refused(command, models / "pre", *many, "--out", tmp_path / "o", *words)
+
+
 def test_a_page_over_the_limit_is_refused():
     with pytest.raises(ValueError, match="more than 3; give fewer images"):
         render("Page", [], "neighbours.js", "x" * LIMIT)

@@ -10,6 +10,7 @@ from arm_core.engine.protocol import TrainingState
 from arm_core.engine.registry import choose_backend
 from arm_core.explain.influence import gradient_times_input, influence
 from arm_core.explain.layout import on_grid, token_patches, token_weights
+from arm_core.files.quantized import quantize
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.reference.influence import contributions, influence_shares
 from arm_core.model.reference.model import Weights, forward, layer_norm, mixer
@@ -243,6 +244,17 @@ def test_a_silent_mixer_has_no_influence(classifier_spec, backend):
     )
     assert (found.maps[:, 2] == 0).all()
     assert np.isfinite(found.rollout()).all()
+
+
+def test_weights_may_be_quantized_matrices(classifier_spec, backend):
+    packed = strong(classifier_spec)
+    for name in ("layers.1.mixer.in_proj.weight", "layers.1.mixer.out_proj.weight"):
+        packed[name] = quantize(packed[name], 8, 32)
+    plain = {name: np.asarray(value, np.float32) for name, value in packed.items()}
+    engine = backend.create_engine(classifier_spec, TrainingState(parameters=plain))
+    images = images_for(classifier_spec)
+    found, expected = (influence(engine, images, layers=[1], parameters=p).maps for p in (packed, plain))
+    assert (found == expected).all()
 
 
 def test_rollout_rows_add_up_to_one_and_follow_the_definition(classifier_spec, backend):

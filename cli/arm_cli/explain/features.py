@@ -13,7 +13,7 @@ import numpy.typing as npt
 from arm_cli.images import image_batches, image_files
 from arm_cli.opening import Opened
 from arm_cli.pages.pictures import enlarge, outline, save_row, stems
-from arm_cli.pages.shell import pack, picture, render
+from arm_cli.pages.shell import check_count, pack, picture, render
 from arm_cli.progress import ProgressBar
 from arm_core.data.transforms import denormalize, load_image
 from arm_core.engine.protocol import Array, Engine
@@ -28,6 +28,10 @@ from arm_core.explain.layout import CLASS, token_patches, token_weights
 from arm_core.model.spec import ModelSpec
 
 BATCH = 16
+MOST = 24
+"""Images of a page."""
+PICTURES = 120
+"""Pictures of a page of neighbours."""
 STORED = 1_600_000
 """Bytes of cosines that a page stores; beyond, only those within each image."""
 
@@ -56,6 +60,7 @@ def _pixels(opened: Opened, images: Array) -> npt.NDArray[np.uint8]:
 
 def colour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder: Path) -> str:
     """Colours of all images' patches from common components; a PNG of each image beside its colours."""
+    check_count(files, MOST)
     spec, features, pixels = opened.spec, [], []
     with ProgressBar("explain", len(files), "images") as counter:
         for batch in image_batches(files, opened, BATCH):
@@ -115,6 +120,7 @@ def _on_patches(
 
 def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder: Path, query: Query) -> str:
     """The patches of a folder's images most similar to one patch of each image, without the image itself."""
+    check_count(files, max(1, PICTURES // (query.count + 1)))
     spec, pool = opened.spec, image_files([query.folder])
     place = int(np.flatnonzero(read_patches(spec) == query.patch)[0])
     with ProgressBar("explain", len(files) + len(pool), "images") as counter:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from arm_cli.images import image_batches
 from arm_cli.opening import Opened
 from arm_cli.pages.pictures import overlay, stems
-from arm_cli.pages.shell import pack, picture, render
+from arm_cli.pages.shell import check_count, pack, picture, render
 from arm_cli.progress import ProgressBar
 from arm_core.data.transforms import denormalize
 from arm_core.engine.protocol import Array, Engine
@@ -21,8 +21,10 @@ from arm_core.explain.influence import Influence, check_layers, gradient_times_i
 from arm_core.explain.layout import CLASS, on_grid, token_patches, token_weights
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 
-STORED = 1_500_000
+STORED = 1_200_000
 """Bytes of maps that a page stores for every target; further maps are stored for the chosen target alone."""
+MOST = 12
+"""Images of a page."""
 MEAN, ROLLOUT, GRADIENT = "mean of directions", "rollout", "gradient times input"
 
 
@@ -90,6 +92,7 @@ def influence_page(
     opened: Opened, engine: Engine, files: Sequence[Path], folder: Path, choice: Choice, threads: int | None
 ) -> str:
     """Compute the maps, write a PNG of each to the folder, and return the page."""
+    check_count(files, MOST)
     spec = opened.spec
     images = []
     views: dict[str, None] = {}

@@ -62,7 +62,7 @@ function section(image) {
     make("thead", {}, make("tr", {}, ...head.map(text => make("th", { scope: "col" }, text)))),
     make("tbody", {}, ...body));
   const readout = make("p", { class: "readout" });
-  main.append(make("section", {},
+  main.append(make("section", { class: "three" },
     make("h2", {}, image.name),
     make("div", { class: "boards" }, ...kinds.map(kind => kind.figure)),
     readout,

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ def render(title: str, paragraphs: Sequence[str], script: str, data: Any, *, foo
             "give fewer images"
         )
     return page
+
+
+def check_count(files: Sequence[Path], most: int) -> None:
+    """Refuse more images than a page has room for, before anything is computed."""
+    if len(files) > most:
+        raise ValueError(f"a page holds at most {most} images, found {len(files)}; give fewer images")
 
 
 def picture(pixels: npt.NDArray[np.uint8]) -> str:
