@@ -300,3 +300,11 @@ def test_resume_auto_starts_a_run_and_resumes_it_later(place):
     result = arm(*words[:-2], "--steps", "4")
     assert result.exit_code == 2
     assert "already contains a run; resume it with `arm pretrain --resume run`" in result.output
+
+
+def test_the_command_for_a_run_of_another_stage_is_quoted(place):
+    (place / "my run").mkdir()
+    (place / "my run/recipe.toml").write_text((place / "fine.toml").read_text())
+    result = arm("pretrain", "--resume", "my run")
+    assert result.exit_code == 2
+    assert "my run: resume with: arm finetune --resume 'my run'" in result.output

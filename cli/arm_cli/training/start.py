@@ -144,7 +144,7 @@ def _resume(
     from arm_cli.training.summary import print_summary
     from arm_core.engine.ranks import together
     from arm_core.recipe.recipe import load_recipe
-    from arm_core.training.run_folder import RECIPE, resume_run
+    from arm_core.training.run_folder import RECIPE, resume_command, resume_run
 
     with together(ranks):
         if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
@@ -155,7 +155,7 @@ def _resume(
         if stored.exists():
             recipe = load_recipe(stored)
             if recipe.stage != stage:
-                raise ValueError(f"{folder}: resume with: arm {recipe.stage} --resume {folder}")
+                raise ValueError(f"{folder}: resume with: {resume_command(recipe.stage, folder)}")
             if overrides is None:
                 changes = changes_of(request.changes, recipe, request.engine.precision)
                 overrides = [change.assignment for change in changes]
