@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arm_cli.arrays import read_array, write_npz
+from arm_cli.arrays import read_array
+from arm_cli.feature_file import feature_file
 from arm_core.files.errors import BadFileError
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
@@ -88,7 +89,47 @@ def test_outputs_are_not_written_through_a_planted_link(tmp_path: Path):
     (tmp_path / "victim").write_text("precious")
     for name in ("o.npz", ".o.npz.tmp"):
         (tmp_path / name).symlink_to("victim")
-    write_npz(tmp_path / "o.npz", {"a": IMAGES})
+    with feature_file(tmp_path / "o.npz", len(IMAGES), {}) as file:
+        file.add({"a": IMAGES})
     assert (tmp_path / "victim").read_text() == "precious"
     with np.load(tmp_path / "o.npz") as found:
         assert np.array_equal(found["a"], IMAGES)
+
+
+def test_batches_written_to_parquet_are_read_back_with_their_names(tmp_path: Path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow, part of the dev extra")
+    features = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    with feature_file(tmp_path / "o.parquet", 3, {"images": ["a", "b", "c"]}) as file:
+        file.add({"features": features[:2], "loss": np.float32(1)})
+        file.add({"features": features[2:], "loss": np.float32(1)})
+    table = parquet.read_table(tmp_path / "o.parquet").to_pydict()
+    assert table["images"] == ["a", "b", "c"]
+    assert np.array_equal(np.array(table["features"]), features.reshape(3, 4))
+    assert file.shapes()["features"] == (3, 2, 2)
+
+
+def test_a_file_of_features_is_absent_after_an_error(tmp_path: Path):
+    def fail(name: str) -> None:
+        with feature_file(tmp_path / name, 2, {}) as file:
+            file.add({"features": IMAGES[:1]})
+            raise RuntimeError
+
+    pytest.importorskip("pyarrow", reason="needs pyarrow, part of the dev extra")
+    for name in ("o.npz", "o.parquet"):
+        with pytest.raises(RuntimeError):
+            fail(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_means_are_weighted_by_the_images_of_their_batches(tmp_path: Path):
+    with feature_file(tmp_path / "o.npz", 3, {}) as file:
+        file.add({"prediction": IMAGES, "loss": np.float32(3)})
+        file.add({"prediction": IMAGES[:1], "loss": np.float32(0)})
+    with np.load(tmp_path / "o.npz") as found:
+        assert found["loss"] == 2
+        assert found["prediction"].shape == (3, 3, 4, 6)
+
+
+def test_other_formats_of_features_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.npz or \.parquet"):
+        feature_file(tmp_path / "o.csv", 1, {})
