@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -13,17 +13,22 @@ from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_cli.opening import Opened
-    from arm_convert.exported import Comparison, ExportedFile
+    from arm_convert.exported import Comparison, ExportedFile, ProgramBackend
     from arm_core.data.decode import Pixels
 
 FORMATS = {".onnx": "onnx", ".html": "browser", ".pt2": "torch", ".mlpackage": "coreml"}
 """Formats by the suffix of OUT."""
 
+NO_COREML = (
+    "Core ML files cannot be written: coremltools 9.0 converts neither ONNX files nor torch's scan operator "
+    "(docs/export.md); export .onnx instead, which onnxruntime runs on Apple devices"
+)
+
 NOISE_IMAGES = 4
 """Pictures that a file is compared on where --data names none."""
 
 
-@click.command(short_help="Write a model as ONNX or as a web page.")
+@click.command(short_help="Write a model as ONNX, torch.export or a web page.")
 @click.argument("model")
 @click.argument("out", required=False)
 @click.option("--to", type=click.Choice(tuple(FORMATS.values())), help="Format. [default: OUT's suffix]")
@@ -55,10 +60,11 @@ def export(
 ) -> None:  # fmt: skip
     """Write MODEL to OUT as a file that runs without this package.
 
-    OUT.onnx is a plain ONNX model, OUT.html a web page that runs it. The file is then compared with the
-    model: the largest difference of an output relative to the model's largest value, how often both give
-    the same answer, and the latency of one image. Without --data the comparison uses noise images, which
-    show differences but not accuracy. Exit code 1 where the difference is beyond the tolerance.
+    OUT.onnx is a plain ONNX model, OUT.html a web page that runs it, OUT.pt2 a program of torch.export
+    that torch runs alone. The file is then compared with the model: the largest difference of an output
+    relative to the model's largest value, how often both give the same answer, and the latency of one
+    image. Without --data the comparison uses noise images, which show differences but not accuracy. Exit
+    code 1 where the difference is beyond the tolerance.
     """
     from arm_cli.opening import open_model
 
@@ -74,14 +80,14 @@ def export(
         report |= _write(kind, opened, path, settings)
     report["file"] = str(path)
     comparison = None
-    if kind == "onnx" and not no_check:
+    if kind in ("onnx", "torch") and not no_check:
         comparison = _compare(opened, path, settings)
         plain = asdict(comparison)
         if comparison.tolerance == float("inf"):
             plain["tolerance"] = None  # JSON has no infinity
         report["comparison"] = {**plain, "within": comparison.within}
     elif check is not None:
-        raise ValueError(f"{check}: expected an .onnx file; a page holds one that can be compared by itself")
+        raise ValueError(f"{check}: expected an .onnx or .pt2 file; a page holds an .onnx file")
     _show(report, comparison, settings["data"], as_json)
     if comparison is not None and not comparison.within:
         ctx.exit(1)
@@ -110,10 +116,10 @@ def _write(kind: str, opened: Opened, path: Path, settings: dict[str, Any]) -> d
             return _write_onnx(opened, path, settings)
         case "browser":
             return _write_page(opened, path, settings)
+        case "torch":
+            return _write_program(opened, path, settings)
         case _:
-            from arm_convert.other_formats import REASONS
-
-            raise ValueError(REASONS[kind])
+            raise ValueError(NO_COREML)
 
 
 def _build(opened: Opened, settings: dict[str, Any], **changes: Any) -> Any:
@@ -146,6 +152,25 @@ def _write_onnx(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[st
     return {"nodes": built.nodes, "opset": built.opset}
 
 
+def _torch() -> ProgramBackend:
+    from arm_core.engine.registry import choose_backend
+
+    return cast("ProgramBackend", choose_backend("torch"))
+
+
+def _write_program(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    for option in ("quantize", "opset", "preprocess"):
+        if settings[option]:
+            raise ValueError(f"--{option} is for ONNX files; a .pt2 file takes normalized float32 images")
+    if settings["precision"] != "float32":
+        raise ValueError("--precision float16 is for ONNX files; convert the loaded program instead")
+    nodes = _torch().write_program(
+        opened.spec, opened.parameters, path,
+        features=settings["features"], dynamic_batch=settings["dynamic_batch"], force=settings["force"],
+    )  # fmt: skip
+    return {"nodes": nodes}
+
+
 def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from arm_convert.browser.page import PageSettings, write_page
     from arm_convert.browser.runtime import find_runtime
@@ -176,7 +201,11 @@ def _compare(opened: Opened, path: Path, settings: dict[str, Any]) -> Comparison
     from arm_convert.exported import compare, noise_images
     from arm_convert.onnx_model.session import OnnxFile
 
-    file: ExportedFile = OnnxFile(path, threads=settings["threads"])
+    file: ExportedFile
+    if path.suffix == ".pt2":
+        file = _torch().open_program(path)
+    else:
+        file = OnnxFile(path, threads=settings["threads"])
     if opened.spec.encoder.channels != 3:
         raise ValueError(f"the comparison needs images of 3 colours; pass --no-check to write {path} alone")
     choice = EngineChoice(
@@ -216,7 +245,9 @@ def _show(report: dict[str, Any], found: Comparison | None, data: str | None, as
     size = (found.facts if found else report).get("bytes") or Path(name).stat().st_size
     parts = [f"{size / 1e6:.1f} MB"]
     if "nodes" in report:
-        parts.append(f"{report['nodes']} nodes, opset {report['opset']}")
+        parts.append(f"{report['nodes']} nodes")
+    if "opset" in report:
+        parts.append(f"opset {report['opset']}")
     if "runtime" in report:
         parts.append(f"with onnxruntime-web {report['runtime']}; open it in a browser")
     if found is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,18 @@ class ExportedFile(Protocol):
     def run(self, images: npt.NDArray[Any]) -> dict[str, Array]:
         """images: (B, H, W, 3), normalised float32, or uint8 where `raw_pixels`."""
         ...
+
+
+class ProgramBackend(Protocol):
+    """What the torch backend offers beyond `arm_core.engine.protocol.Backend`."""
+
+    def write_program(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], path: Path, **options: Any
+    ) -> int:
+        """Write a .pt2 file; returns its number of nodes."""
+        ...
+
+    def open_program(self, path: Path) -> ExportedFile: ...
 
 
 @dataclass(frozen=True, kw_only=True)

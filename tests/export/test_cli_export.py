@@ -100,9 +100,11 @@ def test_an_existing_file_is_replaced_with_force_only(tmp_path, model):
         (["MODEL", "a.onnx", "--opset", "5"], "opset: expected 18 to 23, found 5"),
         (["MODEL", "a.onnx", "--quantize", "int8", "--precision", "float16"], "starts from float32"),
         (["MODEL", "--check", "missing.onnx"], "missing.onnx: no such file"),
-        (["MODEL", "--check", "page.html"], "expected an .onnx file"),
+        (["MODEL", "--check", "page.html"], "expected an .onnx or .pt2 file"),
         (["MODEL", "a.mlpackage"], "Core ML"),
-        (["MODEL", "a.pt2"], "torch.export"),
+        (["MODEL", "a.pt2", "--quantize", "int8"], "--quantize is for ONNX files"),
+        (["MODEL", "a.pt2", "--precision", "float16"], "--precision float16 is for ONNX files"),
+        (["MODEL", "--check", "missing.pt2"], "missing.pt2: no such file"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, model, words, sentence):

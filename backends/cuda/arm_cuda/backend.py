@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arm_core.engine.optimizer import OptimizerSettings
@@ -81,3 +82,17 @@ class TorchBackend:
         from arm_cuda.library import create_module
 
         return create_module(spec, parameters, config, **options)
+
+    def write_program(
+        self, spec: ModelSpec, parameters: Mapping[str, Array], path: Path, **options: Any
+    ) -> int:
+        """Write a .pt2 file of torch.export; see `arm_cuda.program.write_program`."""
+        from arm_cuda.program import write_program
+
+        return write_program(spec, parameters, path, **options)
+
+    def open_program(self, path: Path) -> Any:
+        """A .pt2 file as an `arm_convert.exported.ExportedFile`."""
+        from arm_cuda.program import ProgramFile
+
+        return ProgramFile(path)

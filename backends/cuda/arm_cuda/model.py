@@ -83,7 +83,7 @@ class PretrainModel(Trunk):
         joined = note(seen, "taps_to_decoder", self.taps_to_decoder(torch.cat(taps, dim=-1)))
         latents = torch.unflatten(joined, -1, (spec.decoder_width, spec.decoder_depth))  # (B, T, E, blocks)
 
-        x = (self.query_token + self.decoder_pos_embed[self.target_patches]).expand(len(images), -1, -1)
+        x = (self.query_token + self.decoder_pos_embed[self.target_patches]).expand(images.shape[0], -1, -1)
         note(seen, "queries", x)
         for j, (block, latent) in enumerate(zip(self.decoder, latents.unbind(-1), strict=True)):
             x = note(seen, f"decoder.{j}", block(x, latent, self.mask))
@@ -129,7 +129,7 @@ class Classifier(Trunk):
         """Tokens (B, T, D) of images (B, H, W, C), the class token in their middle. positions: (T, D)."""
         x = self.patch_embed(unfold_patches(images, self.spec.encoder.patch))
         middle = x.shape[1] // 2
-        token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
+        token = self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1)
         return torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + positions
 
     def pool(self, x: Tensor) -> Tensor:
