@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Measured:
     """None for a pretraining model."""
     images_per_s: float
     protocol: dict[str, Any]
+    real_correct: list[bool] | None = None
+    """By image with labels of ImageNet-ReaL, whether the prediction is one of them."""
 
     def name(self, label: int) -> str:
         """A class for people."""
@@ -66,6 +69,10 @@ def report(measured: Measured, *, as_json: bool, page: str | None) -> None:
         f"top-5 {100 * (found.top5 or 0):.2f} %, loss {found.loss:.4f}, "
         f"calibration error {calibration_error(predictions):.4f} ({speed})"
     )
+    if (real := measured.real_correct) is not None:
+        part = sum(real) / len(real)
+        low, high = interval(part, len(real))
+        echo(f"ReaL {100 * part:.2f} % ({100 * low:.2f} to {100 * high:.2f}), {len(real)} images with labels")
     worst = worst_confusions(predictions, len(measured.source.classes), 3)
     words = [f"{measured.name(true)} as {measured.name(other)} ({count})" for true, other, count in worst]
     if words:
@@ -93,6 +100,10 @@ def _as_data(measured: Measured) -> dict[str, Any]:
         names = measured.source.classes
         result["top1_interval"] = list(interval(found.top1, found.images))
         result["top5_interval"] = list(interval(found.top5, found.images))
+        if (real := measured.real_correct) is not None:
+            result["real_top1"] = sum(real) / len(real)
+            result["real_top1_interval"] = list(interval(sum(real) / len(real), len(real)))
+            result["real_images"] = len(real)
         result["calibration_error"] = calibration_error(predictions)
         result["per_class"] = [
             {"class": name, "images": images, "top1": correct / images if images else None}
@@ -103,6 +114,39 @@ def _as_data(measured: Measured) -> dict[str, Any]:
             for true, other, count in worst_confusions(predictions, len(names))
         ]
     return result
+
+
+def report_corruptions(found: Mapping[str, Sequence[Measured]], *, as_json: bool) -> None:
+    """Print the errors by corruption and severity, and their mean relative to AlexNet's."""
+    from arm_cli.show import print_table
+    from arm_core.training.robustness import ALEXNET_ERRORS, SEVERITIES, mean_corruption_error
+
+    errors = {name: [1 - (one.evaluation.top1 or 0.0) for one in row] for name, row in found.items()}
+    mean = mean_corruption_error(errors)
+    complete = set(errors) == set(ALEXNET_ERRORS)
+    if as_json:
+        first = next(iter(found.values()))[0]
+        print_json(
+            {
+                "model": str(first.opened.folder),
+                "mean_corruption_error": mean,
+                "corruptions": len(errors),
+                "errors": errors,
+                "protocol": _as_data(first)["protocol"],
+            }
+        )
+        return
+    rows = [
+        (name, *(f"{100 * error:.1f}" for error in row), f"{100 * mean_corruption_error({name: row}):.1f}")
+        for name, row in errors.items()
+    ]
+    print_table(("error, %", *SEVERITIES, "relative to AlexNet"), rows)
+    of = (
+        ""
+        if complete
+        else f" of {len(errors)} corruptions; the published measure takes {len(ALEXNET_ERRORS)}"
+    )
+    echo(f"mean corruption error {100 * mean:.2f} %{of}")
 
 
 STYLE = """

@@ -1,0 +1,144 @@
+"""Protocols of the robustness sets of ImageNet: which classes count, and what a correct answer is.
+
+Their images are in folders called like ImageNet's classes (WordNet ids), so the classes of a subset are those
+that the data has; no list of them is needed.
+
+imagenet-a       arXiv:1907.07174; 200 classes, the other logits are ignored
+imagenet-r       arXiv:2006.16241; 200 classes, the other logits are ignored
+imagenet-sketch  arXiv:1905.13549; all classes
+imagenet-v2      arXiv:1902.10811; folders are called by the numbers of the classes
+imagenet-real    arXiv:2006.07159; several right answers for an image, or none
+imagenet-c       arXiv:1903.12261; corruption/severity/class, the errors relative to AlexNet's
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arm_core.data.sources import ListedSource
+from arm_core.engine.protocol import Array, Engine
+from arm_core.files.reading import MAX_JSON, read_text
+from arm_core.training.predictions import Predictions
+
+
+class LabelSet(StrEnum):
+    """A set of images with a protocol of its own."""
+
+    IMAGENET_A = "imagenet-a"
+    IMAGENET_R = "imagenet-r"
+    IMAGENET_SKETCH = "imagenet-sketch"
+    IMAGENET_V2 = "imagenet-v2"
+    IMAGENET_REAL = "imagenet-real"
+    IMAGENET_C = "imagenet-c"
+
+
+RESTRICTED = (LabelSet.IMAGENET_A, LabelSet.IMAGENET_R)
+"""Sets whose other classes are ignored."""
+
+CLASS_COUNTS = {LabelSet.IMAGENET_A: 200, LabelSet.IMAGENET_R: 200, LabelSet.IMAGENET_SKETCH: 1000}
+
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+"""AlexNet's mean error over the five severities, by corruption: github.com/hendrycks/robustness, the code of
+arXiv:1903.12261."""
+SEVERITIES = ("1", "2", "3", "4", "5")
+
+
+class Restricted:
+    """An engine whose logits are -inf, except for some classes."""
+
+    def __init__(self, engine: Engine, classes: npt.NDArray[np.int64]) -> None:
+        self._engine, self._classes = engine, classes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        outputs = self._engine.forward(images, intermediates=intermediates)
+        logits = np.full_like(outputs["logits"], -np.inf)
+        logits[:, self._classes] = outputs["logits"][:, self._classes]
+        return {**outputs, "logits": logits}
+
+
+def numbered(classes: Sequence[str]) -> list[str]:
+    """The names of ImageNetV2's class folders, in the order of a model's classes."""
+    return [str(number) for number in range(len(classes))]
+
+
+def read_real_labels(path: Path) -> list[list[int]]:
+    """`real.json` of github.com/google-research/reassessed-imagenet: labels of validation image 1, 2, ..."""
+    try:
+        labels = json.loads(read_text(path, MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    good = isinstance(labels, list) and all(
+        isinstance(row, list) and all(type(label) is int and label >= 0 for label in row) for row in labels
+    )
+    if not good:
+        raise ValueError(f"{path}: expected a list of lists of class numbers")
+    return list(labels)
+
+
+def real_correct(
+    found: Predictions, source: ListedSource, labels: Sequence[Sequence[int]]
+) -> npt.NDArray[np.bool_]:
+    """Whether each image's prediction is one of its labels; images without labels are left out.
+
+    Raises ValueError for an image whose name does not end in its number, `ILSVRC2012_val_00000001`.
+    """
+    correct = []
+    for index, predicted in zip(found.indices.tolist(), found.predicted.tolist(), strict=True):
+        name = source.names[index]
+        match = re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", name)
+        number = int(match[1]) if match else 0
+        if not 1 <= number <= len(labels):
+            raise ValueError(f"{name}: expected a file of ImageNet's validation set, ILSVRC2012_val_NUMBER")
+        if labels[number - 1]:
+            correct.append(predicted in labels[number - 1])
+    if not correct:
+        raise ValueError("none of the images has a label in the file of labels")
+    return np.array(correct)
+
+
+def corrupted_folders(root: Path) -> dict[str, list[Path]]:
+    """The folders of severities by corruption, of the corruptions that are there; all 15, for the mean."""
+    found = {name: [root / name / severity for severity in SEVERITIES] for name in ALEXNET_ERRORS}
+    found = {name: paths for name, paths in found.items() if paths[0].parent.is_dir()}
+    if not found:
+        raise ValueError(f"{root}: expected folders called {', '.join(list(ALEXNET_ERRORS)[:3])}, ...")
+    missing = [path for paths in found.values() for path in paths if not path.is_dir()]
+    if missing:
+        raise ValueError(f"{missing[0]}: no such folder; each corruption has the severities 1 to 5")
+    return found
+
+
+def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
+    """mCE (arXiv:1903.12261, section 4.1) of errors by corruption, one for each severity.
+
+    Over the corruptions given; only over all 15 it is the published measure.
+    """
+    ratios = [sum(row) / (len(row) * ALEXNET_ERRORS[name]) for name, row in errors.items()]
+    return sum(ratios) / len(ratios)
