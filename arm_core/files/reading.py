@@ -44,8 +44,9 @@ def open_regular(path: Path | str, *, follow: bool = True, buffering: int = -1) 
 def read_bounded(path: Path | str, limit: int, *, follow: bool = True) -> bytes:
     """The content of a regular file of at most `limit` bytes; BadFileError where it is larger."""
     with open_regular(path, follow=follow) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if max(size, len(content)) > limit:
         raise BadFileError(f"{path}: expected at most {limit:,} bytes, found more")
     return content
 

@@ -252,7 +252,9 @@ def verify(folder: Path) -> list[str]:
         path = folder / Path(name).name
         if not path.is_file():
             raise BadFileError(f"{path}: missing, but listed in {MANIFEST}")
-        found = _digest(path)
+        size = path.stat().st_size
+        same_size = isinstance(expected, dict) and expected.get("bytes") == size
+        found = _digest(path) if same_size else {"bytes": size, "sha256": "not computed"}
         if found != expected:
             raise BadFileError(
                 f"{path}: corrupt; {MANIFEST} states {_words(expected)}, found {_words(found)}"

@@ -1,4 +1,7 @@
-"""`python tests/fuzz_atheris.py FORMAT [-runs=N]`: fuzz a file reader, guided by coverage (needs atheris)."""
+"""Fuzz a file reader, guided by coverage (needs atheris).
+
+python tests/convert/fuzz_atheris.py FORMAT [-runs=N]
+"""
 
 import sys
 import tempfile

@@ -142,7 +142,7 @@ def test_a_rectangular_image_needs_its_size(tmp_path):
     foreign.save(tmp_path / "x.pth", foreign.torch_zip(foreign.checkpoint(spec, global_pool=False)))
     refused = convert("import", tmp_path / "x.pth", tmp_path / "m")
     assert refused.exit_code == 2
-    assert "12 positions are no square; say the image size with --image-size" in refused.output
+    assert "12, is not a perfect square; pass --image-size" in refused.output
     assert convert("import", tmp_path / "x.pth", tmp_path / "m", "--image-size", "8x24").exit_code == 0
     assert read_model(tmp_path / "m").spec == spec
 
