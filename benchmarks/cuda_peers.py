@@ -1,32 +1,25 @@
 """What the CUDA benchmarks are held against: the mixer as the official code arranges it, on mamba-ssm.
 
-The official code keeps channels before tokens. For each direction it flips or permutes the projected
-tokens, convolves them, projects dt, B and C, scans with the gate inside, and turns the result back; the
-directions are averaged at the end. `official_mixer` does the same on the parameters of our mixer.
+The official code keeps channels before tokens. Its one pretraining direction is a call of `mamba_inner_fn`.
+In a classifier each direction flips or transposes the projected tokens by views and concatenations, runs one
+autograd function over them (`cuda_inner.py`), and turns the result back; the directions are averaged before
+the output projection. `official_mixer` does the same on the parameters of our mixer.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import subprocess
-import sys
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+from cuda_inner import Kernels, inner, mamba_kernels, plain_kernels
 from torch import Tensor
 
+from arm_core.model.spec import ModelSpec
 from arm_cuda import layers, mamba_ssm
-
-BUILT = Path(__file__).parent.parent / "build/peers"
-"""Where peers that were built here are installed."""
 
 ScanFunction = Callable[..., Tensor]
 
@@ -64,103 +57,85 @@ def peer_functions(device: str) -> tuple[ScanFunction, ScanFunction, str]:
     return mamba_ssm._selective_scan_fn(), mamba_ssm._causal_conv1d(), "mamba-ssm and causal-conv1d"
 
 
-def official_mixer(
-    mixer: layers.Mixer, x: Tensor, order: Tensor, *, scan: ScanFunction, conv: ScanFunction
-) -> Tensor:
-    """The mixer's result, (B, T, D), one direction after the other; see the module's text.
+@dataclass(frozen=True, kw_only=True)
+class Official:
+    """What the official arrangement calls."""
 
-    Directions come in pairs, the second of each being the first one backwards.
+    kernels: Kernels
+    """Of one of several directions."""
+    fused: Callable[..., Tensor] | None
+    """`mamba_inner_fn`, of the only direction; None for a trial without it."""
+
+    @classmethod
+    def on(cls, device: str) -> Official:
+        scan, conv, words = peer_functions(device)
+        if words != "mamba-ssm and causal-conv1d":
+            return cls(kernels=plain_kernels(scan, conv), fused=None)
+        from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
+
+        return cls(kernels=mamba_kernels(), fused=mamba_inner_fn)
+
+
+def official_mixer(
+    mixer: layers.Mixer, x: Tensor, grid: tuple[int, int] | None, *, official: Official
+) -> Tensor:
+    """The mixer's result, (B, T, D), as the official code computes it; see the module's text.
+
+    grid: rows and columns of patches around the class token in the middle; for four directions.
     """
-    batch, length, width = x.shape
-    rank, states, _ = mixer.split
+    K = mixer.D.shape[0]
     tokens = F.linear(x, mixer.in_proj.weight).transpose(1, 2).contiguous()  # (B, 2 D, T)
+    parameters = [
+        (
+            mixer.conv.weight[k], mixer.conv.bias[k], mixer.x_proj.weight[k], mixer.dt_proj.weight[k],
+            -torch.exp(mixer.A_log[k].float()), mixer.D[k].float(), mixer.dt_proj.bias[k].float(),
+        )
+        for k in range(K)
+    ]  # fmt: skip
+    if K == 1 and official.fused is not None:
+        weight, bias, x_proj, dt_proj, A, D, dt_bias = parameters[0]
+        return official.fused(
+            tokens, weight[:, None], bias, x_proj, dt_proj, mixer.out_proj.weight, None, A, None, None, D,
+            delta_bias=dt_bias, delta_softplus=True,
+        )  # fmt: skip
     path, total = tokens, torch.zeros((), device=x.device)
-    for k in range(mixer.D.shape[0]):
+    for k in range(K):
         if k % 2:
             path = path.flip(-1)
         elif k:
-            path = tokens[:, :, order[k].long()]
-        u, z = path.chunk(2, dim=1)
-        weight, bias = mixer.conv.weight[k].to(u.dtype), mixer.conv.bias[k].to(u.dtype)
-        u = conv(u, weight, bias, activation="silu")
-        low = F.linear(u.transpose(1, 2).reshape(batch * length, width), mixer.x_proj.weight[k])
-        dt = (mixer.dt_proj.weight[k].to(low.dtype) @ low[:, :rank].t()).view(width, batch, length)
-        B, C = (
-            part.view(batch, length, states).transpose(1, 2).unsqueeze(1).contiguous()
-            for part in low[:, rank:].split(states, dim=1)
-        )
-        A = -torch.exp(mixer.A_log[k].float())
-        y = scan(
-            u, dt.transpose(0, 1).contiguous(), A, B, C, mixer.D[k].float(), z=z,
-            delta_bias=mixer.dt_proj.bias[k].float(), delta_softplus=True,
-        )  # fmt: skip
+            assert grid is not None
+            path = by_columns(tokens, grid)
+        y = inner(path, *parameters[k], kernels=official.kernels)
         y = y.flip(-1) if k % 2 else y
-        total = total + (y if k < 2 else y[:, :, order[k - k % 2].long().argsort()])
-    return F.linear((total / mixer.D.shape[0]).transpose(1, 2), mixer.out_proj.weight)
+        if k >= 2:
+            y = by_columns(y, (grid[1], grid[0]))  # back
+        total = total + y
+    return F.linear((total / K).transpose(1, 2), mixer.out_proj.weight)
+
+
+def by_columns(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, D, T) with the patches column by column, the class token still in the middle: views and cats."""
+    rows, columns = grid
+    middle = rows * columns // 2
+    first, token, rest = tokens.split([middle, 1, rows * columns - middle], dim=-1)
+    patches = torch.cat([first, rest], -1).unflatten(-1, (rows, columns)).mT.flatten(-2)
+    return torch.cat([patches[..., :middle], token, patches[..., middle:]], -1)
 
 
 @contextmanager
-def officially_arranged(device: str) -> Iterator[None]:
+def officially_arranged(device: str, spec: ModelSpec) -> Iterator[None]:
     """Models run inside use `official_mixer`."""
-    scan, conv, _ = peer_functions(device)
+    official = Official.on(device)
     ours = layers.Mixer.forward
 
     def forward(self: layers.Mixer, x: Tensor, order: Tensor) -> Tensor:
-        return official_mixer(self, x, order, scan=scan, conv=conv)
+        return official_mixer(self, x, spec.grid, official=official)
 
     layers.Mixer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         layers.Mixer.forward = ours  # type: ignore[method-assign]
-
-
-def build_peers(sources: Path) -> str:
-    """Build mamba-ssm and causal-conv1d from sdists, for this machine's GPU alone; says what came of it.
-
-    sources: a folder with `mamba_ssm-*.tar.gz` and `causal_conv1d-*.tar.gz`. Needs nvcc, not the network.
-    """
-    if BUILT.exists():
-        sys.path.insert(0, str(BUILT))
-    importlib.invalidate_caches()
-    if mamba_ssm.unusable("cuda") is None:
-        return "mamba-ssm was there"
-    archives = [path for name in ("causal_conv1d", "mamba_ssm") for path in sources.glob(f"{name}-*.tar.gz")]
-    if not archives or not torch.cuda.is_available():
-        return f"nothing to build: {len(archives)} sdists in {sources}, {torch.cuda.device_count()} GPU(s)"
-    major, minor = torch.cuda.get_device_capability()
-    for archive in archives:
-        with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-            (source,) = Path(folder).iterdir()
-            setup = source / "setup.py"
-            setup.write_text(for_one_architecture(setup.read_text(), f"{major}{minor}"))
-            command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-            forced = {f"{name}_FORCE_BUILD": "TRUE" for name in ("MAMBA", "CAUSAL_CONV1D")}
-            done = subprocess.run(
-                [*command, "--no-index", "--upgrade", "--target", str(BUILT), str(source)],
-                env={**os.environ, **forced, "MAX_JOBS": str(os.cpu_count())},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                return f"{archive.name} did not build: {done.stderr.strip().splitlines()[-1]}"
-    sys.path.insert(0, str(BUILT))
-    importlib.invalidate_caches()
-    mamba_ssm._scan_unusable.cache_clear()
-    mamba_ssm._conv_unusable.cache_clear()
-    return f"built {', '.join(archive.name for archive in archives)}"
-
-
-def for_one_architecture(setup: str, architecture: str) -> str:
-    """Their setup.py lists the architectures one by one; without all but one it builds ten times faster."""
-    pattern = r'(?m)^(\s*)cc_flag\.append\("-gencode"\)\n\s*cc_flag\.append\("arch=compute_(\d+),.*\n'
-
-    def keep(found: re.Match[str]) -> str:
-        return found[0] if found[2] == architecture else f"{found[1]}pass\n"
-
-    return re.sub(pattern, keep, setup)
 
 
 def versions() -> dict[str, Any]:

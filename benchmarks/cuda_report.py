@@ -34,6 +34,7 @@ def options(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="folder of the result files (default: benchmarks/results)"
     )
+    parser.add_argument("--commit", help="what the results name as the commit (default: asks git)")
     return parser
 
 
@@ -57,12 +58,11 @@ class Times:
 
 
 def milliseconds(action: Callable[[], object], device: str) -> list[float]:
-    """Of repeated calls after warm-up; on a GPU between device events, the cache emptied before each."""
+    """Of repeated calls after warm-up; on a GPU the sum of its kernels' times, without gaps between them."""
     if device == "cuda":
-        from triton.testing import do_bench
-
-        samples: list[float] = do_bench(action, warmup=100, rep=400, return_mode="all")
-        return samples
+        for _ in range(3):
+            action()
+        return [sum(kernel_microseconds(action, 4).values()) / 1e3 for _ in range(5)]
     action()
     samples = []
     for _ in range(3):
@@ -70,6 +70,22 @@ def milliseconds(action: Callable[[], object], device: str) -> list[float]:
         action()
         samples.append(1e3 * (time.perf_counter() - start))
     return samples
+
+
+def kernel_microseconds(action: Callable[[], object], calls: int) -> dict[str, float]:
+    """Time on the GPU of every kernel that a call launches, by the kernel's name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            action()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if spent := event.self_device_time_total:
+            found[event.key] = found.get(event.key, 0.0) + spent / calls
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +131,14 @@ def highest_clock() -> float | None:
         return None
 
 
-def circumstances(device: str, peers: str) -> dict[str, Any]:
+def circumstances(options: argparse.Namespace, peers: str) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device == "cuda" else machine(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else machine(),
         "python": platform.python_version(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "peers": peers,
     }
 

@@ -10,8 +10,10 @@ In bfloat16, forward with what a backward needs, and backward. Peers, in the sam
 - mamba-ssm, official: a call per direction with flips and permutations, as the official code does;
 - torch loop: `--scan reference` on fewer images, its time scaled up.
 
-Each result is compared with the torch loop in float32 before it is timed. Floors: the bytes that must
-move, the exponentials of the states, the matrix products, each alone at the measured or known ceiling.
+Each result and its gradient are compared with the torch loop in float32 before they are timed. Times are the
+GPU's own, summed over kernels: calls as short as these would be timed by Python's launches otherwise. Floors:
+the bytes that must move, the exponentials of the states, the matrix products, each alone at the measured or
+known ceiling.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from cuda_peers import build_peers, official_mixer, peer_functions
+from cuda_builds import build_peers
+from cuda_peers import Official, official_mixer, peer_functions
 from cuda_report import (
     Ceilings,
     Times,
@@ -81,6 +84,12 @@ TINY_SHAPES = {
 }
 
 
+def seeded(like: Tensor) -> Tensor:
+    """A gradient for the result that every variant gets alike."""
+    r = torch.Generator().manual_seed(2)
+    return torch.randn(like.shape, generator=r).to(like)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute a result; images are the first axis of it."""
@@ -92,6 +101,8 @@ class Variant:
     """What the backward differentiates for."""
     expected: Tensor
     """Of the torch loop in float32, for the first images."""
+    expected_gradient: Tensor | None = None
+    """Likewise, of the first of `grads` with `seeded` as the gradient of the result."""
 
     def measure(self, full: int, device: str) -> dict[str, Any]:
         """Times for `full` images, after a look at the result."""
@@ -100,6 +111,7 @@ class Variant:
         error = ((found - self.expected).abs().max() / self.expected.abs().max()).item()
         assert error < TOLERANCE, f"{self.name}: wrong by {error:.1e} of the largest value"
         grad, scale = torch.randn_like(out), full / self.batch
+        grad_error = self.gradient_error(out)
         forward = Times.of(milliseconds(self.run, device), scale)
 
         def backward() -> object:
@@ -110,7 +122,22 @@ class Variant:
             "forward": asdict(forward),
             "backward": asdict(Times.of(milliseconds(backward, device), scale)),
             "error": error,
+            "gradient_error": grad_error,
         }
+
+    def gradient_error(self, out: Tensor) -> float | None:
+        """Of the gradient of the first tensor, for the first images, against the torch loop in float32."""
+        if self.expected_gradient is None:
+            return None
+        seed = torch.zeros_like(out)
+        first = len(self.expected) if len(out) == self.batch else out.shape[0]
+        seed[:first] = seeded(seed[:first])
+        (found,) = torch.autograd.grad(out, self.grads[:1], seed, retain_graph=True)
+        expected = self.expected_gradient
+        found = found[tuple(slice(size) for size in expected.shape)].float()
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
+        assert error < TOLERANCE, f"{self.name}: gradient wrong by {error:.1e} of the largest value"
+        return error
 
 
 def scan_inputs(shape: Shape, batch: int, device: str) -> dict[str, Tensor]:
@@ -147,12 +174,15 @@ def scan_variants(shape: Shape, device: str) -> list[Variant]:
     full = scan_inputs(shape, shape.batch, device)
     few = first_images(full, shape.loop_batch)
     exact = [few[name].detach().float() for name in SCAN]
+    exact[0].requires_grad_()
     expected = scans.selective_scan(*exact, full["order"], impl="reference")
+    (gradient,) = torch.autograd.grad(expected, exact[:1], seeded(expected))
+    expected = expected.detach()
 
     def ours(values: dict[str, Tensor], impl: str, name: str) -> Variant:
         tensors = [values[n] for n in SCAN]
         run = partial(scans.selective_scan, *tensors, values["order"], impl=impl)
-        return Variant(name, run, len(values["z"]), tensors, expected)
+        return Variant(name, run, len(values["z"]), tensors, expected, gradient)
 
     found = [ours(few, "reference", "torch loop")]
     for impl, name in OURS.items():
@@ -210,8 +240,10 @@ def mixer_variants(shape: Shape, device: str) -> list[Variant]:
         return made.to(device)
 
     loop = mixer("reference")
-    with torch.no_grad():
-        expected = loop(x[: shape.loop_batch], order)
+    few = x[: shape.loop_batch].clone().requires_grad_()
+    expected = loop(few, order)
+    (gradient,) = torch.autograd.grad(expected, few, seeded(expected))
+    expected = expected.detach()
 
     def variant(name: str, module: Mixer, batch: int, forward: Callable[..., Tensor]) -> Variant:
         some = x[:batch].clone().requires_grad_()
@@ -220,15 +252,19 @@ def mixer_variants(shape: Shape, device: str) -> list[Variant]:
             with torch.autocast(device, torch.bfloat16):
                 return forward(some, order)
 
-        return Variant(name, run, batch, [some, *module.parameters()], expected)
+        return Variant(name, run, batch, [some, *module.parameters()], expected, gradient)
 
     found = [variant("torch loop", loop, shape.loop_batch, loop)]
     for impl, name in OURS.items():
         if scans.scans(device)[impl] is None:
             module = mixer(impl)
             found.append(variant(name, module, shape.batch, module))
-    scan, conv, words = peer_functions(device)
-    official = partial(official_mixer, loop, scan=scan, conv=conv)
+    words = peer_functions(device)[2]
+    chosen = Official.on(device)
+
+    def official(x: Tensor, order: Tensor) -> Tensor:
+        return official_mixer(loop, x, shape.spec.grid, official=chosen)
+
     if words.startswith("mamba-ssm"):
         return [*found, variant("mamba-ssm, official", loop, shape.batch, official)]
     return [*found, variant("torch loops, official", loop, shape.loop_batch, official)]
@@ -292,7 +328,7 @@ def main() -> None:
     check_device(arguments.device)
     built = build_peers(arguments.peers) if arguments.device == "cuda" else "not built on a CPU"
     most = ceilings(arguments.device)
-    facts = circumstances(arguments.device, f"{peer_functions(arguments.device)[2]} ({built})")
+    facts = circumstances(arguments, f"{peer_functions(arguments.device)[2]} ({built})")
     results: dict[str, Any] = {"circumstances": facts, "ceilings": asdict(most), "shapes": {}}
     sections: list[str] = []
     for name in arguments.shapes:

@@ -12,6 +12,7 @@ it). TFLOP/s counts two operations per multiply-add of `arm info`, three forward
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda_peers import build_peers, officially_arranged, peer_functions
+from cuda_builds import build_peers
+from cuda_peers import officially_arranged, peer_functions
 from cuda_report import check_device, circumstances, options, table, write
 
 from arm_core.engine.optimizer import OptimizerSettings
@@ -40,7 +42,7 @@ from arm_core.model.spec import ClassifierSpec, EncoderSpec, ModelSpec, Pretrain
 from arm_cuda import scan as scans
 from arm_cuda.engine import TorchEngine
 
-WARM_UP, STEPS = 4, 12
+WARM_UP, SAMPLES, STEPS = 4, 3, 20
 BATCHES = {
     ("base", "pretrain"): 256,
     ("base", "finetune"): 128,
@@ -53,6 +55,10 @@ BATCHES = {
 STAGES = ("pretrain", "finetune")
 
 
+def as_it_is(device: str, spec: ModelSpec) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """One way to run a training step."""
@@ -60,8 +66,8 @@ class Way:
     name: str
     scan: str
     compile: Compile = Compile.NONE
-    arranged: Callable[[str], AbstractContextManager[object]] = nullcontext
-    """On a device: what models are to be run in."""
+    arranged: Callable[[str, ModelSpec], AbstractContextManager[object]] = as_it_is
+    """For a device and a model: the context in which the model is run."""
 
 
 WAYS = (
@@ -103,28 +109,33 @@ def batch_of(spec: ModelSpec, size: int) -> Batch:
 def measure(
     spec: ModelSpec, parameters: dict[str, Array], size: int, way: Way, device: str, steps: int
 ) -> dict[str, Any]:
-    """Seconds per step over `steps`, without waiting for the device in between; peak memory."""
+    """Seconds per step, the median of `SAMPLES` runs of `steps` without waiting in between; peak memory."""
     classifier = isinstance(spec, ClassifierSpec)
     settings = OptimizerSettings(clip=None if classifier else 3.0, ema_decay=0.99992 if classifier else None)
     chosen = EngineOptions(device=device, scan=way.scan, precision=Precision.BFLOAT16, compile=way.compile)
     batch = batch_of(spec, size)
-    with way.arranged(device):
+    with way.arranged(device, spec):
         engine = TorchEngine(spec, TrainingState(parameters=parameters), optimizer=settings, options=chosen)
         for step in range(1, WARM_UP + 1):
             loss = engine.train_step([batch], step=step, lr=1e-5).result().loss
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        for step in range(WARM_UP + 1, WARM_UP + steps + 1):
-            pending = engine.train_step([batch], step=step, lr=1e-5)
-        last = pending.result().loss
-        seconds = (time.perf_counter() - start) / steps
+        samples = []
+        for sample in range(SAMPLES):
+            start = time.perf_counter()
+            for step in range(steps):
+                number = WARM_UP + sample * steps + step + 1
+                pending = engine.train_step([batch], step=number, lr=1e-5)
+            last = pending.result().loss
+            samples.append((time.perf_counter() - start) / steps)
+        seconds = statistics.median(samples)
     assert np.isfinite(last), "the loss is not finite"
     assert abs(last - loss) < 0.5 * abs(loss), "the loss jumped"
     multiply_adds = sum(part.multiply_adds for part in cost_table(spec))
     return {
         "way": way.name,
         "images_per_second": size / seconds,
+        "seconds": samples,
         "tflops": 6e-12 * multiply_adds * size / seconds,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
         "loss": last,
@@ -153,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_device(arguments.device)
     built = build_peers(arguments.peers) if arguments.device == "cuda" else "not built on a CPU"
-    facts = circumstances(arguments.device, f"{peer_functions(arguments.device)[2]} ({built})")
+    facts = circumstances(arguments, f"{peer_functions(arguments.device)[2]} ({built})")
     results: dict[str, Any] = {"circumstances": facts, "steps": {}}
     sections: list[str] = []
     for model in ["tiny"] if arguments.tiny else arguments.models:

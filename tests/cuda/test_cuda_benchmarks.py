@@ -36,7 +36,7 @@ def test_the_official_arrangement_computes_our_mixer(
     directions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from cuda_peers import official_mixer, plain_conv, plain_scan
+    from cuda_peers import Official, official_mixer
 
     spec = ClassifierSpec(
         encoder=EncoderSpec(width=32, depth=1), classes=2, image_size=(48, 32),
@@ -48,7 +48,8 @@ def test_the_official_arrangement_computes_our_mixer(
     mixer.load_state_dict(state)
     order = torch.from_numpy(direction_orders(spec))
     x = torch.randn(2, spec.tokens, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    expected, found = mixer(x, order), official_mixer(mixer, x, order, scan=plain_scan, conv=plain_conv)
+    official = Official.on("cpu")
+    expected, found = mixer(x, order), official_mixer(mixer, x, spec.grid, official=official)
     assert_close(found.detach(), expected.detach(), "out", 1e-5)
     tensors = [x, *mixer.parameters()]
     for f, e in zip(
@@ -59,11 +60,12 @@ def test_the_official_arrangement_computes_our_mixer(
 
 @pytest.mark.parametrize("name", ["cuda_scan", "cuda_step"])
 def test_a_trial_without_a_gpu_writes_its_tables(name: str, tmp_path: Path) -> None:
-    done = script(f"{name}.py", "--device", "cpu", "--tiny", "--output", str(tmp_path))
+    done = script(f"{name}.py", "--device", "cpu", "--tiny", "--output", str(tmp_path), "--commit", "abc")
     assert done.returncode == 0, done.stderr
     (found,) = tmp_path.glob(f"{name}-*.json")
     results = json.loads(found.read_text())
     assert results["circumstances"]["versions"]["torch"]
+    assert results["circumstances"]["commit"] == "abc"
     assert "torch loops in place of mamba-ssm" in results["circumstances"]["peers"]
     text = found.with_suffix(".md").read_text()
     assert text.startswith(f"# {name}, ")
@@ -80,7 +82,7 @@ def test_without_a_gpu_the_benchmarks_say_how_to_try_them() -> None:
 
 def test_peers_are_built_for_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from cuda_peers import for_one_architecture
+    from cuda_builds import for_one_architecture
 
     setup = (
         '        cc_flag.append("-gencode")\n        cc_flag.append("arch=compute_80,code=sm_80")\n'
