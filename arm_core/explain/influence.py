@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.engine.protocol import Array, Engine
+from arm_core.engine.protocol import Array, Engine, TrainingState
 from arm_core.explain.layout import CLASS, Token, token_weights
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_core.model.tokens import direction_orders
@@ -73,8 +74,20 @@ class Influence:
         return Influence(spec=self.spec, layers=self.layers, maps=maps, mixing=self.mixing @ weights[:, None])
 
 
+class Recorder(Protocol):
+    """What influence maps read: an engine, or a library model in its place."""
+
+    spec: ModelSpec
+
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        """As `Engine.forward`."""
+
+    def export_state(self) -> TrainingState:
+        """As `Engine.export_state`; only the parameters are read."""
+
+
 def influence(
-    engine: Engine,
+    engine: Recorder,
     images: Array,
     *,
     layers: Iterable[int] | None = None,

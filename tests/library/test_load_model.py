@@ -295,3 +295,19 @@ def test_an_unknown_name_of_the_package_lists_the_known_ones():
     with pytest.raises(AttributeError, match="it has load_model"):
         arm_vision.load_models  # noqa: B018
     assert "load_model" in dir(arm_vision)
+
+
+@every_engine
+def test_influence_maps_of_a_model_are_those_of_its_engine(backend, odd):
+    from arm_core.engine.protocol import EngineOptions, TrainingState
+    from arm_core.explain.influence import influence
+
+    folder, spec, images = odd
+    state = TrainingState(parameters=initial_parameters(spec, 3))
+    engine = installed_backends()[backend].create_engine(spec, state, options=EngineOptions(device="cpu"))
+    expected = influence(engine, images, layers=[0, 2])
+    found = arm_vision.load_model(folder, backend).influence(put(backend, images), layers=[0, 2])
+    assert found.layers == (0, 2)
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-5)
+    with pytest.raises(ValueError, match="layers 0 to 2"):
+        arm_vision.load_model(folder, backend).influence(put(backend, images), layers=[3])

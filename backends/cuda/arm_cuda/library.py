@@ -107,6 +107,9 @@ class ArmClassifier(LibraryModel, Classifier):
         order = torch.from_numpy(direction_orders(spec)).to(images.device)
         return self.embed(images, positions_for(self.pos_embed, self.spec, spec)), order, spec
 
+    def _record(self, images: Tensor, seen: dict[str, Tensor]) -> None:
+        Classifier.forward(self, images, None, seen)
+
     def _last_norm(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.norm_f(x))
 
@@ -148,6 +151,9 @@ class ArmPretrainer(LibraryModel, PretrainModel):
         read = self.get_buffer("_patch_order")
         patches = unfold_patches(images, spec.encoder.patch)[:, read]
         return self.patch_embed(patches) + self.pos_embed[read], self.get_buffer("_all_patches"), spec
+
+    def _record(self, images: Tensor, seen: dict[str, Tensor]) -> None:
+        PretrainModel.forward(self, images, None, seen)
 
     def _last_norm(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.tap_norms[-1](x))

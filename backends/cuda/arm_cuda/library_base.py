@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from arm_core.data.model_config import ImagePipeline, ModelConfig
 from arm_core.engine.images import UNNORMALIZED, spec_for_images
 from arm_core.engine.modules import block_indices, decay_free, pooled
-from arm_core.engine.protocol import Array
+from arm_core.engine.protocol import Array, TrainingState
 from arm_core.engine.scans import choose_scan
 from arm_core.files.model_folder import write_model
 from arm_core.model.drop_path import drop_rates
@@ -25,6 +25,9 @@ from arm_cuda.gate import transformed
 from arm_cuda.layers import Block
 from arm_cuda.model import Trunk
 from arm_cuda.scan import scans
+
+if TYPE_CHECKING:
+    from arm_core.explain.influence import Influence
 
 
 class LibraryModel(Trunk):
@@ -123,6 +126,24 @@ class LibraryModel(Trunk):
         patches, prefix = found if isinstance(found, tuple) else (found, None)
         arrays = [None if t is None else t.float().cpu().numpy() for t in (patches, prefix)]
         return pooled(cast(Array, arrays[0]), arrays[1], pool, self.spec)
+
+    def influence(self, images: Tensor, layers: Iterable[int] | None = None) -> Influence:
+        """How much each token contributes to each other token in every mixer (`arm_core.explain.influence`).
+
+        images: (B, 3, H, W), normalized, of the model's image size.  layers: blocks from 0; None for all.
+        The maps are computed on the CPU. Raises ValueError for other sizes and for a layer that does not
+        exist.
+        """
+        from arm_core.explain.influence import influence
+
+        pixels, spec = self._checked(images)
+        if spec is not self.spec:
+            raise ValueError(f"influence: expected images of {self.spec.image_size}, found {spec.image_size}")
+        return influence(_Recorder(self), pixels.detach().float().cpu().numpy(), layers=layers)
+
+    def _record(self, images: Tensor, seen: dict[str, Tensor]) -> None:
+        """Run the model on images (B, H, W, C) and note its intermediate tensors."""
+        raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalized tokens of the last block, (B, T, D) in raster order.
@@ -228,3 +249,21 @@ class LibraryModel(Trunk):
 
 def _to_nchw(pixels: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class _Recorder:
+    """A library model where influence maps expect an engine."""
+
+    def __init__(self, model: LibraryModel) -> None:
+        self.spec, self._model = model.spec, model
+
+    @torch.no_grad()
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        like = self._model.get_parameter("pos_embed")
+        seen: dict[str, Tensor] = {}
+        self._model._record(torch.from_numpy(images).to(like.device, like.dtype), seen)
+        return {name: value.float().cpu().numpy() for name, value in seen.items()}
+
+    def export_state(self) -> TrainingState:
+        parameters = {n: p.detach().float().cpu().numpy() for n, p in self._model.named_parameters()}
+        return TrainingState(parameters=parameters)

@@ -91,6 +91,9 @@ class ArmClassifier(LibraryModel, Classifier):
         positions = positions_for(self.pos_embed, self.spec, spec)
         return self.embed(images, positions), mx.array(direction_orders(spec)), spec
 
+    def _record(self, images: mx.array, seen: dict[str, mx.array]) -> None:
+        Classifier.__call__(self, images, None, seen)
+
     def _last_norm(self, x: mx.array) -> mx.array:
         return self.norm_f(x)
 
@@ -134,6 +137,9 @@ class ArmPretrainer(LibraryModel, PretrainModel):
         spec = self._checked(images)
         patches = unfold_patches(images, spec.encoder.patch)[:, self._read]
         return self.patch_embed(patches) + self.pos_embed[self._read], self._identity, spec
+
+    def _record(self, images: mx.array, seen: dict[str, mx.array]) -> None:
+        PretrainModel.__call__(self, images, None, seen)
 
     def _last_norm(self, x: mx.array) -> mx.array:
         return self.tap_norms[-1](x)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,16 @@ from mlx import nn
 from arm_core.data.model_config import ImagePipeline, ModelConfig
 from arm_core.engine.images import UNNORMALIZED, spec_for_images
 from arm_core.engine.modules import block_indices, decay_free, pooled
-from arm_core.engine.protocol import Array
+from arm_core.engine.protocol import Array, TrainingState
 from arm_core.files.model_folder import write_model
 from arm_core.model.drop_path import drop_rates
 from arm_core.model.spec import ModelSpec
 from arm_mlx.features import without_class_token
 from arm_mlx.layers import named
 from arm_mlx.model import Trunk
+
+if TYPE_CHECKING:
+    from arm_core.explain.influence import Influence
 
 
 class LibraryModel(Trunk):
@@ -81,6 +84,24 @@ class LibraryModel(Trunk):
         patches, prefix = maps[0] if isinstance(maps[0], tuple) else (maps[0], None)
         arrays = [None if a is None else np.array(a.astype(mx.float32)) for a in (patches, prefix)]
         return pooled(cast(Array, arrays[0]), arrays[1], pool, self.spec)
+
+    def influence(self, images: mx.array, layers: Iterable[int] | None = None) -> Influence:
+        """How much each token contributes to each other token in every mixer (`arm_core.explain.influence`).
+
+        images: (B, H, W, 3), normalized, of the model's image size.  layers: blocks from 0; None for all.
+        The maps are computed on the CPU. Raises ValueError for other sizes and for a layer that does not
+        exist.
+        """
+        from arm_core.explain.influence import influence
+
+        spec = self._checked(images)
+        if spec is not self.spec:
+            raise ValueError(f"influence: expected images of {self.spec.image_size}, found {spec.image_size}")
+        return influence(_Recorder(self), np.array(images.astype(mx.float32)), layers=layers)
+
+    def _record(self, images: mx.array, seen: dict[str, mx.array]) -> None:
+        """Run the model on images (B, H, W, C) and note its intermediate tensors."""
+        raise NotImplementedError
 
     def forward_features(self, x: mx.array) -> mx.array:
         """Normalized tokens of the last block, (B, T, D) in raster order.
@@ -178,3 +199,19 @@ class LibraryModel(Trunk):
         kept_share = mx.array((1.0 - rates).astype(np.float32))[:, None, None]
         draws = mx.random.uniform(shape=(len(rates), 2, batch))
         return (draws < kept_share) / kept_share
+
+
+class _Recorder:
+    """A library model where influence maps expect an engine."""
+
+    def __init__(self, model: LibraryModel) -> None:
+        self.spec, self._model = model.spec, model
+
+    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+        seen: dict[str, mx.array] = {}
+        self._model._record(mx.array(images), seen)
+        return {name: np.array(value.astype(mx.float32)) for name, value in seen.items()}
+
+    def export_state(self) -> TrainingState:
+        arrays = named(self._model.parameters())
+        return TrainingState(parameters={n: np.array(a.astype(mx.float32)) for n, a in arrays.items()})
