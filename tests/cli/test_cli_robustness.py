@@ -72,6 +72,7 @@ def test_the_classes_that_a_subset_lacks_are_ignored(name: str, model: Path, tmp
     assert {row["predicted"] for row in found["confusions"]} <= set(subset)
 
 
+@pytest.mark.filterwarnings("default:.*has 1000 classes")
 def test_a_subset_of_another_size_is_noticed(model: Path, tmp_path: Path) -> None:
     save(tmp_path / "data" / "n01" / "a.png", 0)
     result = arm("evaluate", model, "--data", tmp_path / "data", "--labels", "imagenet-sketch", "--json")

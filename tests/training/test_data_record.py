@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_trainer import SMALL, Recorder, make_engine
+from thread_ranks import run_ranks
 
 from arm_core.data.bad_images import BadImages
 from arm_core.data.decode import BadImage
 from arm_core.data.folder import ImageFolder
 from arm_core.data.loader import EvalLoader, TrainLoader
+from arm_core.data.pack import PackSettings, pack
 from arm_core.data.transforms import PRETRAIN, EvalTransform
+from arm_core.engine.ranks import Ranks
 from arm_core.recipe.images import open_sources
 from arm_core.recipe.recipe import load_recipe, override
 from arm_core.training.checkpoint import newest_checkpoint
+from arm_core.training.data_record import DataRecord
 from arm_core.training.plan import BatchFailed
 from arm_core.training.run_folder import DATA, resume_run, start_run
 from arm_core.training.trainer import Trainer
@@ -194,3 +199,49 @@ def test_a_part_of_the_images_is_held_out_for_evaluation(images: Path, tmp_path:
     outcome, _ = train(tmp_path / "run", recipe)
     assert outcome.best is not None
     assert outcome.best["eval_images"] == 12
+
+
+@pytest.mark.parametrize("form", ["csv", "pack", "tar of class folders"])
+def test_a_run_resumes_bit_identically_from_another_format_of_the_same_images(
+    form: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    train(whole, recipe_of(images))
+    train(moved, recipe_of(images, "training.length=1 epoch", "schedule.warmup=1 epoch"))
+    source = ImageFolder(images)
+    if form == "csv":
+        path = tmp_path / "images.csv"
+        rows = [
+            f"images/{name},{'ab'[label]}" for name, label in zip(source.names, source.labels, strict=True)
+        ]
+        path.write_text("path,label\n" + "\n".join(rows) + "\n")
+    elif form == "pack":
+        path = tmp_path / "pack"
+        pack(source, path, PackSettings(shards=3))
+    else:
+        path = tmp_path / "images.tar"
+        with tarfile.open(path, "w") as archive:
+            for name in source.names:
+                archive.add(images / name, name)
+    _, observer = train(moved, None, resume=True, overrides=[f"data.path={path}", "training.length=3 epochs"])
+    assert len(observer.warnings) == (form == "csv")  # whose names begin with the folder
+    for name, value in final(whole).items():
+        assert final(moved)[name].tobytes() == value.tobytes()
+
+
+def test_bad_images_of_all_ranks_are_recorded_once(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(images)
+    with start_run(tmp_path / "run", recipe, recipe.spec(2)) as run:
+
+        def work(ranks: Ranks) -> tuple[list[str], int]:
+            record = DataRecord(run, {"train": ImageFolder(images)}, warn=lambda text: None)
+            bad = BadImages(1000)
+            bad.add([f"only {ranks.rank}", "both"])
+            record.note(bad, ranks)
+            record.note(bad, ranks)
+            return record.bad_images, len(bad)
+
+        found = run_ranks(2, work)
+    assert found == [(["only 0", "both", "only 1"], 3)] * 2
+    assert json.loads((tmp_path / "run" / DATA).read_text())["bad_images"] == ["only 0", "both", "only 1"]
