@@ -13,6 +13,7 @@ from arm_convert.export import Format, export_model
 from arm_convert.official import official_shapes
 from arm_core.files.safetensors import as_tensors
 from arm_core.model.parameters import initial_parameters
+from arm_core.model.reference.model import forward
 
 TEXT = (Path(__file__).parents[2] / "docs/convert.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -71,10 +72,20 @@ def test_the_torch_example_loads_strictly_and_computes_the_same_embedding(folder
     assert np.allclose(found, expected, atol=1e-5)
 
 
+def test_the_plain_torch_forward_computes_the_logits_of_the_reference(folder):
+    torch = pytest.importorskip("torch")
+    given = example(1, "from torch import nn")
+    given = example(2, "def classify", **given)
+    images = np.random.default_rng(1).normal(size=(2, *foreign.CLASSIFIER.image_size, 3)).astype(np.float32)
+    found = given["classify"](given["model"], given["config"], torch.tensor(images.transpose(0, 3, 1, 2)))
+    expected = forward(foreign.CLASSIFIER, folder, images.astype(np.float64))["logits"]
+    assert np.abs(found.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_the_mlx_example_loads_strictly_and_computes_the_same_embedding(folder):
     mx = pytest.importorskip("mlx.core")
 
-    model = example(2, "from mlx import nn")["model"]
+    model = example(3, "from mlx import nn")["model"]
     image = np.random.default_rng(0).normal(size=(16, 16, 3)).astype(np.float32)
     found = np.array(model.patch_embed(mx.array(image)[None]))[0, 1, 2]
     patch = image[4:8, 8:12].reshape(-1)
