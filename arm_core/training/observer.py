@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from arm_core.training.trainer import Trainer
+from arm_core.training.plan import Plan
+from arm_core.training.run_folder import RunFolder
+
+
+class Training(Protocol):
+    """A training loop as its observers see it."""
+
+    run: RunFolder
+    plan: Plan
+    step: int
+    """Updates done."""
 
 
 class Observer:
     """Receives the events of a run; override what you need. A method should return quickly."""
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Training) -> None:
         """Before the first step; `trainer.step` and `trainer.plan.total_steps` are set."""
 
     def stepped(self, step: int, images: int) -> None:

@@ -14,14 +14,13 @@ def display(stack: ExitStack) -> Observer:
     """Shows a run on stderr until the stack is closed."""
     from arm_cli.progress import ProgressBar
     from arm_cli.show import echo
-    from arm_core.training.observer import Observer
-    from arm_core.training.trainer import Trainer
+    from arm_core.training.observer import Observer, Training
 
     class Display(Observer):
         bar: ProgressBar
         note = ""
 
-        def started(self, trainer: Trainer) -> None:
+        def started(self, trainer: Training) -> None:
             stage, total = str(trainer.run.recipe.stage), trainer.plan.total_steps
             self.bar = stack.enter_context(ProgressBar(stage, total, "steps", start=trainer.step))
 
