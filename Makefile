@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help docs demo test test-cuda lint bench-cuda bench-metal browser-runtime clean
+.PHONY: help docs demo test test-cuda test-cuda-sanitizer lint bench-cuda bench-metal browser-runtime clean
 .NOTPARALLEL:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make docs   build the documentation's site in site/"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make test-cuda   with an NVIDIA GPU: the Triton kernels' tests on it; installs nothing"
+	@echo "make test-cuda-sanitizer   the same under compute-sanitizer"
 	@echo "make bench-cuda  with an NVIDIA GPU: the scan and training steps against mamba-ssm, as JSON and Markdown"
 	@echo "make bench-metal  on a Mac: the Metal scan against plain MLX, and training steps, as JSON"
 	@echo "make browser-runtime  with npm: fetch onnxruntime-web for the pages of arm export --browser"
@@ -43,13 +44,22 @@ docs: $(VENV)/docs.installed
 
 # A machine with a GPU has a torch of its own: PYTHON is taken as it is where it has one, else that of .venv.
 CUDA_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
-  $$p -c 'import numpy, numba, pytest, torch, triton' >/dev/null 2>&1 && echo $$p && break; done)
+  $$p -c 'import numpy, pytest, torch, triton' >/dev/null 2>&1 && echo $$p && break; done)
 WITH_CUDA_PYTHON = p="$(CUDA_PYTHON)"; [ -n "$$p" ] || { \
-  echo "make $@ needs torch, triton, numpy, numba and pytest: name an interpreter that has them, PYTHON=..."; exit 2; }; \
+  echo "make $@ needs torch, triton, numpy and pytest: name an interpreter that has them, PYTHON=..."; exit 2; }; \
   PYTHONPATH=.:backends/cuda
 
 test-cuda:
-	@$(WITH_CUDA_PYTHON) ARM_LONG_TESTS=1 $$p -m pytest -W default tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py $(ARGS)
+	@$(WITH_CUDA_PYTHON); export PYTHONPATH; \
+	  $$p -c 'import xdist' 2>/dev/null && workers="-n 12"; \
+	  ARM_LONG_TESTS=1 $$p -m pytest -W default $$workers -m "not sanitizer" -k "not compiled_model_trains" \
+	  tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py $(ARGS)
+
+# The three tools side by side; each takes minutes.
+test-cuda-sanitizer:
+	@$(WITH_CUDA_PYTHON); export PYTHONPATH; \
+	  $$p -c 'import xdist' 2>/dev/null && workers="-n 3"; \
+	  $$p -m pytest -W default $$workers -m sanitizer tests/cuda $(ARGS)
 
 # Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) where nvcc is there.
 bench-cuda:

@@ -150,6 +150,7 @@ def losses(device: str, scan: str, steps: int, compiled: Compile = Compile.NONE)
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 def test_fifty_training_steps_follow_the_losses_of_the_cpu() -> None:
+    pytest.importorskip("numba", reason="needs Numba for the CPU's run")
     expected, found = losses("cpu", "cpu", 50), losses("cuda", "triton", 50)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, rtol=CURVE)
@@ -158,7 +159,8 @@ def test_fifty_training_steps_follow_the_losses_of_the_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
 def test_compiled_blocks_follow_the_same_losses() -> None:
-    expected, found = losses("cuda", "triton", 3), losses("cuda", "triton", 3, Compile.BLOCKS)
+    expected = losses("cuda", "triton", 3, Compile.NONE)
+    found = losses("cuda", "triton", 3, Compile.BLOCKS)
     np.testing.assert_allclose(found, expected, rtol=CURVE)
 
 
@@ -178,6 +180,7 @@ torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     if shutil.which("compute-sanitizer") is None:
@@ -185,7 +188,15 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     root = Path(__file__).parents[2]
     paths = [str(root / part) for part in ("", "backends/cuda", "tests")]
     done = subprocess.run(
-        ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SANITIZED],
+        [
+            "compute-sanitizer",
+            f"--tool={tool}",
+            "--report-api-errors=no",
+            "--error-exitcode=9",
+            sys.executable,
+            "-c",
+            SANITIZED,
+        ],
         # Without torch's cache each tensor has bounds of its own.
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,

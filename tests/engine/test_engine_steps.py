@@ -209,6 +209,30 @@ def test_an_image_whose_branches_are_dropped_adds_nothing_to_the_blocks(
             assert_close(both[name], alone[name] / 2, name, 1e-4)
 
 
+def test_each_branch_of_a_block_has_its_own_factor(backend: Any, classifier_spec: ClassifierSpec) -> None:
+    """A branch with factor 0 gets no gradient; the other branch gets one."""
+    data, engine = batch(classifier_spec, images=2), make(backend, classifier_spec)
+    for dropped, kept in enumerate(("mlp", "mixer")):
+        scale = np.ones((classifier_spec.encoder.depth, 2, 2), np.float32)
+        scale[:, dropped] = 0
+        _, gradients = engine.loss_and_gradients(dataclasses.replace(data, drop_path_scale=scale))
+        norm = f"norm{2 - dropped}"  # before the branch that is kept
+        for name, gradient in gradients.items():
+            if name.startswith("layers."):
+                part = name.split(".")[2]
+                assert bool(gradient.any()) is (part in (kept, norm)), name
+
+
+def test_gradients_within_the_clipping_norm_are_used_as_they_are(
+    backend: Any, classifier_spec: ClassifierSpec
+) -> None:
+    engines = [make(backend, classifier_spec, optimizer=OptimizerSettings(clip=clip)) for clip in (None, 1e3)]
+    for engine in engines:
+        result = engine.train_step([batch(classifier_spec)], step=1, lr=1e-3).result()
+        assert result.grad_norm < 1e2
+    assert_equal(*(engine.export_state() for engine in engines))
+
+
 @pytest.mark.parametrize("cause", ["loss", "gradient norm"])
 def test_a_step_that_is_not_finite_changes_nothing(
     backend: Any, classifier_spec: ClassifierSpec, cause: str

@@ -7,6 +7,8 @@ import pytest
 
 from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
 from arm_core.model.parameters import (
+    DT_FLOOR,
+    DT_RANGE,
     KeyedRng,
     check_parameters,
     count_parameters,
@@ -15,6 +17,7 @@ from arm_core.model.parameters import (
     parameter_table,
 )
 from arm_core.model.presets import classifier_preset, pretrain_preset
+from arm_core.model.rng import KeyedRng
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec
 
 ENCODER = EncoderSpec(width=64, depth=6, patch=4)
@@ -162,3 +165,12 @@ def test_settings_out_of_range_are_named(change):
     (name,) = change
     with pytest.raises(ValueError, match=name):
         OptimizerSettings(**change)
+
+
+def test_step_sizes_of_a_new_model_are_those_that_were_drawn(classifier_spec: ClassifierSpec) -> None:
+    """softplus(bias) is log-uniform in its range, to float32; log(dt) as the bias would be 5 % off."""
+    row = parameter_table(classifier_spec)["layers.0.mixer.dt_proj.bias"]
+    bias = initial_value(row, 0).astype(np.float64)
+    low, high = np.log(DT_RANGE)
+    drawn = np.exp(low + KeyedRng(0, row.name).uniform(bias.size) * (high - low)).reshape(bias.shape)
+    np.testing.assert_allclose(np.log1p(np.exp(bias)), np.maximum(drawn, DT_FLOOR), rtol=1e-5)

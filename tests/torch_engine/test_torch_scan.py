@@ -9,6 +9,7 @@ import pytest
 from arm_core.model.reference import scan as reference
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("numba", reason="needs Numba for the CPU scan")
 
 from torch import Tensor  # noqa: E402
 from torch_scans import (  # noqa: E402
