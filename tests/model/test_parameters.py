@@ -9,7 +9,6 @@ from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
 from arm_core.model.parameters import (
     DT_FLOOR,
     DT_RANGE,
-    KeyedRng,
     check_parameters,
     count_parameters,
     initial_parameters,
