@@ -28,8 +28,13 @@ class BadImage(ValueError):  # noqa: N818
     """An image that cannot be decoded; the message names it."""
 
 
-def decode(image: bytes | Pixels, name: str) -> Image.Image:
+def decode(
+    image: bytes | Pixels, name: str, shrink: Callable[[tuple[int, int]], int] | None = None
+) -> Image.Image:
     """An upright 8-bit RGB image; transparent parts become white, 16-bit greys keep their high byte.
+
+    shrink: from the upright (height, width) of the whole image, by what a JPEG file's sides may be divided
+    while it is decoded: 1, 2, 4 or 8 (libjpeg then computes fewer pixels). Other images stay whole.
 
     Raises BadImage, with `name`, for what is not a complete image, or is one beyond `MAX_PIXELS` or
     `MAX_SIDES`.
@@ -38,6 +43,10 @@ def decode(image: bytes | Pixels, name: str) -> Image.Image:
         return Image.fromarray(image).convert("RGB")
     try:
         with open_image(image) as opened:
+            if shrink is not None:
+                width, height = opened.size
+                factor = shrink((width, height) if orientation(opened) >= 5 else (height, width))
+                opened.draft(None, (width // factor, height // factor))  # JPEG alone heeds it
             opened.load()
             return to_rgb(upright(opened))
     except MemoryError:

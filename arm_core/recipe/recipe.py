@@ -163,6 +163,8 @@ def fingerprint(recipe: Recipe) -> str:
     for section, names in _BOOKKEEPING.items():
         for name in names:
             table[section].pop(name, None)
+    if not recipe.augmentation.fast_decode:  # the setting is newer than runs that are to be resumed
+        del table["augmentation"]["fast_decode"]
     return hashlib.sha256(dump(table).encode()).hexdigest()[:16]
 
 

@@ -323,3 +323,50 @@ def test_load_image_equals_the_evaluation_transform(tmp_path: Path) -> None:
     assert out.shape == (32, 32, 3)
     np.testing.assert_array_equal(out, EvalTransform()(item(pixels), (32, 32)))
     assert math.isclose(float(out.mean()), float(by_hand(Image.fromarray(pixels)).mean()), abs_tol=0.2)
+
+
+# Fast decoding
+
+
+def photograph(height: int, width: int, **options: object) -> Item:
+    coarse = Image.fromarray(noise(12, 16, seed=4)).resize((width, height), BICUBIC)
+    return Item(image=encoded(coarse, "JPEG", quality=95, **options), label=0, name="photograph")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fast_decoding_draws_the_same_crops_and_nearly_the_same_pixels(turned: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    image = photograph(600, 800, exif=exif)
+    exact, fast = TrainTransform(), TrainTransform(fast_decode=True)
+    for i in range(8):
+        traces: list[list[str]] = [[], []]
+        images = [
+            denormalize(transform(image, (40, 56), KeyedRng(0, "t", i), trace)).astype(int)
+            for transform, trace in zip((exact, fast), traces, strict=True)
+        ]
+        assert traces[0] == traces[1]
+        assert np.abs(images[0] - images[1]).mean() < 1.5
+        assert not np.array_equal(*images)
+
+
+def test_fast_decoding_is_exact_where_no_smaller_scale_covers_the_crop() -> None:
+    small = photograph(60, 80)
+    png = Item(image=encoded(Image.fromarray(noise(600, 800))), label=0, name="png")
+    for image in (small, png, item(noise(600, 800))):
+        exact, fast = (
+            TrainTransform(fast_decode=value)(image, (40, 56), KeyedRng(0, "t", 1)) for value in (False, True)
+        )
+        np.testing.assert_array_equal(exact, fast)
+
+
+def test_fast_decoding_computes_fewer_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arm_core.data import decode as decoding
+
+    sizes = []
+    original = decoding.to_rgb
+    monkeypatch.setattr(decoding, "to_rgb", lambda image: sizes.append(image.size) or original(image))
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (4 / 3, 4 / 3)}
+    for side in (300, 299, 150, 75, 20):
+        TrainTransform(fast_decode=True, **whole)(photograph(600, 800), (side, side), KeyedRng(0, "t"))
+    assert sizes == [(400, 300), (400, 300), (200, 150), (100, 75), (100, 75)]
