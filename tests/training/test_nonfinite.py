@@ -31,7 +31,7 @@ def fail(path, recipe, observer=None, **options) -> NonFiniteError:
 def test_an_image_with_a_nan_is_named_although_its_batch_is_mixed(tmp_path, recipe, monkeypatch):
     prepare = TrainTransform.__call__
 
-    def with_nan(self, item, size, rng):
+    def with_nan(self, item, size, rng, trace=None):
         pixels = prepare(self, item, size, rng)
         if item.name == "synthetic image 7":
             pixels[3, 2, 1] = np.nan
