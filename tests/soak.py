@@ -4,8 +4,9 @@
 
 Each round trains a small model through the command line, on one process or two, injects faults, resumes
 until the run is finished, and compares every byte of the final model, optimizer state and average with those
-of an uninterrupted run. It also fails on a traceback, a hang, and an exit code that does not fit. The seed
-decides the faults; their effect depends on the time, so a repetition is similar, not equal.
+of an uninterrupted run. After each round `arm` reads some hostile files. A traceback, a hang and an exit code
+that does not fit are findings as well. The seed decides the faults; their effect depends on the time, so a
+repetition is similar, not equal.
 Not part of `make test`. Exit code 1 if there are findings.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import random
 import re
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from hostile import CASES, LONG
 from PIL import Image
 
 STEPS = 24
@@ -402,6 +405,20 @@ def one_round(soak: Soak, setup: Setup, until: float) -> None:
     print(f"{sum(soak.rounds.values()):4d} {setup}: {'; '.join(faults) or 'no fault'}", flush=True)
 
 
+def hostile_files(soak: Soak, count: int = 5) -> None:
+    """Some cases of `tests/hostile.py`: `arm` on hostile files, under limits of memory and time."""
+    names = soak.draw.sample([name for name in CASES if name not in LONG], count)
+    words = [sys.executable, str(Path(__file__).with_name("hostile.py")), *names]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=count * 130, check=False)
+    for line in done.stdout.splitlines():
+        name, problem, cost, output = json.loads(line)
+        soak.faults["hostile file"] += 1
+        if problem is not None:
+            soak.find(f"hostile files: {name}: {problem} ({cost}): {output}")
+    if done.returncode or len(done.stdout.splitlines()) != count:
+        soak.find(f"hostile files: {names}: exit code {done.returncode}: {done.stderr[-1500:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -424,6 +441,7 @@ def main() -> None:
     until = began + 60 * options.minutes
     while time.monotonic() < until:
         one_round(soak, soak.draw.choice([*setups, *setups[: len(setups) // 2]]), until)
+        hostile_files(soak)
     minutes, count = (time.monotonic() - began) / 60, sum(soak.rounds.values())
     print(f"\n{minutes:.1f} minutes, seed {options.seed}, {count} runs:")
     for name, counts in (("runs", soak.rounds), ("faults", soak.faults)):
