@@ -195,6 +195,35 @@ MUTATIONS = [
     Mutation(breaks="the gate's own slope", module=GATE, old="slope = opening *", new="slope = gate *"),
     Mutation(breaks="z's rows", module=GATE, old="token * z_token", new="token", every=True),
     Mutation(breaks="digits of small steps", module=MATHS, old="p * q + 2.0\n", new="p * q + 2.001\n"),
+    Mutation(breaks="D's gradient", module=SCAN, old="sum_D += dy * x", new="sum_D += dy * step"),
+    Mutation(
+        breaks="grad_y of each image",
+        module=SCAN,
+        case=IMAGES,
+        old="grad_y += image.to(tl.int64) * length * channels",
+        new="grad_y += row * 0",
+    ),
+    Mutation(
+        breaks="the sum of A's gradient",
+        module=SCAN,
+        old="sum_A += grad_exponent",
+        new="sum_A = grad_exponent",
+    ),
+    Mutation(
+        breaks="x of each image",
+        module=CONV,
+        case=IMAGES,
+        every=True,
+        old="image.to(tl.int64) * x_image",
+        new="image.to(tl.int64) * 0",
+    ),
+    Mutation(
+        breaks="the mean that is kept",
+        module=GATE,
+        case=SMALL,
+        old="channel, total.to(mean",
+        new="channel, result.to(mean",
+    ),
 ]
 
 

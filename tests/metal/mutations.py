@@ -160,4 +160,28 @@ MUTATIONS = [
         "gate * sigmoid * (1.0f / float(DIRECTIONS))",
         "gate * sigmoid",
     ),
+    Mutation("D's share of u is one", "scan_backward", "skip * own_grad[q]", "own_grad[q]"),
+    Mutation(
+        "A's gradient of the first chunk alone",
+        "scan_backward",
+        "grad_A[i] += chunk_A[i]",
+        "grad_A[i] = chunk_A[i]",
+    ),
+    Mutation(
+        "dB and dC swapped",
+        "scan_backward",
+        "(value < OWN_STATES ? 0 : STATES)",
+        "(value < OWN_STATES ? STATES : 0)",
+    ),
+    Mutation(
+        "dD of one lane alone", "scan_backward", "grad_D += metal::simd_shuffle_xor(grad_D, ushort(m));", ""
+    ),
+    Mutation("gradients of x as the steps lie", "conv_backward", "order[path + done]", "done"),
+    Mutation(
+        "steps at a border count twice in the bias",
+        "conv_backward",
+        "grad_bias += own;",
+        "grad_bias += grad;",
+    ),
+    Mutation("z of the first image for all", "gate_forward", "z + at.z * z_strides[0]", "z"),
 ]

@@ -9,7 +9,7 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="needs MLX")
 
 import problems  # noqa: E402
-from accuracy import TOLERANCE, errors, run, sweep  # noqa: E402
+from accuracy import TOLERANCE, errors, relative, rounded, run, sweep  # noqa: E402
 from problems import CONV, SCAN, Case  # noqa: E402
 
 CASES = [
@@ -41,9 +41,41 @@ def test_16_bit_arrays_lose_no_more_than_their_rounding(dtype: Any, metal: Any) 
     check(CASES[2], dtype)
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_16_bit_results_are_those_of_float32_rounded_once(dtype: Any, metal: Any) -> None:
+    """On the same inputs, bit for bit: nothing is rounded before the last store. Two threadgroups.
+
+    Left out are out and z's gradient, as y is stored in 16 bits before, and x's, which is summed over
+    directions.
+    """
+    values = rounded(problems.inputs(Case(length=21, channels=76, directions=2)), dtype)
+    rng = np.random.default_rng(1)
+    for operator, names in (("directional_conv", CONV), ("selective_scan", SCAN)):
+        shape = values["u" if operator == "directional_conv" else "z"].shape
+        grad = np.asarray(mx.array(rng.standard_normal(shape)).astype(dtype).astype(mx.float32))
+        (u, exact), (low_u, low) = (run(operator, values, grad, kind) for kind in (mx.float32, dtype))
+        pairs = [(n, *pair) for n, *pair in zip(names, exact, low, strict=True) if n not in ("x", "z")]
+        if operator == "directional_conv":
+            pairs.append(("u", u, low_u))
+        for name, wide, narrow in pairs:
+            assert mx.array_equal(narrow, wide.astype(narrow.dtype)).item(), f"{operator}: {name}"
+
+
 @pytest.mark.parametrize("states", [1, 2, 8, 32, 64])
 def test_every_size_of_state_is_right(states: int, metal: Any) -> None:
     check(Case(length=13, channels=40, directions=2, states=states), mx.float32)
+
+
+def test_vanishing_steps_keep_their_digits(metal: Any) -> None:
+    """softplus(-50) is 2e-22: 1 + e^x would lose all of it."""
+    case = Case(length=13, channels=40, directions=2)
+    values = problems.inputs(case)
+    values["dt"] = np.round(8 * values["dt"]) / 8 - np.float32(40)
+    grad = np.random.default_rng(1).standard_normal(values["z"].shape).astype(np.float32)
+    expected, grads = problems.scan(values, grad)
+    result, found = run("selective_scan", values, grad, mx.float32)
+    for name, a, b in zip(("out", *SCAN), (result, *found), (expected, *grads.values()), strict=True):
+        assert relative(a, b) < TOLERANCE[mx.float32], name
 
 
 def test_seven_directions_are_no_more_special_than_four(metal: Any) -> None:
