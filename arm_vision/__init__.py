@@ -5,7 +5,7 @@
     model = arm_vision.load_model("models/arm-b")       # a torch.nn.Module, or an mlx.nn.Module on a Mac
     logits = model(model.transform()("cat.jpg")[None])
 
-This package only gathers the public names; each is loaded when it is first used.
+This package only collects the public names; each is loaded on first use.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def inputs(
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Inputs of both operators as leaves; the float32 values are the same whatever the dtype and device."""
-    directions, batch, length, channels, states, taps = case
+    directions, batch, length, channels, states, width = case
     r = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def inputs(
     dt = (8 * dt).round() / 8  # and dt_bias likewise: their sum is exact, so that softplus is what is judged
     values = {
         "x": normal(batch, length, channels),
-        "weight": normal(directions, channels, taps),
+        "weight": normal(directions, channels, width),
         "bias": normal(directions, channels),
         "u": normal(directions, batch, length, channels),
         "dt": dt,

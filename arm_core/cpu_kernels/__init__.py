@@ -1,13 +1,13 @@
 """The two sequence operators of the mixer on a CPU, forward and backward, the gate of the MLP, and influence.
 
-They compute what `arm_core.model.reference.scan` states, in float32, with Numba kernels compiled at the first
-call and cached on disk. Inputs are NumPy arrays, as a rule zero-copy views of a framework's tensors;
-they are never modified, and rows that are slices of longer rows are read in place. Sizes: K directions,
-B images, L tokens, D channels, N states, W convolution width. Channels are computed 64 at a time: another
-D is filled up with zeros, at the price of copies.
+They compute the functions of `arm_core.model.reference.scan` in float32, with Numba kernels that are
+compiled at the first call and cached on disk. Inputs are NumPy arrays, usually zero-copy views of a
+framework's tensors. They are never modified, and rows that are slices of longer rows are read in place.
+Sizes: K directions, B images, L tokens, D channels, N states, W convolution width. Channels are computed 64
+at a time: other D are padded with zeros, which needs copies.
 
-Results are repeatable to the last bit, whatever the number of threads: a task never shares what it
-writes, and partial sums are added in a fixed order. Calls from several threads take turns.
+Results are bit-identical for any number of threads: tasks never write to the same memory, and partial
+sums are added in a fixed order. Calls from several threads run one at a time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from arm_core.cpu_kernels import conv, influence, scan, swiglu
 from arm_core.cpu_kernels.shapes import F32, Orders, Sizes, dense, new, rows
 from arm_core.cpu_kernels.simd import LANES
 
-_turn = threading.Lock()  # Numba's fallback thread pool ends the process when two threads enter it
+_turn = threading.Lock()  # Numba's fallback thread pool aborts the process if two threads enter it
 _default_threads: int | None = None
 _PROCESSORS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def set_threads(count: int | None) -> None:
-    """CPU threads of later calls that name none; None leaves Numba's own choice.
+    """Set the default number of CPU threads of later calls; None keeps Numba's default.
 
     More threads than processors make no difference. Only this module is affected, not other Numba code.
     """
@@ -43,8 +43,8 @@ def set_threads(count: int | None) -> None:
 def start_threads() -> None:
     """Start Numba's thread pool, if it is not running.
 
-    Where the pool is OpenMP's, its start sets the thread count of everything in the process that uses
-    OpenMP: an engine whose framework does so starts the pool first and sets its own count afterwards.
+    If the pool is OpenMP's, its start sets the thread count of all code in the process that uses OpenMP.
+    An engine whose framework uses OpenMP starts the pool first and sets its own count afterwards.
     """
     numba.get_num_threads()
 
@@ -72,7 +72,7 @@ class ConvGradients(NamedTuple):
 def conv_backward(
     grad_u: F32, x: F32, weight: F32, bias: F32, order: Orders, *, threads: int | None = None
 ) -> ConvGradients:
-    """Gradients of `conv_forward` from that of its result, (K, B, L, D). Raises ValueError likewise."""
+    """Gradients of `conv_forward` from that of its result, (K, B, L, D). Raises ValueError as well."""
     sizes = Sizes.of_conv(x, weight, bias, order)
     sizes.check(grad_u=(grad_u, "KBLD"))
     grad_x, part_weight, part_bias = (new(sizes.shape(axes)) for axes in ("BLV", "BKWV", "BKV"))
@@ -86,12 +86,12 @@ def conv_backward(
 
 @dataclass(frozen=True)
 class ScanResiduals:
-    """What `scan_forward` keeps for `scan_backward`."""
+    """The values that `scan_forward` keeps for `scan_backward`."""
 
     mean: F32
     """(B, L, D rounded up to 64), the mean over the directions before the gate."""
     states: F32
-    """State before every chunk of tokens, in the kernel's own layout: N / 16 values per channel."""
+    """State before every chunk of tokens, in the kernel's layout: N / 16 values per channel."""
 
 
 def scan_forward(
@@ -101,8 +101,8 @@ def scan_forward(
     """Selective scan over K directions, their mean, and the gate; softplus(dt + dt_bias) is the step.
 
     u, dt: (K, B, L, D).  A: (K, D, N), negative.  B, C: (K, B, L, N).  D, dt_bias: (K, D).
-    z: (B, L, D).  order: (K, L) int32.  save_for_backward: whether a backward will follow.
-    Returns out: (B, L, D), and what the backward needs, None without `save_for_backward`.
+    z: (B, L, D).  order: (K, L) int32.  save_for_backward: whether a backward pass will follow.
+    Returns out: (B, L, D), and the values for the backward pass, None without `save_for_backward`.
     Raises ValueError on a shape or dtype that does not fit.
     """
     sizes = Sizes.of_scan(u, dt, A, B, C, D, dt_bias, z, order)
@@ -132,7 +132,7 @@ def scan_backward(
     u: F32, dt: F32, A: F32, B: F32, C: F32, D: F32, dt_bias: F32, z: F32, order: Orders,
     *, threads: int | None = None,
 ) -> ScanGradients:  # fmt: skip
-    """Gradients of `scan_forward` from that of its result, (B, L, D), and what it kept.
+    """Gradients of `scan_forward` from the gradient of its result, (B, L, D), and the values it kept.
 
     Raises ValueError on a shape or dtype that does not fit.
     """
@@ -161,7 +161,7 @@ def scan_backward(
 
 
 def swiglu_forward(a: F32, b: F32, *, threads: int | None = None) -> F32:
-    """silu(a) * b, element by element, in the shape of the two. Raises ValueError where they differ."""
+    """silu(a) * b, element by element; a and b have one shape. Raises ValueError if the shapes differ."""
     _check_alike(a=a, b=b)
     out = new(a.shape)
     run(swiglu.swiglu_forward, threads, *_flat(a, b), out.reshape(-1))
@@ -169,7 +169,7 @@ def swiglu_forward(a: F32, b: F32, *, threads: int | None = None) -> F32:
 
 
 def swiglu_backward(grad_out: F32, a: F32, b: F32, *, threads: int | None = None) -> tuple[F32, F32]:
-    """Gradients of `swiglu_forward`, of a and of b, from that of its result. Raises ValueError likewise."""
+    """Gradients of a and b in `swiglu_forward`, from that of its result. Raises ValueError as well."""
     _check_alike(a=a, b=b, grad_out=grad_out)
     grad_a, grad_b = new(a.shape), new(a.shape)
     run(swiglu.swiglu_backward, threads, *_flat(grad_out, a, b), grad_a.reshape(-1), grad_b.reshape(-1))
@@ -180,11 +180,11 @@ def influence_map(
     x: F32, dt: F32, opening: F32, weight: F32, A: F32, B: F32, C: F32, D: F32, q: F32, order: Orders,
     *, threads: int | None = None,
 ) -> F32:  # fmt: skip
-    """sum_d q[t, d] times what token s contributes to the scan's output y_k[t, d], for all t, s, k, one
-    image.
+    """sum_d q[t, d] times the contribution of token s to the scan's output y_k[t, d], for all t, s and k.
 
-    The contribution passes the convolution, its fixed gate `opening`, and the scan with fixed dt, B and C,
-    as in `arm_core.model.reference.influence`. The map of L x L x D values is never stored.
+    It takes one image. The contribution passes through the convolution, its fixed gate `opening`, and the
+    scan with fixed dt, B and C, as in `arm_core.model.reference.influence`. The L x L x D values are never
+    stored.
     x: (L, D).  dt: (K, L, D), after softplus.  opening: (K, L, D), sigmoid of the convolution.
     weight: (K, D, W).  A: (K, D, N), negative.  B, C: (K, L, N).  D: (K, D).  q: (L, D).  order: (K, L)
     int32. Returns (K, L, L), [k, t, s].  Raises ValueError on a shape or dtype that does not fit.
@@ -192,9 +192,9 @@ def influence_map(
     one = (dt[:, None], A, B[:, None], C[:, None], D, D, x[None], order)
     sizes = Sizes.of_scan(opening[:, None], *one)
     sizes.check(q=(q[None], "BLD"))
-    taps = Sizes.of_conv(x[None], weight, D, order).letters["W"]
-    if taps > LANES:
-        raise ValueError(f"weight: expected at most {LANES} taps, found {taps}")
+    width = Sizes.of_conv(x[None], weight, D, order).letters["W"]
+    if width > LANES:
+        raise ValueError(f"weight: expected a convolution width of at most {LANES}, found {width}")
     directions, length, channels = dt.shape
     padded = -(-length // LANES) * LANES
 
@@ -226,8 +226,8 @@ def _flat(*arrays: F32) -> list[npt.NDArray[Any]]:
 
 
 def _conv_inputs(sizes: Sizes, x: F32, weight: F32, bias: F32, order: Orders) -> list[npt.NDArray[Any]]:
-    taps = dense(sizes.widen(weight, axis=1).swapaxes(1, 2))
-    return [rows(sizes.widen(x)), taps, dense(sizes.widen(bias)), dense(order)]
+    transposed = dense(sizes.widen(weight, axis=1).swapaxes(1, 2))
+    return [rows(sizes.widen(x)), transposed, dense(sizes.widen(bias)), dense(order)]
 
 
 def _scan_inputs(
@@ -238,7 +238,7 @@ def _scan_inputs(
 
 
 def run(kernel: Any, threads: int | None, *arrays: Any) -> None:
-    """Call a compiled kernel on so many threads (None: as `set_threads` says), one kernel at a time."""
+    """Call a compiled kernel on this number of threads (None: see `set_threads`), one kernel at a time."""
     wanted = threads if threads is not None else _default_threads
     if wanted is not None and wanted < 1:
         raise ValueError(f"threads: expected 1 or more, found {wanted}")

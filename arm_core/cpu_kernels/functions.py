@@ -1,7 +1,7 @@
-"""What the kernels share: exponentials on vectors, scratch memory, and how Numba compiles.
+"""Shared parts of the kernels: exponentials on vectors, scratch memory, and Numba's options.
 
-The functions are polynomials, good to about 1e-7 of their value, and carry NaN through. The compiler may
-fuse a product and a sum but never reorders, so that rounding tricks hold and runs repeat.
+The functions are polynomials with a relative error of about 1e-7; they propagate NaN. The compiler may fuse
+a product and a sum but never reorders them, so that rounding tricks work and runs are repeatable.
 """
 
 # Compiled code has no Python types: Numba finds them from the arrays of the first call.
@@ -27,28 +27,28 @@ from arm_core.cpu_kernels.simd import (
 
 F4 = np.float32
 LOG2E, LN2 = F4(1.4426950408889634), F4(0.6931471805599453)
-ROUND = F4(1.5 * 2.0**23)  # adding it rounds a float to a whole number, kept in the low bits
+ROUND = F4(1.5 * 2.0**23)  # adding it rounds a float to an integer, which is in the low bits
 
 _OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
 _INNER: dict[str, Any] = {
     **_OPTIONS,
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
-}  # quicker to compile
+}  # compiles faster
 INLINE: dict[str, Any] = {**_INNER, "forceinline": True}
 """Options of a function that becomes part of its caller."""
 TASK = _INNER
 """Options of a function that runs on one thread."""
 KERNEL: dict[str, Any] = {**_OPTIONS, "parallel": True, "cache": True}
-"""Options of a function that Python calls, and that spreads tasks over the threads."""
+"""Options of a function that Python calls and that distributes tasks over the threads."""
 
 
 @nb.njit(**INLINE)
 def exp2(x):
     """2**x for x <= 0 to 1e-7; 2**-80 below -80.
 
-    What a smaller decay leaves is nothing beside a float32 input, but its products are subnormal numbers,
-    over which processors take a hundred times longer.
+    A smaller decay leaves a state that is negligible beside a float32 input, but its products are subnormal
+    numbers, for which processors need a hundred times as long.
     """
     x = at_least(x, F4(-80.0))
     shifted = x + ROUND
@@ -62,7 +62,7 @@ def exp2(x):
 
 @nb.njit(**INLINE)
 def exp(x):
-    """e**x for x <= 0, to 1e-7 of itself even where it is tiny; 2**-126 below -87."""
+    """e**x for x <= 0, with a relative error of 1e-7 even for tiny values; 2**-126 below -87."""
     x = at_least(x, F4(-87.33654))
     shifted = fma(x, LOG2E, ROUND)
     n = shifted - ROUND
@@ -78,7 +78,7 @@ def exp(x):
 
 @nb.njit(**INLINE)
 def reciprocal(e):
-    """1 / (1 + e) for 0 <= e <= 1: a parabola, then Newton twice. A division takes as long as 30 products."""
+    """1 / (1 + e) for 0 <= e <= 1: a parabola, then two Newton steps. A division costs 30 products."""
     minus = F4(-1.0) - e
     r = fma(fma(e, F4(0.32323232), F4(-0.80808081)), e, F4(0.98989899))
     r = fma(r, fma(minus, r, F4(1.0)), r)
@@ -87,7 +87,7 @@ def reciprocal(e):
 
 @nb.njit(**INLINE)
 def log1p(e):
-    """log(1 + e) for 0 <= e <= 1, to 2e-7 of itself even where it is tiny."""
+    """log(1 + e) for 0 <= e <= 1, with a relative error of 2e-7 even for tiny values."""
     p = fma(e, F4(5.232694261e-3), F4(-2.950523877e-2))
     p = fma(p, e, F4(7.822595186e-2))
     p = fma(p, e, F4(-1.366324579e-1))

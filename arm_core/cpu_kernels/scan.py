@@ -1,6 +1,6 @@
-"""Kernels of the selective scan; `arm_core.cpu_kernels` says how to call them.
+"""Kernels of the selective scan; see `arm_core.cpu_kernels` for their use.
 
-One task is one image and `LANES` channels, for all directions; tasks share nothing that they write.
+One task is one image and `LANES` channels, for all directions; tasks never write to the same memory.
 Per-token inputs are read through C-ordered arrays whose rows may be longer than D or N, so sizes are
 taken from A and the order. Sizes as in `arm_core.model.reference.scan`; J = D / LANES blocks of channels.
 """
@@ -27,12 +27,12 @@ from arm_core.cpu_kernels.functions import (
 )
 from arm_core.cpu_kernels.simd import LANES, SUMS, fill, fma, load, prefetch, store, store_dot, store_row_sums
 
-HELPERS = "865bcbe62245"
-"""Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
+HELPERS = "26083f01e77a"
+"""Digest of `functions.py` and `simd.py`: Numba's cache checks this file only."""
 
 CHUNK = 16
-"""Tokens between two kept states; the backward rebuilds the states in between, in the second-level cache.
-8 to 64 are within 10 % of each other on a Xeon with AVX-512 and 2 MiB of it."""
+"""Tokens between two kept states; the backward pass recomputes the states in between, in the second-level
+cache. The times for 8 to 64 are within 10 % of each other on a Xeon with AVX-512 and 2 MiB of this cache."""
 
 ROWS = 64
 """Tokens of which one task adds up the partial gradients of B and C."""
@@ -102,7 +102,7 @@ def scan_forward(u, dt, A, B, C, D, dt_bias, z, order, mean, out, states):
     """out (B, L, D) = silu(z) mean, the mean of y over the directions.
 
     mean (B, L, D) and states (K, B, chunks, J, N, LANES), the state before every chunk, are for the
-    backward; where states is empty, neither is written.
+    backward pass; if states is empty, neither is written.
     """
     blocks = A.shape[1] // LANES
     for task in nb.prange(out.shape[0] * blocks):

@@ -1,4 +1,4 @@
-"""Shapes of the operators' arrays: checked, widened to whole vectors, and as the kernels read them."""
+"""Shapes of the operators' arrays: checks, padding to whole vectors, and the kernels' memory layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sizes:
     """Sizes by letter, read from one operator's inputs.
 
     Besides the letters of the reference: V is D rounded up to whole vectors, J = V / `LANES`, Q is N
-    rounded up to a multiple of `SUMS`, T counts chunks of tokens, and E stands for `LANES`.
+    rounded up to a multiple of `SUMS`, T is the number of chunks of tokens, and E is `LANES`.
     """
 
     letters: dict[str, int]
@@ -80,7 +80,7 @@ class Sizes:
             raise ValueError(f"order: expected each row to be a permutation of 0..{shape[1] - 1}")
 
     def widen(self, array: F32, axis: int = -1) -> F32:
-        """The array with channels of 0 appended up to V: a copy, and only where D is not V."""
+        """The array with channels of 0 appended up to V: a copy if D is not V, else the array."""
         missing = self.letters["V"] - self.letters["D"]
         if missing == 0:
             return array
@@ -95,7 +95,7 @@ class Sizes:
         return np.ascontiguousarray(array.swapaxes(axis, 0)[: self.letters["D"]].swapaxes(axis, 0))
 
 
-@lru_cache(maxsize=64)  # a model has one table for all its calls
+@lru_cache(maxsize=64)  # a model uses one table for all calls
 def _are_permutations(order: bytes, shape: tuple[int, ...]) -> bool:
     rows = np.frombuffer(order, np.int32).reshape(shape)
     return bool((np.sort(rows) == np.arange(shape[1])).all())
@@ -110,17 +110,17 @@ def new(shape: tuple[int, ...]) -> F32:
 
 
 def dense(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array as the kernels take their inputs: C-ordered, read-only (one compiled version serves all)."""
+    """The array in the kernels' layout: C-ordered and read-only, so that one compiled version is enough."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
 
 
 def rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """`dense` without a copy where the rows are slices of longer rows, as the halves of in_proj's output.
+    """`dense`, without a copy if the rows are slices of longer rows, such as the halves of in_proj's output.
 
-    The view then has the whole row as its last axis, beginning at the slice; kernels read no further than
-    the slice, since the end of the very last row lies outside of the array.
+    The last axis of the view is then a whole row, from the start of the slice. Kernels must not read beyond
+    the slice, since the end of the last row is outside the array.
     """
     if array.flags.c_contiguous:
         return dense(array)

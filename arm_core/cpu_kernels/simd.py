@@ -1,11 +1,11 @@
 """Vectors of 64 float32 lanes for Numba kernels: `load`, `store`, `+ - *`, `fma` and a few more.
 
-A compiler turns loops into vector instructions only where it recognises them, and takes long over it.
-Here a kernel says what it means: an operation on a `Float32x64` becomes 4 AVX-512 instructions, 8 of AVX2
-or 16 of NEON, whichever the processor has, and these being independent of each other keep it busy.
+A compiler turns loops into vector instructions only if it recognises them, and this takes long. Here a
+kernel is explicit: an operation on a `Float32x64` becomes 4 AVX-512, 8 AVX2 or 16 NEON instructions,
+depending on the processor. These are independent of each other, which keeps the processor busy.
 
-Numba's cache on disk notices changes of a kernel's own file only: after an edit here or in
-`functions.py`, `HELPERS` in the files of kernels has to change, and a test says to what.
+Numba's disk cache only detects changes in a kernel's own file. After an edit here or in `functions.py`,
+`HELPERS` in the files of the kernels must change; a test prints the new value.
 """
 
 # Compiled code has no Python types, and an intrinsic is called without its typing context.
@@ -35,7 +35,7 @@ _ANY_FLOATS = ir.Constant(_FLOATS, ir.Undefined)
 
 
 class Float32x64(types.Type):
-    """The Numba type of a vector; such values live inside compiled code only."""
+    """The Numba type of a vector; such values exist only in compiled code."""
 
     def __init__(self) -> None:
         super().__init__(name="Float32x64")
@@ -51,7 +51,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _pointer(context, builder, array_type, array, index_type, index, target=_FLOATS):
-    """Address of array[index], as that of a `target`; no bounds, no negative indices."""
+    """Address of array[index] as a pointer to `target`; no bounds checks, no negative indices."""
     struct = context.make_array(array_type)(context, builder, array)
     items = zip(cgutils.unpack_tuple(builder, index), index_type, strict=True)
     indices = [context.cast(builder, value, typ, types.intp) for value, typ in items]
@@ -96,7 +96,7 @@ def store(typing_context, array, index, value):
 
 @intrinsic
 def prefetch(typing_context, array, index):
-    """Ask for the memory of the vector at array[index], for writing if the array can be written to."""
+    """Prefetch the memory of the vector at array[index], for writing if the array is writable."""
     _check_array(array, index)
 
     def generate(context, builder, signature, arguments):
@@ -113,14 +113,14 @@ def prefetch(typing_context, array, index):
 
 
 def _constant(value):
-    """The number in every lane, as a constant of the code."""
+    """The number in every lane, as a constant in the code."""
     if isinstance(value, int):
         return ir.Constant(_INTS, [value] * LANES)
     return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(np.float32(value)))] * LANES)
 
 
 def _as_vector(context, builder, typ, value):
-    """A vector as it is; a number in every lane."""
+    """A vector unchanged; a number copied to every lane."""
     if typ == VECTOR:
         return value
     number = context.cast(builder, value, typ, types.float32)
@@ -139,7 +139,7 @@ def fill(typing_context, number):
 
 
 def _arithmetic(symbol, instruction):
-    """Let `symbol` combine two vectors, or a vector and a number."""
+    """Define `symbol` for two vectors, or a vector and a number."""
 
     @intrinsic
     def combine(typing_context, a, b):
@@ -167,7 +167,7 @@ def _multiply_add(builder, a, b, c):
 
 @intrinsic
 def fma(typing_context, a, b, c):
-    """a * b + c, rounded once where the processor can; each a vector or a number."""
+    """a * b + c, rounded once if the processor supports it; each is a vector or a number."""
 
     def generate(context, builder, signature, arguments):
         values = [_as_vector(context, builder, *pair) for pair in zip((a, b, c), arguments, strict=True)]
@@ -210,7 +210,7 @@ def minus_abs(typing_context, vector):
 
 @intrinsic
 def add_to_exponent(typing_context, vector, shifted):
-    """vector * 2**n for shifted = n + 1.5 * 2**23: the low bits of such a float are the whole number n."""
+    """vector * 2**n for shifted = n + 1.5 * 2**23: the low bits of such a float are the integer n."""
 
     def generate(context, builder, signature, arguments):
         bits, n = (builder.bitcast(value, _INTS) for value in arguments)
@@ -264,7 +264,7 @@ def store_row_sums(typing_context, array, index, source, row):
         for value in rows:
             value.align = 4
         width = SUMS
-        while len(rows) > 1:  # two rows become one, its groups of lanes half as wide
+        while len(rows) > 1:  # two rows become one, with groups of lanes half as wide
             width //= 2
             rows = [_add_halves(builder, a, b, width) for a, b in zip(rows[::2], rows[1::2], strict=True)]
         pointer = _pointer(context, builder, array, arguments[0], index, arguments[1], kind)

@@ -1,6 +1,6 @@
-"""Kernels of the MLP's gate, silu(a) b; `arm_core.cpu_kernels` says how to call them.
+"""Kernels of the MLP's gate, silu(a) b; see `arm_core.cpu_kernels` for their use.
 
-One pass over the memory forward and one backward, where a framework takes two and three. Arrays are flat;
+They make one pass over memory forward and one backward; a framework makes two and three. Arrays are flat;
 one task is `TASK_VECTORS` vectors.
 """
 
@@ -15,8 +15,8 @@ import numba as nb
 from arm_core.cpu_kernels.functions import F4, INLINE, KERNEL, TASK, sigmoid, vectors
 from arm_core.cpu_kernels.simd import LANES, fma, load, store
 
-HELPERS = "865bcbe62245"
-"""Digest of `functions.py` and `simd.py`: Numba's cache looks at this file alone."""
+HELPERS = "26083f01e77a"
+"""Digest of `functions.py` and `simd.py`: Numba's cache checks this file only."""
 
 TASK_VECTORS = 64
 
@@ -28,7 +28,7 @@ def _gate(a, b):
 
 @nb.njit(**INLINE)
 def _gate_gradients(grad, a, b):
-    """Of a, then of b."""
+    """The gradients of a, then of b."""
     s = sigmoid(a)
     gated = grad * s
     return gated * b * fma(a, F4(1.0) - s, F4(1.0)), gated * a

@@ -1,1 +1,1 @@
-"""What the core asks of an engine, and how backends are found. Imports model and files."""
+"""The protocol of engines, and how backends are found. Imports model and files."""

@@ -1,4 +1,4 @@
-"""What a library model says to images that it cannot read; the same words in every engine."""
+"""Checks of the images passed to a library model, with the same messages in every engine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ UNNORMALIZED = 16.0
 def spec_for_images(
     spec: ModelSpec, shape: tuple[int, ...], *, channels_last: bool, dynamic: bool
 ) -> ModelSpec:
-    """The spec with the image size of a batch; `spec` itself where the size is the model's own.
+    """The spec with the image size of a batch; `spec` itself if the size is the model's.
 
     shape: of the batch, (B, C, H, W) or with `channels_last` (B, H, W, C).
     dynamic: whether sizes other than the model's are allowed.
-    Raises ValueError on another number of axes or channels, and on a size that the model does not take.
+    Raises ValueError on a wrong number of axes or channels, and on a size that the model does not take.
     """
     channels = spec.encoder.channels
     height, width = spec.image_size

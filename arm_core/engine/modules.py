@@ -1,4 +1,4 @@
-"""What the library models of all engines do alike: block indices, pooling, parameters without decay."""
+"""Shared parts of the library models: block indices, pooling, parameters without decay."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def pooled(patches: Array, prefix: Array | None, pool: str, spec: ModelSpec) -> 
     """Features of tokens. patches: (B, patches, D) in raster order.  prefix: (B, 1, D), the class token.
 
     pool: `mean` of the patches (B, D), `cls` the class token (B, D), `none` the patches (B, patches, D),
-    `default` what the model's head reads, and in a model without head the mean.
-    Raises ValueError for another word, and for `cls` without a class token.
+    `default` the input of the model's head, and the mean in a model without a head.
+    Raises ValueError for any other word, and for `cls` without a class token.
     """
     if pool not in FEATURE_POOLINGS:
         raise ValueError(f"pool: expected {', '.join(FEATURE_POOLINGS)}, found {pool!r}")

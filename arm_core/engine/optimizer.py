@@ -53,7 +53,7 @@ class OptimizerSettings:
 
 
 def required(settings: OptimizerSettings | None) -> OptimizerSettings:
-    """The settings of an engine that is asked to train; ValueError if it has none."""
+    """The settings of an engine that trains; ValueError if it has none."""
     if settings is None:
         raise ValueError("this engine is for inference; pass optimizer to create_engine to train")
     return settings

@@ -1,8 +1,8 @@
 """The protocol of engines and backends, and the values that they exchange with the core.
 
 A backend is a pure function of (parameters, batch, settings): order, augmentation, mixing, drop-path
-masks, schedules and initial values are computed in `arm_core` and handed over as NumPy arrays. That
-makes two backends comparable step by step, and a run portable between them.
+masks, schedules and initial values are computed in `arm_core` and passed as NumPy arrays. Two backends
+can therefore be compared step by step, and a run can move between them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Precision(StrEnum):
 
 
 class Compile(StrEnum):
-    """What a backend's compiler is given."""
+    """The part of a model that a backend compiles."""
 
     AUTO = "auto"
     """MLX compiles its whole step on an Apple GPU; torch compiles the blocks on an NVIDIA GPU with scan
@@ -48,7 +48,7 @@ class Compile(StrEnum):
 class EngineOptions:
     """How a backend runs a model; nothing here changes the maths.
 
-    A backend refuses with a ValueError what it does not offer.
+    A backend raises ValueError for options that it does not support.
     """
 
     device: str = "auto"
@@ -57,12 +57,12 @@ class EngineOptions:
     """Name of the scan implementation; `auto` lets the backend decide once."""
     precision: Precision = Precision.FLOAT32
     threads: int | None = None
-    """CPU threads; None leaves the libraries' own choice."""
+    """CPU threads; None keeps the libraries' defaults."""
     compile: Compile = Compile.AUTO
     recompute: bool = False
-    """Keep only the input of each block, and compute the rest again in the backward pass: less memory."""
+    """Save memory: keep only the input of each block, and recompute the rest in the backward pass."""
     shard: bool = False
-    """Sharded weights, gradients and optimizer state over the ranks instead of repeating them on each."""
+    """Shard weights, gradients and optimizer state over the ranks instead of replicating them."""
     deterministic: bool = False
     """Use deterministic algorithms on a GPU. On a CPU the caller also fixes `threads`."""
 
@@ -82,7 +82,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a training step reports."""
+    """Results of a training step."""
 
     loss: float
     """Mean over the micro-batches, before the update."""
@@ -97,8 +97,8 @@ class StepResult:
 class OutOfMemory(ValueError):  # noqa: N818
     """The device has too little memory for a batch; the state is unchanged.
 
-    available: bytes of the device.  shape: of the images.  fitting: images that the cost model has room
-    for in training, None for a pass without gradients, which takes little and is not modelled.
+    available: bytes of the device.  shape: of the images.  fitting: images that fit in training by the cost
+    model; None for a pass without gradients, which takes little memory and is not modelled.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class OutOfMemory(ValueError):  # noqa: N818
 
 
 def check_towards(output: str, shapes: Mapping[str, tuple[int, ...]], towards: Array) -> None:
-    """Check the arguments of `Engine.input_gradient` against the shapes of what `forward` returns."""
+    """Check the arguments of `Engine.input_gradient` against the shapes of the outputs of `forward`."""
     if output not in shapes:
         raise ValueError(f"unknown output {output!r}; known are {', '.join(shapes)}")
     if towards.shape != shapes[output]:
@@ -129,14 +129,14 @@ def check_towards(output: str, shapes: Mapping[str, tuple[int, ...]], towards: A
 
 
 class PendingStep(Protocol):
-    """A training step under way; `result()` waits for the device."""
+    """A training step in progress; `result()` waits for the device."""
 
     def result(self) -> StepResult: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Everything a step changes, by parameter name; moments and EMA cover the trainable ones."""
+    """Everything that a step changes, by parameter name; moments and EMA only for trainable parameters."""
 
     parameters: Mapping[str, Array]
     exp_avg: Mapping[str, Array] = field(default_factory=dict)
@@ -160,7 +160,7 @@ class TrainingState:
 
 
 def described(arrays: Mapping[str, Array]) -> Mapping[str, Any]:
-    """What has the arrays' shapes: the arrays, or for those that are still in a file its `tensors`."""
+    """The objects with the arrays' shapes: the arrays, or the `tensors` of a file that is not read yet."""
     found: Mapping[str, Any] = getattr(arrays, "tensors", arrays)
     return found
 
@@ -168,15 +168,15 @@ def described(arrays: Mapping[str, Array]) -> Mapping[str, Any]:
 class Engine(Protocol):
     """One model on one device, or on one device of each rank of a job (`arm_core.engine.ranks`).
 
-    Several ranks call every method at the same point of their work and, since sharded weights are
-    gathered for a pass, `forward` and `loss_and_gradients` equally often. Each gives its own batches.
+    All ranks call every method at the same point of their work. Since sharded weights are gathered for a
+    pass, all ranks call `forward` and `loss_and_gradients` equally often. Each rank passes its own batches.
     """
 
     spec: ModelSpec
     device: str
     """The name that is printed and recorded."""
     scan: str
-    """The scan implementation in use, never `auto`; with a note if it runs partly on another kernel."""
+    """The scan implementation in use, never `auto`; with a note if another kernel runs part of it."""
     compile: Compile
     """What is compiled; never `AUTO`."""
 
@@ -192,8 +192,8 @@ class Engine(Protocol):
     def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
         """Gradient of sum(output * towards) with respect to the images, (B, H, W, 3).
 
-        output: a name among the outputs and intermediate tensors of `forward`.  towards: in its shape.
-        Raises ValueError for a name that does not exist or another shape.
+        output: a name among the outputs and intermediate tensors of `forward`.  towards: of the same shape.
+        Raises ValueError for an unknown name or a wrong shape.
         """
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
@@ -208,8 +208,8 @@ class Engine(Protocol):
         """One AdamW update from the mean gradient of the micro-batches of all ranks.
 
         step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
-        total_micro_batches: of all ranks together. Ranks can have different numbers, each at least one;
-        None means len(batches). Loss and gradient norm are those of the whole update, on every rank.
+        total_micro_batches: the sum over all ranks; None means len(batches). Ranks can have different
+        numbers, each at least one. Loss and gradient norm are those of the whole update, on every rank.
         If the loss or the gradient norm is not finite, the state does not change.
         Raises ValueError if the engine was created for inference.
         """
@@ -218,43 +218,43 @@ class Engine(Protocol):
         """Swap the trainable weights with their moving average; a second call swaps them back."""
 
     def export_state(self) -> TrainingState:
-        """Copies in host memory: of everything on rank 0, perhaps of nothing on other ranks."""
+        """Copies in host memory: everything on rank 0; other ranks may return nothing."""
 
     def load_state(self, state: TrainingState) -> None:
         """Replace parameters, moments and EMA; every rank passes all of them. Reads each array once.
 
-        Empty moments become zeros, an empty EMA a copy of the weights. An engine for inference takes the
-        parameters only. Raises ValueError on names or shapes that differ from the parameter table.
+        Empty moments become zeros, and an empty EMA becomes a copy of the weights. An engine for inference
+        only loads the parameters. Raises ValueError on names or shapes that differ from the parameter table.
         """
 
 
 class Backend(Protocol):
-    """A framework as found through the entry point; importing it must not import the framework."""
+    """A framework, found through its entry point; importing the backend must not import the framework."""
 
     name: str
 
     def missing(self) -> str | None:
-        """None where the framework can be used, else a sentence: what is missing, what to install."""
+        """None if the framework can be used, else a sentence: what is missing and what to install."""
 
     def version(self) -> str: ...
 
     def devices(self) -> list[str]:
-        """Device names, the one that `auto` takes first."""
+        """Device names; `auto` takes the first one."""
 
     def cpu_products(self) -> tuple[str, str | None]:
-        """The library of matrix products on the CPU, and what would make them faster (None: nothing)."""
+        """The library of matrix products on the CPU, and how to make them faster (None if not possible)."""
 
     def scans(self, device: str) -> Mapping[str, str | None]:
-        """Scan implementations by name for a device: None if usable, else why not. In order of preference."""
+        """Scan implementations in order of preference: None if usable on the device, else the reason."""
 
     def scan_timer(self, device: str) -> ScanTimer:
         """A timer for the scans on a device. Raises ValueError if the device is not available."""
 
     def join(self, device: str) -> Ranks:
-        """The job that a launcher made this process a part of, else `ALONE`; once per process.
+        """The job to which a launcher assigned this process, else `ALONE`; once per process.
 
-        device: as in `EngineOptions`; it decides what the ranks talk through. Raises ValueError where the
-        launcher's description of the job is broken, or the device is not available for this rank.
+        device: as in `EngineOptions`; the communication library depends on it. Raises ValueError if the
+        launcher's description of the job is invalid, or the device is not available for this rank.
         """
 
     def create_engine(
@@ -270,13 +270,13 @@ class Backend(Protocol):
 
         optimizer: None creates an engine for inference and gradients, which holds no moments and no EMA.
         ranks: from `join`, if the engine trains together with those of other ranks.
-        Raises ValueError on a state of another model and on options that the backend does not offer.
+        Raises ValueError on a state of another model and on options that the backend does not support.
         """
 
     def create_module(
         self, spec: ModelSpec, parameters: Mapping[str, Array], config: Any, **options: Any
     ) -> Any:
-        """The framework's own module for use as a library (`arm_vision.load_model`), in evaluation mode.
+        """The framework's module for use as a library (`arm_vision.load_model`), in evaluation mode.
 
         config: an `arm_core.data.model_config.ModelConfig`.  options: device and dtype of the framework,
         scan, dynamic_image_size, drop_path_rate.

@@ -1,4 +1,4 @@
-"""Several processes that train one model: the job as each of them sees it.
+"""Several processes that train one model: the job, from the view of one process.
 
 A launcher (`torchrun`, `mlx.launch`) starts the same command several times; each process has a *rank*.
 A backend's `join` returns its `Ranks`. Engines exchange tensors; this module exchanges small values: a
@@ -23,11 +23,11 @@ PACE = 1.0
 
 
 class Ranks(Protocol):
-    """The job from one of its processes."""
+    """The job, from the view of one of its processes."""
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Index of this process, from 0."""
 
     @property
     def world(self) -> int:
@@ -35,10 +35,10 @@ class Ranks(Protocol):
 
     @property
     def restarts(self) -> int:
-        """How often the launcher has restarted the job after a failure."""
+        """The number of times that the launcher has restarted the job after a failure."""
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; every rank calls it at the same point.
+        """The values of all ranks, in rank order; every rank calls this at the same point.
 
         value: small, of types that JSON supports.  Waits for the slowest rank.
         Raises PeerFailed if another process has ended, or if its message is invalid.
@@ -119,12 +119,12 @@ def lead(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def confirm(ranks: Ranks, value: int) -> None:
-    """Check that every rank is reached, and with the same value; PeerFailed otherwise.
+    """Check that every rank answers, with the same value; PeerFailed otherwise.
 
-    For use before rank 0 writes a result to which all ranks contributed: what a lost rank sent may be wrong.
+    For use before rank 0 writes a result to which all ranks contributed: data from a lost rank may be wrong.
     """
     if (found := ranks.gather(value)) != [value] * ranks.world:
-        raise PeerFailed(f"another process of the job has ended (expected {value} of all, found {found})")
+        raise PeerFailed(f"another process of the job has ended (expected {value} from all, found {found})")
 
 
 def agree(ranks: Ranks, value: T | None) -> T | None:
@@ -136,7 +136,7 @@ class StopTogether:
     """A common decision of all ranks to stop, from the signals that each of them has received.
 
     noted: name of the signal that this process received, or None.
-    The ranks exchange them about every `PACE` seconds by the clock of rank 0, at the same calls.
+    The ranks exchange them in the same calls, about every `PACE` seconds by the clock of rank 0.
     """
 
     def __init__(self, ranks: Ranks, noted: Callable[[], str | None]) -> None:

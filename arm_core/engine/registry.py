@@ -1,4 +1,4 @@
-"""How backends are found: through an entry point, so that a further backend can be a separate package."""
+"""Finds backends through an entry point, so that another backend can be a separate package."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Alias:
 
     backend: str
     device: str
-    """Device type, also what `auto` means."""
+    """Device type; `auto` means this device."""
     meaning: str
-    """In words, for messages."""
+    """Description for messages."""
 
 
 ALIASES = {"cuda": Alias("torch", "cuda", "the torch engine on an NVIDIA GPU")}
@@ -34,21 +34,21 @@ ALIASES = {"cuda": Alias("torch", "cuda", "the torch engine on an NVIDIA GPU")}
 
 
 def installed_backends() -> dict[str, Backend]:
-    """All registered backends by their own name, usable or not, in the order of their names."""
+    """All registered backends by name, usable or not, sorted by name."""
     found = (point.load() for point in entry_points(group=ENTRY_POINTS))
     return {backend.name: backend for backend in sorted(found, key=lambda backend: str(backend.name))}
 
 
 def preferred_order() -> tuple[str, ...]:
-    """Names in the order that `auto` tries: MLX on Apple Silicon and under `mlx.launch`, torch elsewhere."""
+    """Names in the order of `auto`: MLX first on Apple Silicon and under `mlx.launch`, else torch."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     return ("mlx", "torch") if apple or "MLX_RANK" in os.environ else ("torch", "mlx")
 
 
 def choose_backend(name: str = "auto") -> Backend:
-    """The backend with that name or alias, or for `auto` the first usable one.
+    """The backend with this name or alias, or for `auto` the first usable one.
 
-    Raises ValueError if the name is unknown or the backend cannot run here, and says what to install.
+    Raises ValueError if the name is unknown or the backend cannot run here; the message says what to install.
     """
     known = installed_backends()
     if name == "auto":
@@ -80,7 +80,7 @@ def _first_usable(known: Mapping[str, Backend]) -> Backend:
 
 
 class OnDevice:
-    """A backend limited to one type of device by an alias; everything else is the backend's own."""
+    """A backend that an alias limits to one type of device; everything else is delegated to the backend."""
 
     def __init__(self, backend: Backend, requested: str, alias: Alias) -> None:
         self._backend, self._requested, self._alias = backend, requested, alias

@@ -1,7 +1,7 @@
 """Times of the selective scan by itself, for `arm bench scan`.
 
-Times are of the whole operator with softplus, mean over directions and gate. Rates count the bytes that every
-implementation has to move: operands and results, each once.
+Times include the whole operator with softplus, mean over directions and gate. Rates count the bytes that
+every implementation has to move: operands and results, each once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ScanShape:
 
     @property
     def both_bytes(self) -> int:
-        """Forward, and backward its operands once more, the gradient of the result, and those of all."""
+        """Bytes of the forward pass plus, for the backward pass, its operands again and all gradients."""
         K, B, L, D, N = self.sizes
         back = (2 if self.bfloat16 else 4) * B * L * (2 * K * (2 * D + 2 * N) + 3 * D)
         return self.forward_bytes + back
@@ -78,7 +78,7 @@ class ScanShape:
 
 
 BY_TOKEN = ("u", "dt", "B", "C", "z")
-"""Operands that are bfloat16 where asked; the others are float32 always."""
+"""Operands that are bfloat16 on request; the others are always float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +101,17 @@ class ScanTimer(Protocol):
         """Bytes per second that the device reads and writes when it copies a large array."""
 
     def time(self, shape: ScanShape, scan: str, *, repeats: int) -> ScanTimes:
-        """Raises ValueError where that scan cannot run on the device."""
+        """Raises ValueError if this scan cannot run on the device."""
 
     def tune(self, shape: ScanShape, *, repeats: int) -> Iterator[tuple[str, ScanTimes]]:
-        """Every choice of the kernels' constants as the entry of their table, measured one by one.
+        """Measure every choice of the kernels' constants, each as an entry of their table.
 
         Raises ValueError if the kernels have no constants to choose.
         """
 
 
 def repeat(run: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each run, after one that does not count; fewer than `repeats` when PATIENCE is out."""
+    """Seconds of each run, after a warm-up run; fewer than `repeats` runs after PATIENCE seconds."""
     run()
     times: list[float] = []
     while not times or (len(times) < repeats and sum(times) < PATIENCE):

@@ -1,4 +1,4 @@
-"""What both engines share around their scan implementations: the table, the choice, the check of shapes."""
+"""Shared parts of the engines' scans: the table of implementations, the choice, and the check of shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Implementation(Generic[Tensor]):
     unusable: Callable[[str], str | None] = lambda device: None
     """Device, such as `cpu` or `cuda:1` -> None, or the reason why it cannot run there."""
     note: Callable[[int], str | None] = lambda conv_width: None
-    """Convolution width -> what the printed name of the scan adds, such as a substitute for a kernel."""
+    """Convolution width -> a note in the printed name of the scan, such as a substitute for a kernel."""
 
 
 class Implementations(dict[str, Implementation[Tensor]]):
@@ -37,7 +37,7 @@ class Implementations(dict[str, Implementation[Tensor]]):
         return {name: implementation.unusable(device) for name, implementation in self.items()}
 
     def label(self, name: str, conv_width: int) -> str:
-        """The name as printed and recorded."""
+        """The name that is printed and recorded."""
         note = self[name].note(conv_width)
         return f"{name} ({note})" if note else name
 
@@ -67,7 +67,7 @@ class HasShape(Protocol):
 
 
 def check_axes(prefix: str = "", /, **tensors: tuple[HasShape, str]) -> dict[str, int]:
-    """Compare shapes with axes given by one letter each; returns the size of every letter.
+    """Compare shapes with axes that are named by one letter each; returns the size of every letter.
 
     The first tensor that has a letter sets its size: `check_axes(u=(u, "KBLD"), D=(D, "KD"))`.
     Raises ValueError that names the first tensor that does not fit. prefix: put before its name.

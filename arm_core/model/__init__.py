@@ -1,1 +1,1 @@
-"""What a model is: spec, token orders, parameter table, cost, float64 reference. Imports no other room."""
+"""Models: spec, token orders, parameter table, cost, float64 reference. Imports no other room."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 A = -0.75
-"""Sharpness of the cubic kernel (Keys 1981), as torch chooses it."""
+"""Sharpness of the cubic kernel (Keys 1981), the same as in torch."""
 
 
 def interpolation_matrix(size: int, new_size: int) -> npt.NDArray[np.float64]:

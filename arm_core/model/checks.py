@@ -50,7 +50,7 @@ PART = Range(low=0, high=1)
 def check_ranges(owner: str, settings: Any, **ranges: Range) -> None:
     """Check attributes of `settings` by name; a ValueError lists each one that is out of range.
 
-    An attribute that is None is not checked; of a tuple every item is.
+    An attribute that is None is not checked; in a tuple, every item is checked.
     """
     problems = []
     for name, allowed in ranges.items():
@@ -63,7 +63,7 @@ def check_ranges(owner: str, settings: Any, **ranges: Range) -> None:
 
 
 def check_whole(owner: str, allowed: Range = AT_LEAST_ONE, **values: object) -> None:
-    """Check whole numbers by name; a ValueError lists each that is of another type or out of range."""
+    """Check whole numbers by name; a ValueError lists each one of another type or out of range."""
     problems = [
         f"{owner}.{name}: expected a whole number, {allowed}, found {shortened(value)}"
         for name, value in values.items()
@@ -74,7 +74,7 @@ def check_whole(owner: str, allowed: Range = AT_LEAST_ONE, **values: object) -> 
 
 
 def check_keys(owner: str, found: Iterable[str], known: Iterable[str]) -> None:
-    """A ValueError names the first unknown key, and the known one that it resembles."""
+    """Raise ValueError for the first unknown key; the message names the known key that it resembles."""
     names = list(known)
     for key in found:
         if key not in names:
@@ -83,7 +83,7 @@ def check_keys(owner: str, found: Iterable[str], known: Iterable[str]) -> None:
 
 
 def near_match(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where a known word is similar, else `; expected one of: ...`."""
+    """`; did you mean 'x'?` if a known word is similar, else `; expected one of: ...`."""
     names = [str(name) for name in known]
     # Comparing takes quadratic time, and no known word is that long.
     if len(word) <= 10 * SHOWN and (close := difflib.get_close_matches(word, names, n=1)):
@@ -92,7 +92,7 @@ def near_match(word: str, known: Iterable[str]) -> str:
 
 
 def shortened(value: object, *, quote: bool = True) -> str:
-    """`repr` of a value (or the text itself), cut where it is long."""
+    """`repr` of a value (or the text itself), truncated if it is long."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**SHOWN:
         return "a whole number of more than 60 digits"  # Python refuses to print some of them
     text = repr(value) if quote else str(value)

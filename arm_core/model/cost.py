@@ -1,7 +1,7 @@
 """Cost of a model by part, from its spec: parameters, multiply-adds and kept activations.
 
 Multiply-adds are those of one image through one forward pass: every matrix product, the convolution
-(one per channel and tap), and four per channel, state and step of the scan (dt A, the state's update,
+(one per channel and weight), and four per channel, state and step of the scan (dt A, the state's update,
 its input, C h). Norms, gates, exponentials and sums are not counted. A training step costs about three
 forward passes.
 
@@ -26,7 +26,7 @@ OPTIMIZER_BYTES = 16
 
 
 EMA_BYTES = 4
-"""Its moving average."""
+"""Float32 moving average of a trainable value."""
 
 SPARE = 0.9
 """Fraction of a device's memory that a step can use; the rest is for libraries and temporary values."""
@@ -94,17 +94,17 @@ def cost_table(spec: ModelSpec) -> list[PartCost]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """Bytes that a training step takes on one device."""
+    """Memory in bytes of a training step on one device."""
 
     state: int
     """Weights, gradients, moments and average."""
     per_image: int
-    """Kept for the gradients, per image."""
+    """Values kept for the gradients, per image."""
     passing: int
-    """Temporary, per image, while a block is recomputed."""
+    """Temporary values per image, while a block is recomputed."""
 
     def total(self, images: int) -> int:
-        """With a micro-batch of `images`."""
+        """The total with a micro-batch of `images`."""
         return self.state + images * (self.per_image + self.passing)
 
     def fitting(self, available: int) -> int:
@@ -146,7 +146,7 @@ Work = dict[str, tuple[int, int]]
 def _trunk(spec: ModelSpec) -> Work:
     encoder = spec.encoder
     width, state, rank, mlp = encoder.width, encoder.state, encoder.dt_rank, encoder.mlp_width
-    # A pretraining model embeds the patches that it reads, a classifier all tokens but the class token.
+    # A pretraining model embeds the patches that it reads, a classifier all tokens except the class token.
     patches = spec.tokens if isinstance(spec, PretrainSpec) else spec.patches
     per_block = encoder.depth * spec.tokens
     scanned = per_block * spec.directions  # steps of the scan over the whole depth
@@ -160,7 +160,7 @@ def _trunk(spec: ModelSpec) -> Work:
         ),
         # Keeps its input x; the scan keeps its output u.
         "mixer convolution": (scanned * width * encoder.conv_width, per_block * width),
-        # u, dt and every CHECKPOINT-th state for each direction; the gate z and what it scales.
+        # u, dt and every CHECKPOINT-th state for each direction; the gate z and the mean that it scales.
         "mixer scan": (
             scanned * 4 * width * state,
             scanned * (2 * width + width * state // CHECKPOINT) + per_block * 2 * width,
@@ -175,7 +175,7 @@ def _decoder(spec: PretrainSpec) -> Work:
     taps = len(TAP_DEPTHS) * spec.encoder.width
     blocks = spec.decoder_depth * tokens
     return {
-        # The inputs of the norms are outputs of blocks, which the next block keeps; the last has no next one.
+        # The inputs of the norms are outputs of blocks; the next block keeps them, except after the last one.
         "taps to decoder": (tokens * taps * width * spec.decoder_depth, tokens * (taps + spec.encoder.width)),
         # Query, key and value, and the output again after the heads are joined; masked scores are computed
         # as well.

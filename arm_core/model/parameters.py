@@ -170,7 +170,7 @@ def _pretrain(spec: PretrainSpec) -> Iterator[Parameter]:
     yield from _trunk(encoder, spec.directions)
     for j in range(len(TAP_DEPTHS)):
         yield from _norm(f"tap_norms.{j}", encoder.width, last)
-    # All taps feed every decoder block; slice j of the output (the fastest axis) belongs to block j.
+    # Every decoder block reads all taps; slice j of the output (the fastest axis) belongs to block j.
     yield from _linear("taps_to_decoder", len(TAP_DEPTHS) * encoder.width, width * spec.decoder_depth, last)
     yield Parameter(
         name="decoder_pos_embed", shape=(spec.patches, width), init=table, trainable=False, layer=last

@@ -44,14 +44,14 @@ PRESETS: dict[str, Preset] = {
     "large": Preset(width=1024, depth=24, decoder_width=512),
     "huge": Preset(width=1536, depth=24, decoder_width=512),
 }
-"""Each has the recipes `pretrain-NAME` and `finetune-NAME`."""
+"""The presets by name; each has the recipes `pretrain-NAME` and `finetune-NAME`."""
 
 DECODER_HEAD_WIDTH = 64
 """Channels of a decoder attention head in the presets (and in the official code at any width)."""
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name; a ValueError names the nearest known one."""
+    """The preset with this name; a ValueError names the most similar one."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{near_match(name, PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Random numbers that depend only on a key: the same on every machine, in any order, in any process."""
+"""Random numbers that depend only on a key: identical on every machine, in any order, in any process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class KeyedRng:
         return low + (high - low) * float(self.uniform(1)[0])
 
     def chance(self, probability: float) -> bool:
-        """True with that probability."""
+        """True with this probability."""
         return float(self.uniform(1)[0]) < probability
 
     def below(self, count: int) -> int:

@@ -45,7 +45,7 @@ class PredictionOrder(StrEnum):
 
 
 class Target(StrEnum):
-    """What the decoder regresses: pixels normalised per patch, or raw pixels."""
+    """The decoder's targets: pixels normalised per patch, or raw pixels."""
 
     NORMALIZED = "normalized"
     RAW = "raw"
@@ -63,7 +63,7 @@ DIRECTIONS: dict[int, tuple[Direction, ...]] = {
     2: (Direction.ROW, Direction.ROW_REVERSE),
     4: tuple(Direction),
 }
-"""Scan directions by their number."""
+"""Scan directions, by their number."""
 
 TAP_DEPTHS = ((1, 2), (2, 3), (5, 6), (1, 1))
 """Encoder depths that the decoder reads, as fractions: layers 6, 8, 10 and 12 of 12."""
@@ -75,7 +75,7 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 def _choice(owner: str, options: type[Choice], value: Any) -> Choice:
-    """A member of an enumeration; ValueError names the nearest one."""
+    """A member of an enumeration; ValueError names the most similar one."""
     if not isinstance(value, str) or value not in list(options):
         hint = near_match(value, list(options)) if isinstance(value, str) else "; expected a name"
         raise ValueError(f"{owner}: unknown {shortened(value)}{hint}")
@@ -144,7 +144,7 @@ class _Patched:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; ValueError where the image is not divisible into patches."""
+        """Rows and columns of patches; ValueError if the image is not divisible into patches."""
         (height, width), patch = _pair("image_size", self.image_size, MAX_SIDE), self.encoder.patch
         nearest = [max(1, round(side / patch)) * patch for side in (height, width)]
         _require(
@@ -228,7 +228,7 @@ class PretrainSpec(_Patched):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the encoder reads and the decoder predicts: those of all clusters but one."""
+        """Tokens that the encoder reads and the decoder predicts: those of all clusters except one."""
         return self.patches - self.patches_per_cluster
 
     @property

@@ -45,12 +45,12 @@ def patch_order(spec: PretrainSpec) -> Indices:
 
 
 def encoder_patches(spec: PretrainSpec) -> Indices:
-    """Patches that the encoder reads, `(tokens,)`: every cluster but the last."""
+    """Patches that the encoder reads, `(tokens,)`: every cluster except the last."""
     return patch_order(spec)[: spec.tokens]
 
 
 def target_patches(spec: PretrainSpec) -> Indices:
-    """Patches that the decoder predicts, `(tokens,)`: every cluster but the first."""
+    """Patches that the decoder predicts, `(tokens,)`: every cluster except the first."""
     return patch_order(spec)[spec.patches_per_cluster :]
 
 

@@ -22,7 +22,7 @@ TOLERANCE = 2e-6
 
 
 class Case(NamedTuple):
-    """Sizes: directions, images, tokens, channels, states, convolution taps."""
+    """Sizes: directions, images, tokens, channels, states, convolution width."""
 
     K: int
     B: int

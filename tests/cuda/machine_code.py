@@ -34,7 +34,7 @@ from arm_cuda.triton import launch  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100)
-DIRECTIONS, CHANNELS, TAPS, RANK = 4, 768, 4, 48
+DIRECTIONS, CHANNELS, CONV_WIDTH, RANK = 4, 768, 4, 48
 """Of a base classifier."""
 
 
@@ -118,7 +118,7 @@ def rows(
     _, B, C = torch.ones(DIRECTIONS, 2, 197, RANK + 2 * states, dtype=dtype).split([RANK, states, states], -1)
     vector = torch.ones(DIRECTIONS, CHANNELS)
     scan = (u, u, vector[:, None].expand(-1, states, -1), B, C, vector, vector, z, order)
-    conv = (x, torch.ones(DIRECTIONS, TAPS, CHANNELS), vector, order)
+    conv = (x, torch.ones(DIRECTIONS, CONV_WIDTH, CHANNELS), vector, order)
     out, mean, kept = launch.scan_forward(*scan, save_for_backward)
     if save_for_backward:
         launch.scan_backward(out, mean, kept, *scan)

@@ -370,7 +370,7 @@ def test_scattered_memory_is_refused(device: str) -> None:
 def test_rows_too_far_apart_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "LARGEST_OFFSET", 7 * 32 - 1)
     monkeypatch.setattr(operators, "_accepted", set())
-    with pytest.raises(ValueError, match="x: 7 tokens of 32 elements pass the 223 that its kernels count"):
+    with pytest.raises(ValueError, match="x: 7 tokens of 32 elements exceed the 223 that its kernels count"):
         call(inputs(CASES[2], device=device), "directional_conv")
 
 

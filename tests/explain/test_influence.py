@@ -85,9 +85,9 @@ def frozen_jacobian(spec, w, x, order):
     jacobians = []
     for k, steps in enumerate(order):
         weight, bias = w["conv.weight"][k], w["conv.bias"][k]
-        taps = weight.shape[-1]
-        padded = np.concatenate([np.zeros((taps - 1, width)), inner[steps]])
-        conv = bias + sum(padded[j : j + length] * weight[:, j] for j in range(taps))
+        W = weight.shape[-1]
+        padded = np.concatenate([np.zeros((W - 1, width)), inner[steps]])
+        conv = bias + sum(padded[j : j + length] * weight[:, j] for j in range(W))
         low, B, C = np.split(
             silu(conv) @ w["x_proj.weight"][k].T, [encoder.dt_rank, encoder.dt_rank + encoder.state], axis=-1
         )
@@ -162,7 +162,7 @@ def test_shares_of_tokens_and_of_the_bias_make_one(spec, backend):
         np.testing.assert_allclose(found.mean[b, 0].sum(-1) + bias, 1, atol=2e-4)
 
 
-def kernel_problem(length, channels, states, directions=2, taps=4, dt_scale=1.0, seed=0):
+def kernel_problem(length, channels, states, directions=2, W=4, dt_scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -172,7 +172,7 @@ def kernel_problem(length, channels, states, directions=2, taps=4, dt_scale=1.0,
         "x": normal(length, channels),
         "dt": (dt_scale * rng.random((directions, length, channels)) + 1e-3).astype(np.float32),
         "opening": rng.random((directions, length, channels)).astype(np.float32),
-        "weight": normal(directions, channels, taps),
+        "weight": normal(directions, channels, W),
         "A": -np.exp(normal(directions, channels, states)),
         "B": normal(directions, length, states),
         "C": normal(directions, length, states),
@@ -187,7 +187,7 @@ def slow_map(x, dt, opening, weight, A, B, C, D, q, order):
     x, dt, opening, weight, A, B, C, D, q = (
         a.astype(np.float64) for a in (x, dt, opening, weight, A, B, C, D, q)
     )
-    (directions, length, _), taps = dt.shape, weight.shape[-1]
+    (directions, length, _), W = dt.shape, weight.shape[-1]
     out = np.zeros((directions, length, length))
     for k, steps in enumerate(order):
         for place, s in enumerate(steps):
@@ -196,19 +196,19 @@ def slow_map(x, dt, opening, weight, A, B, C, D, q, order):
                 p = steps[t]
                 h = np.exp(dt[k, p, :, None] * A[k]) * h
                 lag = t - place
-                v = opening[k, p] * weight[k, :, taps - 1 - lag] * x[s] if lag < taps else np.zeros_like(x[s])
+                v = opening[k, p] * weight[k, :, W - 1 - lag] * x[s] if lag < W else np.zeros_like(x[s])
                 h += (dt[k, p] * v)[:, None] * B[k, p]
                 out[k, p, s] = ((h @ C[k, p] + D[k] * v) * q[p]).sum()
     return out
 
 
 @pytest.mark.parametrize(
-    ("length", "channels", "states", "taps"),
+    ("length", "channels", "states", "W"),
     [(1, 1, 1, 1), (2, 3, 2, 4), (63, 65, 5, 4), (64, 64, 16, 4), (65, 7, 16, 3), (130, 66, 3, 70 - 9)],
 )
 @pytest.mark.parametrize("dt_scale", [0.01, 1.0, 300.0])
-def test_kernel_equals_the_loop_at_odd_sizes_and_extreme_steps(length, channels, states, taps, dt_scale):
-    problem = kernel_problem(length, channels, states, taps=taps, dt_scale=dt_scale)
+def test_kernel_equals_the_loop_at_odd_sizes_and_extreme_steps(length, channels, states, W, dt_scale):
+    problem = kernel_problem(length, channels, states, W=W, dt_scale=dt_scale)
     expected, found = slow_map(**problem), cpu_kernels.influence_map(**problem)
     assert np.isfinite(found).all()
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
@@ -231,8 +231,8 @@ def test_kernel_refuses_other_shapes_by_name():
     problem = kernel_problem(9, 5, 3)
     with pytest.raises(ValueError, match=r"q: expected float32"):
         cpu_kernels.influence_map(**{**problem, "q": problem["q"][:, :4]})
-    with pytest.raises(ValueError, match="weight: expected at most 64 taps, found 65"):
-        cpu_kernels.influence_map(**kernel_problem(9, 5, 3, taps=65))
+    with pytest.raises(ValueError, match="weight: expected a convolution width of at most 64, found 65"):
+        cpu_kernels.influence_map(**kernel_problem(9, 5, 3, W=65))
 
 
 def test_a_silent_mixer_has_no_influence(classifier_spec, backend):

@@ -135,7 +135,9 @@ MUTATIONS = [
     ),
     Mutation("the last run goes on", "conv_forward", "if (first + i < LENGTH)", ""),
     # conv_backward.metal
-    Mutation("a run does not see the one after", "conv_backward", "first < stop + TAPS - 1", "first < stop"),
+    Mutation(
+        "a run does not see the one after", "conv_backward", "first < stop + CONV_WIDTH - 1", "first < stop"
+    ),
     Mutation(
         "steps at a border count twice in the weight", "conv_backward", "t < stop ? grad : 0.0f", "grad"
     ),

@@ -1,6 +1,6 @@
 """Inputs for the kernels, and the exact gradients: the reference's formulas differentiated by hand.
 
-Sizes: K directions, B images, L tokens, D channels, N states, W taps.
+Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Case:
     length: int
     channels: int
     states: int = 16
-    taps: int = 4
+    width: int = 4
 
     def __str__(self) -> str:
-        sizes = (self.directions, self.batch, self.length, self.channels, self.states, self.taps)
+        sizes = (self.directions, self.batch, self.length, self.channels, self.states, self.width)
         return "-".join(f"{name}{size}" for name, size in zip("KBLDNW", sizes, strict=True))
 
 
@@ -50,7 +50,7 @@ def inputs(case: Case, *, large_steps: bool = False, seed: int = 3) -> Arrays:
     orders = [np.arange(L), np.arange(L)[::-1]] + [rng.permutation(L) for _ in range(K)]
     return {
         "x": normal(B, L, D),
-        "weight": normal(K, D, case.taps),
+        "weight": normal(K, D, case.width),
         "bias": normal(K, D),
         "u": normal(K, B, L, D),
         "dt": raw.astype(np.float32),
@@ -73,23 +73,23 @@ def sigmoid(x: F64) -> F64:
 def conv(values: Arrays, grad: np.ndarray | None = None) -> tuple[F64, dict[str, F64]]:
     """u of the directional convolution, and with its gradient those of x, weight and bias, in float64."""
     x, weight, bias = (values[name].astype(np.float64) for name in CONV)
-    taps, length = weight.shape[-1], x.shape[1]
+    width, length = weight.shape[-1], x.shape[1]
     u = np.empty((len(weight), *x.shape))
     grads = {name: np.zeros(a.shape) for name, a in zip(CONV, (x, weight, bias), strict=True)}
     for k, path in enumerate(values["order"]):
-        padded = np.concatenate([np.zeros((len(x), taps - 1, x.shape[2])), x[:, path]], axis=1)
-        total = sum((padded[:, j : j + length] * weight[k, :, j] for j in range(taps)), start=bias[k])
+        padded = np.concatenate([np.zeros((len(x), width - 1, x.shape[2])), x[:, path]], axis=1)
+        total = sum((padded[:, j : j + length] * weight[k, :, j] for j in range(width)), start=bias[k])
         u[k][:, path] = silu(total)
         if grad is None:
             continue
         s = sigmoid(total)
         inner = grad[k][:, path] * s * (1 + total * (1 - s))
         back = np.zeros_like(padded)
-        for j in range(taps):
+        for j in range(width):
             back[:, j : j + length] += inner * weight[k, :, j]
             grads["weight"][k, :, j] = (inner * padded[:, j : j + length]).sum((0, 1))
         grads["bias"][k] = inner.sum((0, 1))
-        grads["x"][:, path] += back[:, taps - 1 :]
+        grads["x"][:, path] += back[:, width - 1 :]
     return u, grads
 
 

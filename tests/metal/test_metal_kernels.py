@@ -13,7 +13,7 @@ from accuracy import TOLERANCE, errors, relative, rounded, run, sweep  # noqa: E
 from problems import CONV, SCAN, Case  # noqa: E402
 
 CASES = [
-    Case(length=1, channels=1, taps=1),
+    Case(length=1, channels=1, width=1),
     Case(length=7, channels=40, directions=2),
     Case(length=37, channels=40, directions=4, batch=2),
     Case(length=128, channels=192),
@@ -134,7 +134,7 @@ def test_the_exact_gradients_follow_the_reference(operator: str) -> None:
     from arm_core.model.reference import scan as reference
 
     names = CONV if operator == "directional_conv" else SCAN
-    values = problems.inputs(Case(length=5, channels=3, directions=2, batch=2, states=2, taps=3))
+    values = problems.inputs(Case(length=5, channels=3, directions=2, batch=2, states=2, width=3))
     values = {name: a.astype(np.float64) if name != "order" else a for name, a in values.items()}
     loop = getattr(reference, operator)
 

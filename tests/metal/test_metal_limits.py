@@ -114,7 +114,7 @@ def test_threadgroup_memory_is_what_the_table_promises(states: int, emulator: An
 
 def test_arrays_of_a_few_elements_lie_in_device_memory_like_all_others(emulator: Any) -> None:
     for operator in ("directional_conv", "selective_scan"):
-        call(Case(length=1, channels=1, states=1, taps=2), operator)
+        call(Case(length=1, channels=1, states=1, width=2), operator)
     for traced in emulator.launches:
         signature = traced.source.split("[[kernel]]")[1].split(") {")[0]
         arrays = re.findall(r"const (\w+) \w+\* (\w+) \[\[buffer", signature)

@@ -47,7 +47,7 @@ def usable() -> list[str]:
 
 
 def inputs(case: Case, regime: str = "mild") -> Arrays:
-    directions, batch, length, channels, states, taps = case
+    directions, batch, length, channels, states, width = case
     rng = np.random.default_rng(3)
 
     def normal(*shape: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def inputs(case: Case, regime: str = "mild") -> Arrays:
         dt = dt - 50
     return {
         "x": normal(batch, length, channels),
-        "weight": normal(directions, channels, taps),
+        "weight": normal(directions, channels, width),
         "bias": normal(directions, channels),
         "u": normal(directions, batch, length, channels),
         # Eighths, as dt_bias: their sum is exact, so that softplus is what is judged.

@@ -1,1 +1,1 @@
-"""Float64 NumPy reference of the operators and of both models: slow, short, and the last word."""
+"""Float64 NumPy reference of the operators and of both models: slow, short and authoritative."""

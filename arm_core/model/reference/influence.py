@@ -1,4 +1,4 @@
-"""Token-to-token contributions of one mixer in float64: what the fast influence maps are held against.
+"""Token-to-token contributions of one mixer in float64: the reference for the fast influence maps.
 
 One mixer maps tokens x_s to outputs o_t. With the recorded values of dt, B, C, the gate silu(z) and the
 sigmoid inside the convolution's SiLU held fixed, it is an affine map: o_t = sum_s c_(t<-s) + b_t with
@@ -6,7 +6,7 @@ sigmoid inside the convolution's SiLU held fixed, it is an affine map: o_t = sum
     c_k(t<-s) = W_out ( silu(z_t) * sum_i G_k(t, i) * sigmoid(conv_k)_i * w_k[lag(s, i)] * (W_x x_s) )
     G_k(t, i) = dt_i <C_t, exp(A sum of dt over (i, t]) B_i> + D [t = i]
 
-where i runs over the scan steps that the convolution lets token s reach, no later than t, and `*` acts per
+where i runs over the scan steps up to t that the convolution connects with token s, and `*` acts per
 channel. The map of the mixer is the mean over the K directions. The same freezing is described in "The Hidden
 Attention of Mamba Models" (arXiv:2403.01590) and "A Unified Implicit Attention Formulation for Gated-Linear
 Recurrent Sequence Models" (arXiv:2405.16504).
@@ -28,13 +28,13 @@ class Contributions(NamedTuple):
     """Additive parts of a mixer's output; T tokens, D channels, K directions."""
 
     tokens: F64
-    """(K, T, T, D): [k, t, s] is what token s contributes to token t if direction k were the only one."""
+    """(K, T, T, D): [k, t, s] is the contribution of token s to token t if k were the only direction."""
     bias: F64
-    """(K, T, D): what the convolution's bias contributes."""
+    """(K, T, D): the contribution of the convolution's bias."""
 
     @property
     def output(self) -> F64:
-        """(T, D), the mixer's output: all parts together."""
+        """(T, D), the mixer's output: the sum of all parts."""
         return np.asarray((self.tokens.sum(2) + self.bias).mean(0))
 
 
@@ -47,7 +47,7 @@ def contributions(spec: EncoderSpec, w: Weights, x: F64, order: Orders) -> Contr
     tokens = np.empty((len(order), length, length, width))
     bias = np.empty((len(order), length, width))
     for k, steps in enumerate(order):
-        along = inner[steps]  # (T, D) in scan order, as everything below
+        along = inner[steps]  # (T, D) in scan order, like everything below
         padded = np.concatenate([np.zeros((count - 1, width)), along])
         conv = w["conv.bias"][k] + sum(padded[j : j + length] * taps[k, :, j] for j in range(count))
         opening = sigmoid(conv)

@@ -1,13 +1,13 @@
-"""Both models in float64 NumPy, written for reading: forward only, one image or many.
+"""Both models in float64 NumPy, written to be read: forward only, one image or many.
 
-`forward(spec, parameters, images)` returns the outputs of the protocol's `Engine.forward` and, under
-these names, the tensors on the way (T tokens, D width, E decoder width):
+`forward(spec, parameters, images)` returns the outputs of the protocol's `Engine.forward` and these
+intermediate tensors (T tokens, D width, E decoder width):
 
     tokens               (B, T, D)  patch embedding + position (and class token)
     layers.<i>.mixer     (B, T, D)  output of the mixer's branch
     layers.<i>           (B, T, D)  output of the block
     taps_to_decoder      (B, T, E * decoder depth)
-    queries              (B, T, E)  what the decoder starts from
+    queries              (B, T, E)  input of the decoder
     decoder.<j>          (B, T, E)  output of the decoder's block
     norm_f               (B, T, D)  the classifier's last norm
 """
@@ -64,7 +64,7 @@ def unfold_patches(images: npt.NDArray[np.number], patch: int) -> F64:
 
 
 def prediction_target(spec: PretrainSpec, patches: F64) -> F64:
-    """What the decoder regresses, (B, tokens, patch values); variance is unbiased, as torch's `var`."""
+    """The decoder's targets, (B, tokens, patch values); the variance is unbiased, like torch's `var`."""
     target = patches[:, target_patches(spec)]
     if spec.target is Target.NORMALIZED:
         variance = target.var(-1, ddof=1, keepdims=True)

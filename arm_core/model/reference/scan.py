@@ -1,8 +1,8 @@
-"""The two sequence operators of the mixer as plain float64 loops: what every kernel is held against.
+"""The two sequence operators of the mixer as plain float64 loops: the reference for every kernel.
 
-K directions, B images, L tokens, D channels, N states, W convolution taps. `order` (K, L) holds for
-each direction the token read at each step; everything else is indexed by token, so results need no
-reordering afterwards.
+K directions, B images, L tokens, D channels, N states, W convolution width. For each direction,
+`order` (K, L) holds the token read at each step. Everything else is indexed by token, so results need no
+reordering.
 """
 
 from __future__ import annotations

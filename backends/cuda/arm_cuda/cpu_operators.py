@@ -1,7 +1,7 @@
-"""The CPU kernels as torch operators with shapes of their own, for torch.compile, torch.export, torch.func.
+"""The CPU kernels as torch operators with registered shapes, for torch.compile, torch.export and torch.func.
 
 Eager code calls the kernels through plain autograd functions (`arm_cuda.scan`), which cost less per call.
-torch.func takes autograd functions with a `setup_context`, at the end of this file.
+torch.func needs autograd functions with a `setup_context`; they are at the end of this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from arm_core.cpu_kernels.simd import LANES
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """As `arm_cuda.scan.directional_conv`, on the CPU."""
+    """Same as `arm_cuda.scan.directional_conv`, on the CPU."""
     tensors = (*(t.float() for t in (x, weight, bias)), order)
     result: Tensor = _Conv.apply(*tensors) if function_transform() else conv(*tensors)
     return result.to(x.dtype)
@@ -28,7 +28,7 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
     order: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As `arm_cuda.scan.selective_scan`, on the CPU."""
+    """Same as `arm_cuda.scan.selective_scan`, on the CPU."""
     tensors = [t.float() for t in (u, dt, A, B, C, D, dt_bias, z)]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     results = _Scan.apply(*tensors, order, True) if function_transform() else scan(*tensors, order, keep)
@@ -155,7 +155,7 @@ conv_backward.register_autograd(_refuse)
 scan_backward.register_autograd(_refuse)
 
 
-# torch.func: every function that it meets has a `setup_context`, the backward passes too
+# torch.func needs a `setup_context` in every function, backward passes included
 
 
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

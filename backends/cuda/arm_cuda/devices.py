@@ -16,7 +16,7 @@ def devices() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device with that name; `auto` is the first GPU, else the CPU. Raises ValueError."""
+    """The device with this name; `auto` is the first GPU, or the CPU without one. Raises ValueError."""
     if name == "auto":
         name = devices()[0]
     try:
@@ -34,12 +34,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def local_device(name: str) -> torch.device:
-    """The device of one of several processes on this machine: its own GPU, or the CPU. Raises ValueError."""
+    """The device of one of several processes on this machine: one GPU each, or the CPU. Raises ValueError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if name not in ("auto", "cuda"):
         raise ValueError(
-            f"device: torchrun gives each process a device of its own; expected cuda or cpu, found {name!r}"
+            f"device: torchrun assigns one device to each process; expected cuda or cpu, found {name!r}"
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= (count := torch.cuda.device_count()):
@@ -50,23 +50,23 @@ def local_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """For people and the run's record."""
+    """Human-readable name, also written to the run's record."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
+    """Memory in bytes of the GPU, or of the machine for the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def set_threads(count: int | None) -> None:
-    """CPU threads of torch and of the CPU kernels; None keeps torch's own choice."""
+    """Set the CPU threads of torch and of the CPU kernels; None keeps torch's default."""
     threads = count or torch.get_num_threads()
-    from arm_core import cpu_kernels  # not on a GPU, which does not need Numba
+    from arm_core import cpu_kernels  # not on a GPU: Numba is not needed there
 
-    cpu_kernels.start_threads()  # resets torch's count, and the count decides the last bits of a sum
+    cpu_kernels.start_threads()  # resets torch's count, on which the last bits of a sum depend
     torch.set_num_threads(threads)
 
 

@@ -28,8 +28,8 @@ from arm_cuda.devices import local_device
 Forward = Callable[..., dict[str, Tensor]]
 
 _KEPT: list[Any] = []
-"""Keeps the process group until the interpreter ends: if DistributedDataParallel released it last, it would
-join its threads while holding the lock that they wait for."""
+"""Keeps the process group until the interpreter exits. If DistributedDataParallel released it last, it
+would join its threads while it holds the lock that they wait for."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Placement:
         self.ranks = ranks
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
-        """The function for a forward pass with gradients."""
+        """The function that runs a forward pass with gradients."""
         return forward
 
     def passes(self, own: int, total: int) -> int:
-        """Passes that this rank makes for its `own` of the `total` micro-batches of an update."""
+        """The number of passes that this rank makes; `own` of the `total` micro-batches are its own."""
         return own
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
@@ -131,11 +131,11 @@ class Placement:
         return whole
 
     def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """The tensor of which every rank gives its part."""
+        """The whole tensor, from the parts of all ranks."""
         return part
 
     def totals(self, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of all ranks from this rank's share, and the sum of squares over all parts."""
+        """The loss over all ranks, from this rank's share, and the sum of squares over all parts."""
         return loss, squares
 
 
@@ -144,7 +144,7 @@ class Replicated(Placement):
 
     def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
         model.forward = forward
-        # The tables of token orders are the same everywhere; without this each pass would send them.
+        # The token order tables are the same on all ranks; without this, each pass would broadcast them.
         tables = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
         self._parallel = DistributedDataParallel(
@@ -196,7 +196,7 @@ class Sharded(Placement):
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
         mesh, placements = parameter.device_mesh, parameter.placements
-        # No rank is the source: each takes its shard of its own copy.
+        # No rank broadcasts: each takes its shard from its own copy.
         return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
 
     def whole(self, part: Tensor, parameter: Tensor) -> Tensor:

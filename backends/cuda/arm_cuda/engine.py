@@ -47,7 +47,7 @@ from arm_cuda.update import Group, sum_of_squares, update
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Loss and gradient norm, perhaps still being computed by the device."""
+    """Loss and gradient norm; the device may still be computing them."""
 
     values: Tensor
     """(2,)"""
@@ -60,9 +60,9 @@ class PendingStep:
 
 
 class TorchEngine:
-    """Runs `spec` with float32 master weights, and bfloat16 products on request.
+    """Runs `spec` with float32 master weights and, on request, bfloat16 products.
 
-    With several ranks every tensor below is this rank's part: all of it, or its shard.
+    With several ranks, every tensor below is this rank's part: the whole tensor or a shard.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TorchEngine:
             set_threads(options.threads)
             keep_freed_memory()
         elif options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for this
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this setting
             torch.use_deterministic_algorithms(True)
         self.device = device_name(self._device)
         self._available = device_memory(self._device)
@@ -124,7 +124,7 @@ class TorchEngine:
             return to_numpy(torch.autograd.grad(total, pixels)[0])
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, dict[str, Array]]:
-        """As the protocol says; the gradients of several ranks are the mean over their batches."""
+        """See the protocol; with several ranks, the gradients are the mean over their batches."""
         loss = self._accumulate([batch], self._ranks.world)
         gradients = {
             name: to_numpy(self._placement.whole(self._placement.local(p.grad), p))
@@ -170,7 +170,7 @@ class TorchEngine:
         )
 
     def _on_rank_0(self, parts: Mapping[str, Tensor]) -> dict[str, Array]:
-        """Full tensors in host memory, one after the other; empty on the other ranks."""
+        """Full tensors in host memory, one at a time; empty on the other ranks."""
         arrays: dict[str, Array] = {}
         with raising_peer_failures(self._ranks), torch.no_grad():
             for name, part in parts.items():
@@ -230,7 +230,7 @@ class TorchEngine:
 
     @contextmanager
     def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
-        """Context of work on a batch: raises OutOfMemory and PeerFailed."""
+        """Context for the work on a batch: raises OutOfMemory and PeerFailed."""
         try:
             with raising_peer_failures(self._ranks):
                 yield
@@ -240,7 +240,7 @@ class TorchEngine:
             raise OutOfMemory(self.device, self._available, images.shape, fitting=fitting) from error
 
     def _accumulate(self, batches: Sequence[Batch], total: int) -> Tensor:
-        """Gradients of the mean loss over `total` micro-batches of all ranks; returns this rank's share."""
+        """Compute gradients of the mean loss over the `total` micro-batches; returns this rank's share."""
         share = torch.zeros((), device=self._device)
         passes = self._placement.passes(len(batches), total)
         for i in range(passes):

@@ -1,7 +1,7 @@
-"""How a model's forward pass is run: compiled by torch, or with blocks computed again in the backward pass.
+"""How a model's forward pass is run: compiled by torch, or with blocks recomputed in the backward pass.
 
-Neither changes names of parameters or results. Passes without gradients are not compiled: their batches
-have other sizes, and each size would be compiled again.
+Neither changes parameter names or results. Passes without gradients are not compiled: their batch sizes
+differ, and each size would be compiled again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Forward = Callable[..., dict[str, Tensor]]
 
 
 def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> Compile:
-    """What is compiled. Raises ValueError for what cannot be compiled here.
+    """The parts of the model to compile. Raises ValueError if they cannot be compiled here.
 
-    `AUTO` compiles the blocks on a GPU whose scan is `triton`, which needs the same compilers, and nothing
-    elsewhere: the loop of `reference` would be unrolled, and `mamba-ssm` cannot be compiled.
+    `AUTO` compiles the blocks on a GPU if the scan is `triton`, which needs the same compilers. Otherwise it
+    compiles nothing: the loop of `reference` would be unrolled, and `mamba-ssm` cannot be compiled.
     """
     if options.compile is Compile.AUTO:
         return Compile.BLOCKS if device.type == "cuda" and scan == "triton" else Compile.NONE
@@ -50,7 +50,7 @@ def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> C
 
 
 def execute(model: nn.Module, options: EngineOptions) -> Forward:
-    """The model's forward pass as the options say; its blocks are changed in place."""
+    """The model's forward pass with these options; the blocks are changed in place."""
     if options.recompute or options.compile is Compile.BLOCKS:
         for block in model.get_submodule("layers").children():
             block.forward = _block_forward(block.forward, options)
@@ -71,10 +71,10 @@ def _block_forward(plain: Callable[..., Tensor], options: EngineOptions) -> Call
     def forward(x: Tensor, order: Tensor, scale: Tensor | None, name: str, seen: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(x, order, scale, name, seen)
-        # No name: the compiler would make one version per block of it.
+        # No name: with names, the compiler would make one version per block.
         if not options.recompute:
             return run(x, order, scale, "", None)
-        # Nothing in a block draws random numbers; drop path comes as data.
+        # No block draws random numbers: the drop-path factors are inputs.
         again = checkpoint(run, x, order, scale, "", None, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(again, Tensor)
         return again
@@ -83,7 +83,7 @@ def _block_forward(plain: Callable[..., Tensor], options: EngineOptions) -> Call
 
 
 def _compiled_in_training(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled where gradients are computed; each other batch size would be compiled again."""
+    """Compiled if gradients are computed; without gradients, each batch size would be compiled again."""
     compiled: Callable[..., Tensor] = torch.compile(plain, fullgraph=True)
 
     def forward(*tensors: Tensor) -> Tensor:

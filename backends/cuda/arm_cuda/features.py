@@ -20,7 +20,7 @@ def positions_for(table: Tensor, spec: ClassifierSpec, target: ClassifierSpec) -
 
 
 def without_class_token(x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor | None]:
-    """Tokens of the patches (B, patches, D), and the class token (B, 1, D) where there is one."""
+    """Tokens of the patches (B, patches, D), and the class token (B, 1, D) if there is one."""
     if isinstance(spec, PretrainSpec):
         return x, None
     middle = spec.class_position

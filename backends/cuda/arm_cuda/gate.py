@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 def swiglu(x: Tensor, w1: nn.Linear, w2: nn.Linear) -> Tensor:
     """silu(w1(x)) * w2(x).
 
-    On a CPU the kernel of the core makes one pass over memory forward and one backward, and the second
-    matrix product adds up both gradients of x: a step of the base classifier takes 1 % less time.
+    On a CPU, the core's kernel makes one pass over memory forward and one backward, and the second
+    matrix product adds up both gradients of x. A step of the base classifier takes 1 % less time.
 
     x: (B, T, in).  Returns (B, T, out).
     """
@@ -34,7 +34,7 @@ def fuses(*tensors: Tensor) -> bool:
 def transformed() -> bool:
     """Whether torch traces or transforms the code: torch.compile, torch.export or torch.func.
 
-    They need operators with shapes of their own instead of plain autograd functions.
+    They need operators with registered shapes instead of plain autograd functions.
     """
     return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 

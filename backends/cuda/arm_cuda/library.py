@@ -1,7 +1,7 @@
 """The models as a library offers them: `torch.nn.Module`s on images (B, 3, H, W), in timm's terms.
 
-They are the engine's own modules (`arm_cuda.model`) with parameters of the same names; only the way in
-and out differs. `arm_vision.load_model` makes them.
+They are the engine's modules (`arm_cuda.model`), with the same parameter names; only inputs and outputs
+differ. `arm_vision.load_model` creates them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from arm_cuda.library_base import LibraryModel
 from arm_cuda.model import Classifier, PretrainModel, unfold_patches
 
 FLOAT32_ONLY = (".A_log", ".mixer.D", ".dt_proj.bias")
-"""Ends of names of parameters that stay float32 under any `dtype`."""
+"""Suffixes of the names of parameters that stay float32 for every `dtype`."""
 
 
 class ArmClassifier(LibraryModel, Classifier):
@@ -62,7 +62,7 @@ class ArmClassifier(LibraryModel, Classifier):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the outputs of the given blocks do not need (timm's `features_only`)."""
+        """Remove the parts that the outputs of the given blocks do not need (timm's `features_only`)."""
         wanted = block_indices(len(self.layers), indices)
         self.layers = self.layers[: max(wanted) + 1]
         if prune_norm:
@@ -96,7 +96,7 @@ class ArmClassifier(LibraryModel, Classifier):
         nn.init.zeros_(self.head.bias)
 
     def set_pooling(self, pooling: Pooling) -> None:
-        """How tokens become one vector from now on."""
+        """Change the pooling of the tokens."""
         self.spec = replace(self.spec, pooling=pooling)
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, ModelSpec]:
@@ -171,7 +171,7 @@ def create_module(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ArmClassifier | ArmPretrainer:
-    """The library's module with these values, in evaluation mode. options: those of its class."""
+    """The library's module with these values, in evaluation mode. options: arguments of its class."""
     kind: Any = ArmPretrainer if isinstance(spec, PretrainSpec) else ArmClassifier
     model: ArmClassifier | ArmPretrainer = kind(spec, config, **options)
     tensors = {name: torch.tensor(np.asarray(parameters[name], np.float32)) for name in parameter_table(spec)}

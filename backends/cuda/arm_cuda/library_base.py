@@ -1,4 +1,4 @@
-"""What the library models share: checks of images, features of blocks, saving. See `library`."""
+"""The base class of the library models. See `library`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LibraryModel(Trunk):
-    """What both library models share: checks of images, features of blocks, saving.
+    """Base class of both library models: checks of images, features of blocks, saving.
 
     `spec` is the model's spec, `config` its image preprocessing and class names in timm's words.
     """
@@ -42,7 +42,7 @@ class LibraryModel(Trunk):
     def _set_up(
         self, config: ModelConfig, scan: str, dynamic_image_size: bool, drop_path_rate: float
     ) -> None:
-        drop_rates(drop_path_rate, 1)  # refuses a rate out of range
+        drop_rates(drop_path_rate, 1)  # raises if a rate is out of range
         self._config, self._scan = config, scan
         self._choose_scan()
         self.dynamic_image_size, self.drop_path_rate = dynamic_image_size, drop_path_rate
@@ -61,7 +61,7 @@ class LibraryModel(Trunk):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """`config` under the name that `timm.data.resolve_data_config` reads."""
+        """`config`, under the name that `timm.data.resolve_data_config` reads."""
         return self.__dict__.get("_timm_cfg") or self.config
 
     @pretrained_cfg.setter
@@ -78,7 +78,7 @@ class LibraryModel(Trunk):
         return ImagePipeline(self._config, self.spec.image_size, _to_nchw, training=training, seed=seed)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write a model folder that every engine reads; ValueError where it exists (unless `force`)."""
+        """Write a model folder that every engine reads; ValueError if it exists (unless `force`)."""
         if (
             self.num_classes != getattr(self.spec, "classes", 0)
             or len(self.layers) != self.spec.encoder.depth
@@ -89,7 +89,7 @@ class LibraryModel(Trunk):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._choose_scan()  # the device may be another one now
+        self._choose_scan()  # the device may have changed
         return self
 
     def _choose_scan(self) -> None:
@@ -100,7 +100,7 @@ class LibraryModel(Trunk):
                 cast(Block, layer).mixer.scan = chosen
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        """Keep only the inputs of blocks for the backward pass, and recompute the rest."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -109,7 +109,7 @@ class LibraryModel(Trunk):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of layers, for layer-wise learning rates as in the official finetuning."""
-        # norm_f shares the rate of the head, as there; timm's own ViT gives it that of the last block.
+        # norm_f has the head's rate, as in the official code; in timm's ViT it has that of the last block.
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^layers\.(\d+)"}
 
     @torch.no_grad()
@@ -167,9 +167,9 @@ class LibraryModel(Trunk):
 
         indices: blocks; None for all, n for the last n.  norm: apply the last norm to each.
         return_prefix_tokens: pair each map with its class token (B, 1, D).
-        stop_early: compute no block after the last one asked for.
+        stop_early: compute no block after the last requested one.
         output_fmt: `NCHW` (B, D, rows, columns) or `NLC` (B, patches, D).
-        Returns the list of maps, or (tokens as of `forward_features`, list).
+        Returns the list of maps, or (the result of `forward_features`, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected NCHW or NLC, found {output_fmt!r}")
@@ -191,7 +191,7 @@ class LibraryModel(Trunk):
         raise NotImplementedError
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, ModelSpec]:
-        """What the first block reads (B, T, D), the order table, and the spec for the size of the images."""
+        """The input of the first block (B, T, D), the order table, and the spec for the images' size."""
         raise NotImplementedError
 
     def _last_norm(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The two operators on the kernels of mamba-ssm and causal-conv1d, if they are installed.
 
-All K directions are one call: they become K groups of channels, and tokens are put into scan order before
-it and back after it. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
+All K directions are one call: they become K groups of channels. Tokens are put into scan order before it
+and back into token order after it.
+
+Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ CONV_WIDTHS = (2, 3, 4)
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """As `arm_cuda.scan.directional_conv`: causal-conv1d if it is usable and takes the width, else torch.
+    """Same as `arm_cuda.scan.directional_conv`, with causal-conv1d if it can compute it, else torch.
 
-    Both compute the same. `convolution_note` says so in the printed name of the scan if torch runs.
+    Both compute the same function. If torch runs, the printed name of the scan says so (`convolution_note`).
     """
     directions, channels, width = weight.shape
     batch, length, _ = x.shape
@@ -47,7 +49,7 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
     order: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As `arm_cuda.scan.selective_scan`, by one call of `selective_scan_fn` with the directions as groups.
+    """Same as `arm_cuda.scan.selective_scan`: one call of `selective_scan_fn` with the directions as groups.
 
     mamba-ssm takes u, dt, B and C in one type, and A, D and dt_bias in float32.
     """
@@ -84,7 +86,7 @@ def selective_scan(
 
 
 def unusable(device: str) -> str | None:
-    """None if mamba-ssm runs on the device (`cuda`: the current GPU), else why not and what to install."""
+    """None if mamba-ssm runs on the device (`cuda`: the current GPU), else the reason and what to install."""
     if torch.device(device).type != "cuda":
         return "its kernels run on NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -93,13 +95,13 @@ def unusable(device: str) -> str | None:
 
 
 def convolution_note(conv_width: int) -> str | None:
-    """What the printed name of the scan says if the convolution runs in torch."""
+    """The note in the printed name of the scan if the convolution runs in torch."""
     reason = _conv_reason(conv_width)
     return f"convolution by torch: {reason}" if reason else None
 
 
 def _conv_reason(width: int) -> str | None:
-    """Why causal-conv1d cannot run, None if it can."""
+    """The reason why causal-conv1d cannot run; None if it can."""
     if width not in CONV_WIDTHS:
         return f"causal-conv1d takes widths {', '.join(map(str, CONV_WIDTHS))}, not {width}"
     return _conv_unusable()
@@ -111,7 +113,7 @@ def on_gpu(tensor: Tensor) -> bool:
 
 @cache
 def _scan_unusable(device: str) -> str | None:
-    """By calling it: where `import mamba_ssm` works, its kernels may still be missing."""
+    """Check it by a call: its kernels may be missing even if `import mamba_ssm` works."""
     if find_spec("mamba_ssm") is None:
         return f"mamba-ssm is not installed; {INSTALL}"
     try:
@@ -155,5 +157,5 @@ def _causal_conv1d() -> Callable[..., Any]:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of (K, B, L, ...) as each direction's order names them."""
+    """Tokens of (K, B, L, ...), put into each direction's order."""
     return torch.take_along_dim(x, order.long()[:, None, :, None], dim=2)

@@ -25,7 +25,7 @@ def unfold_patches(images: Tensor, patch: int) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """What both models share: patch embedding, blocks, and the order table of their scans."""
+    """Base of both models: patch embedding, blocks, and the order table of their scans."""
 
     order: Tensor
 
@@ -97,7 +97,7 @@ class PretrainModel(Trunk):
         }
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the decoder regresses, (B, T, patch values) float32."""
+        """The targets of the decoder, (B, T, patch values) float32."""
         target = patches[:, self.target_patches]
         if self.spec.target is Target.RAW:
             return target
@@ -106,7 +106,7 @@ class PretrainModel(Trunk):
 
 
 class Classifier(Trunk):
-    """Names the class of an image from K scans of its patches around a class token."""
+    """Classifies an image from K scans of its patches around a class token."""
 
     def __init__(self, spec: ClassifierSpec, scan: str) -> None:
         super().__init__(spec, scan)
@@ -147,7 +147,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def build_model(spec: ModelSpec, scan: str, device: torch.device) -> PretrainModel | Classifier:
     """The model without values; its names and shapes are checked against the parameter table."""
-    with torch.device("meta"):  # nothing is initialised: values come from the core
+    with torch.device("meta"):  # nothing is initialised: the core provides the values
         model = PretrainModel(spec, scan) if isinstance(spec, PretrainSpec) else Classifier(spec, scan)
     table = parameter_table(spec)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,7 +1,7 @@
 """Feature maps at several strides from a plain backbone, for detectors and segmentation heads.
 
-The simple feature pyramid of ViTDet (arXiv:2203.16527, section 3): every map is made from the last one of
-the backbone alone, by transposed convolutions or pooling.
+The simple feature pyramid of ViTDet (arXiv:2203.16527, section 3) computes every map from the backbone's
+last map only, by transposed convolutions or pooling.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class FeaturePyramid(nn.Module):
     channels: of every map.  index: the block whose output is read; None for the last one.
 
     `pyramid(images)` maps (B, 3, H, W) to an ordered dict `{"0": (B, channels, H / strides[0], ...), ...}`,
-    finest first: what torchvision's detection models take as `backbone`, with `out_channels`. `maps(images)`
-    gives the same as a tuple, the interface of mmdetection's and mmsegmentation's backbones.
+    finest first. Torchvision's detection models take it as `backbone`, with `out_channels`. `maps(images)`
+    returns a tuple, the interface of mmdetection's and mmsegmentation's backbones.
     Raises ValueError for a stride that does not fit the patch size.
     """
 

@@ -57,7 +57,7 @@ def selective_scan(
 
 
 def scans(device: str) -> dict[str, str | None]:
-    """Implementations in order of preference: None if usable on the device, else the reason why not."""
+    """Implementations in order of preference: None if usable on the device, else the reason."""
     return IMPLEMENTATIONS.usable(device)
 
 
@@ -83,7 +83,7 @@ def _reference_scan(
     z: Tensor,
     order: Tensor,
 ) -> Tensor:
-    """The recurrence as a loop over `unbind`: indexing `[:, t]` instead has a backward quadratic in L."""
+    """The recurrence as a loop over `unbind`: the backward pass of indexing `[:, t]` is quadratic in L."""
     dtype = u.dtype
     state_dtype = torch.promote_types(dtype, torch.float32)  # long products of decays lose bits in bfloat16
     u, dt, A, B, C, D, dt_bias, z = (t.to(state_dtype) for t in (u, dt, A, B, C, D, dt_bias, z))
@@ -100,11 +100,11 @@ def _reference_scan(
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of (K, B, L, ...) as each direction's order names them."""
+    """Tokens of (K, B, L, ...), put into each direction's order."""
     return torch.take_along_dim(x, order.long()[:, None, :, None], dim=2)
 
 
-# cpu: the Numba kernels of the core, imported by the first call: GPUs do not need Numba
+# cpu: the Numba kernels of the core; the first call imports them, since GPUs do not need Numba
 
 
 def _cpu_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ def _cpu_scan(*tensors: Tensor) -> Tensor:
 
 
 def _unshared(*tensors: Tensor) -> list[Tensor]:
-    """Copies of the parameters among them, which are small.
+    """The tensors, with the parameters among them copied; parameters are small.
 
-    Sharding frees the memory of parameters between passes; torch forbids that once NumPy has seen it.
+    Sharding frees the memory of parameters between passes; torch forbids this for memory shared with NumPy.
     """
     return [t.clone() if isinstance(t, nn.Parameter) else t for t in tensors]
 
@@ -193,7 +193,7 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 
 def _like(gradients: tuple[npt.NDArray[Any], ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     pairs = zip(gradients, tensors, strict=False)
-    # Flattened first: axes of length 1 get the strides of torch, which DDP compares.
+    # Flattened first, so that axes of length 1 get torch's strides: DDP compares them.
     return [torch.from_numpy(g.reshape(-1)).view(t.shape).to(t.dtype) for g, t in pairs]
 
 
@@ -203,7 +203,7 @@ def _cpu_unusable(device: str) -> str | None:
     return None if find_spec("numba") else "Numba is not installed; run: pip install numba"
 
 
-# triton: kernels of this package; its modules import Triton, which not every machine has
+# triton: kernels of this package; imported on use, since not every machine has Triton
 
 
 def _triton_conv(*tensors: Tensor) -> Tensor:
@@ -239,4 +239,4 @@ IMPLEMENTATIONS: Implementations[Tensor] = Implementations(
         "reference": Implementation(directional_conv=_reference_conv, selective_scan=_reference_scan),
     }
 )
-"""What `--scan` chooses from; `auto` takes the first usable one."""
+"""The choices of `--scan`; `auto` takes the first usable one."""

@@ -14,11 +14,11 @@ from arm_cuda.devices import device_name, resolve_device
 from arm_cuda.scan import scans, selective_scan
 
 COPIED = 2**28
-"""Bytes of the array whose copying gives the rate."""
+"""Bytes of the array that is copied to measure the rate."""
 
 
 class TorchScanTimer:
-    """On `cpu`, `cuda` or `cuda:N`; `auto` is the first GPU or else the CPU."""
+    """device: `cpu`, `cuda` or `cuda:N`; `auto` is the first GPU, or the CPU without one."""
 
     def __init__(self, device: str) -> None:
         self._device = resolve_device(device)

@@ -25,7 +25,7 @@ OFFICIAL = "official"
 """Prefix of the official checkpoints' published names."""
 
 SIZES = {"base": ("base", "arm_b"), "large": ("large", "arm_l"), "huge": ("huge", "arm_h")}
-"""Sizes with official weights, and the parts of file names that mean them."""
+"""Sizes with official weights, and the parts of file names that identify them."""
 
 
 def _cfg(size: int = 224, **changes: Any) -> dict[str, Any]:
@@ -58,8 +58,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """Any of the models; kwargs are timm's: num_classes, global_pool, img_size, in_chans, drop_path_rate,
-    dynamic_img_size, features_only, out_indices, and `scan`."""
+    """Create one of the models. kwargs: timm's num_classes, global_pool, img_size, in_chans, drop_path_rate,
+    dynamic_img_size, features_only and out_indices, and `scan`."""
     size, image_size = variant.split("_")[1], int(variant.rpartition("_")[2])
 
     def build(**options: Any) -> ArmClassifier:
@@ -70,7 +70,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     return build_model_with_cfg(
         build,
         variant,
-        False,  # `build` loads the weights: it knows every format that holds them
+        False,  # `build` loads the weights, since it reads all formats
         feature_cfg={"out_indices": kwargs.pop("out_indices", (2, 5, 8, 11)), "feature_cls": "getter"},
         **kwargs,
     )
@@ -131,7 +131,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
 
 
 def _source(variant: str, size: str, cfg: dict[str, Any]) -> str:
-    """Where the weights of a variant are; ValueError where that is not one file."""
+    """The file with the weights of a variant; ValueError unless exactly one file fits."""
     if cfg.get("file"):
         return str(cfg["file"])
     if cfg.get("hf_hub_id") and cfg.get("hf_hub_filename"):

@@ -14,14 +14,14 @@ from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one parameter group in lists of one order, as the fused update takes them."""
+    """The tensors of one parameter group, in lists of the same order for the fused update."""
 
     lr_scale: float
     weight_decay: float
     owners: list[Tensor]
     """The parameters that hold the gradients."""
     parameters: list[Tensor]
-    """This rank's parts of them, without those that have no element."""
+    """This rank's parts of them, without empty ones."""
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
 

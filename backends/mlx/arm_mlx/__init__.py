@@ -7,7 +7,7 @@ from typing import Any
 from arm_mlx.backend import MlxBackend
 
 backend = MlxBackend()
-"""What the entry point `arm_vision.backends` hands to the core."""
+"""The object that the entry point `arm_vision.backends` names."""
 
 
 def load_model(source: Any, device: Any = None, dtype: Any = None, **options: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Which library multiplies MLX's matrices on a CPU, chosen before MLX is imported.
+"""Chooses the library of MLX's matrix products on a CPU; this must happen before MLX is imported.
 
-MLX's Linux wheel carries netlib's reference BLAS, which takes 1230 ms for a float32 product of
-2048x768 and 768x2048 where OpenBLAS takes 22 ms (two cores). The dynamic linker takes the first
+MLX's Linux wheel contains netlib's reference BLAS. It takes 1230 ms for a float32 product of
+2048x768 and 768x2048; OpenBLAS takes 22 ms (two cores). The dynamic linker takes the first
 `cblas_sgemm` that it finds, so a library that is loaded before MLX replaces it.
 """
 
@@ -19,21 +19,21 @@ INSTALL = "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) for produc
 
 @dataclass(frozen=True, kw_only=True)
 class Blas:
-    """What MLX's products on the CPU run on."""
+    """The library of MLX's matrix products on the CPU."""
 
     library: str
     """The name that is printed."""
     advice: str | None = None
-    """What would make them faster, if anything."""
+    """How to make the products faster, if possible."""
     handle: ctypes.CDLL | None = None
-    """The library itself where it was loaded here."""
+    """The library itself, if it was loaded here."""
 
 
 @cache
 def load() -> Blas:
     """Load a system OpenBLAS for MLX, once per process; call it before `import mlx.core`.
 
-    Returns what products will run on; never raises, since MLX works in every case.
+    Returns the library that products will use. Never raises, since MLX works without OpenBLAS.
     """
     if sys.platform == "darwin":
         return Blas(library="Accelerate")
@@ -52,7 +52,7 @@ def load() -> Blas:
 
 
 def set_threads(count: int) -> bool:
-    """CPU threads of matrix products; False where their library has no such setting."""
+    """Set the CPU threads of matrix products; False if their library has no such setting."""
     handle = load().handle
     if handle is None:
         return False

@@ -1,8 +1,8 @@
 """AdamW on a CPU in one pass over memory, in place.
 
 MLX runs the update of `arm_mlx.update` as fifteen passes over all parameters, which takes two fifths of a
-base model's step. These Numba kernels read and write each number once, in the memory that the
-arrays already have. Sums are taken chunk by chunk: a result does not depend on the number of threads.
+base model's step. These Numba kernels read and write each value once, in the arrays' own memory. Sums are
+taken chunk by chunk, so results do not depend on the number of threads.
 """
 
 # Compiled code has no Python types: Numba finds them from the arrays of the first call.
@@ -23,7 +23,7 @@ from arm_core.engine.protocol import Array
 from arm_mlx.update import Arrays, Moments
 
 CHUNK = 1 << 14
-"""Numbers that one thread works on at a time: five arrays of them fit the second-level cache."""
+"""Values that one thread processes at a time: five arrays of them fit the second-level cache."""
 _KERNEL: dict[str, Any] = {"parallel": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
@@ -37,7 +37,7 @@ def update(
     groups: Sequence[ParameterGroup],
     settings: OptimizerSettings,
 ) -> tuple[Arrays, mx.array]:
-    """As `arm_mlx.update.update`; the arrays returned are those given, with new contents."""
+    """Same as `arm_mlx.update.update`, in place: it returns the given arrays with new contents."""
     mx.eval(loss, rates, gradients)
     views = {name: _view(mx.contiguous(gradient)) for name, gradient in gradients.items()}
     norm = gradient_norm(views.values())
@@ -59,7 +59,7 @@ def update(
 
 
 def gradient_norm(gradients: Iterable[Array]) -> np.float32:
-    """L2 norm over all gradients of one axis; infinite where their squares are too large for float32."""
+    """L2 norm over all one-dimensional gradients; infinite if the squares are too large for float32."""
     total = np.zeros(1, np.float64)
     for gradient in gradients:
         cpu_kernels.run(_add_squares, None, gradient, total)
@@ -68,7 +68,7 @@ def gradient_norm(gradients: Iterable[Array]) -> np.float32:
 
 
 def _view(array: mx.array) -> Array:
-    """The memory of a row-contiguous float32 array on the CPU, as one axis; not a copy."""
+    """A one-dimensional view of a row-contiguous float32 array on the CPU, without a copy."""
     found: Array = np.asarray(array)
     assert found.flags.c_contiguous, "an array to be updated in place is not contiguous"
     return found.reshape(-1)
@@ -100,7 +100,7 @@ def _add_squares(x, total):
         total[0] += part
 
 
-@nb.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")  # in vectors; NaN and infinity count
+@nb.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")  # keeps NaN and infinity
 def _squares(x):
     total = np.float32(0.0)
     for i in range(x.size):

@@ -18,7 +18,7 @@ def devices() -> list[str]:
 
 
 def resolve_device(name: str) -> mx.Device:
-    """The device with that name; `auto` is the Apple GPU, else the CPU. Raises ValueError."""
+    """The device with this name; `auto` is the Apple GPU, or the CPU without one. Raises ValueError."""
     if name == "auto":
         name = devices()[0]
     if name not in ("cpu", "gpu"):
@@ -29,12 +29,12 @@ def resolve_device(name: str) -> mx.Device:
 
 
 def device_name(device: mx.Device) -> str:
-    """For people and the run's record."""
+    """Human-readable name, also written to the run's record."""
     return str(mx.device_info()["device_name"]) if device.type == mx.gpu else "CPU"
 
 
 def set_threads(count: int | None) -> None:
-    """CPU threads of the CPU kernels and of OpenBLAS, the two that MLX lets us set; None changes nothing."""
+    """Set the threads of the CPU kernels and of OpenBLAS, the two that can be set; None changes nothing."""
     if count is None:
         return
     cpu_kernels.set_threads(count)

@@ -22,7 +22,7 @@ from arm_core.engine.ranks import ALONE, PeerFailed, Ranks
 from arm_mlx.watch import Watch, wait_limit
 
 PIECE = 8 << 20
-"""Values that are sent together: fewer, larger messages, at the cost of copies of this size."""
+"""Values that are sent together: larger messages are fewer, but need copies of this size."""
 MAX_TEXT = 1 << 24
 """Bytes of one value that is gathered."""
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -43,7 +43,7 @@ class MlxRanks:
         self._watch = Watch(wait_limit())
 
     def gather(self, value: Any) -> list[Any]:
-        # After a loss MLX may return arbitrary bytes without an error, so every message is checked: its
+        # After a lost connection MLX may return arbitrary bytes without an error. Messages are checked: the
         # header has the number of the exchange, the size and a checksum of the text.
         self._exchanges += 1
         text = json.dumps(value).encode()
@@ -83,7 +83,7 @@ class MlxRanks:
 
     @contextmanager
     def raising_peer_failures(self) -> Iterator[None]:
-        """Around everything that may wait for other ranks: raises MLX's connection errors as PeerFailed.
+        """Context for everything that may wait for other ranks: raises MLX's connection errors as PeerFailed.
 
         The first failure is remembered, since MLX would wait forever at the next message. The wait itself
         has a limit, see `Watch`.
@@ -105,7 +105,7 @@ class MlxRanks:
 
 
 def pieces(sizes: Mapping[str, int], limit: int) -> Iterator[Sequence[str]]:
-    """Names in their order, in groups of at most `limit` values; a larger array is a group of its own."""
+    """Names in their order, in groups of at most `limit` values; a larger array is a group by itself."""
     group: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -136,12 +136,12 @@ def join() -> Ranks:
 
 
 def _check_environment() -> None:
-    """Refuse a rank outside the ring, for which MLX would wait forever."""
+    """Refuse a rank outside the ring: MLX would wait for it forever."""
     if "MLX_HOSTFILE" not in os.environ or "MLX_RANK" not in os.environ:
         return
     rank, path = os.environ["MLX_RANK"], os.environ["MLX_HOSTFILE"]
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 (a path of the environment's)
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 (a path from the environment)
             hosts = json.load(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"MLX_HOSTFILE: expected a JSON file of addresses, found {path}: {error}") from None

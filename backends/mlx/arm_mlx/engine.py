@@ -37,12 +37,12 @@ from arm_mlx.scan import scans
 from arm_mlx.update import Arrays, Moments, rates
 
 LOSS = "loss"
-"""What the loss is called among the gradients, on its way through all ranks."""
+"""The name of the loss among the gradients when they are summed over all ranks."""
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Loss and gradient norm, perhaps still being computed by the device."""
+    """Loss and gradient norm; the device may still be computing them."""
 
     loss: mx.array
     grad_norm: mx.array
@@ -55,7 +55,7 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class Steps:
-    """The two functions that a training step is made of, compiled or not."""
+    """The two functions of a training step, compiled or not."""
 
     micro_step: Callable[[Arrays, mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]
     """(batch, share, loss, gradients) -> loss and gradients with the share of this micro-batch."""
@@ -64,11 +64,11 @@ class Steps:
 
 
 class MlxEngine:
-    """Runs `spec` on an Apple GPU or a CPU. float32 master weights, bfloat16 products on request.
+    """Runs `spec` on an Apple GPU or a CPU, with float32 master weights and, on request, bfloat16 products.
 
-    With `Compile.MODEL` the whole step, update included, is one compiled graph; its trace is taken at the
-    first step and at another number of images. Without, each operation is MLX's own, and on a CPU the
-    update is written in place.
+    With `Compile.MODEL` the whole step, update included, is one compiled graph. MLX traces it at the first
+    step and whenever the number of images changes. Without it, MLX runs each operation separately, and on a
+    CPU the update is written in place.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class MlxEngine:
         self._moments.exp_avg.update(self._trainable_copies(state.exp_avg, mx.zeros_like))
         self._moments.exp_avg_sq.update(self._trainable_copies(state.exp_avg_sq, mx.zeros_like))
         if self._settings.ema_decay is not None:
-            # Copies in memory of their own: on a CPU the update writes in place.
+            # Separate copies: on a CPU the update writes in place.
             self._moments.ema.update(self._trainable_copies(state.ema, lambda p: put(np.asarray(p))))
 
     def _refuse_quantized(self) -> None:
@@ -199,7 +199,7 @@ class MlxEngine:
         return {name: put(arrays[name]) for name in self._trainable}
 
     def _put(self, batch: Batch) -> Arrays:
-        """The arrays of a batch that has everything this model trains on."""
+        """The arrays of a batch. Raises ValueError if one that this model needs is missing."""
         if batch.targets is None and isinstance(self.spec, ClassifierSpec):
             raise ValueError("a classifier trains on batches with targets (B, classes), found None")
         arrays = {"images": batch.images, "targets": batch.targets, "drop_path_scale": batch.drop_path_scale}
@@ -212,8 +212,8 @@ class MlxEngine:
         return [cast(Arrays, self._model.state), moments.exp_avg, moments.exp_avg_sq, moments.ema]
 
     def _compile(self) -> Steps:
-        """The state enters and leaves the graphs by itself; what the caller hands over is what changes."""
-        model = [self._model.state]  # an output, too: tracing leaves its own arrays in the modules
+        """Compile both functions. The state is captured by the graphs; the arguments are what changes."""
+        model = [self._model.state]  # an output too, since tracing leaves its arrays in the modules
         return Steps(
             mx.compile(self._micro_step, inputs=model, outputs=model),
             mx.compile(self._finish, inputs=self._state, outputs=self._state),

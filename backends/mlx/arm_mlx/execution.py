@@ -8,11 +8,11 @@ from arm_core.engine.protocol import Compile, EngineOptions
 
 
 def choose_compile(options: EngineOptions, scan: str, device: mx.Device) -> Compile:
-    """What is compiled; for `AUTO` the whole step with scan `metal` on a GPU, else nothing.
+    """The part of the step to compile. `AUTO`: the whole step with scan `metal` on a GPU, else nothing.
 
-    On a CPU, MLX compiles with the system's C++ compiler, which takes half a minute for a first step and
-    gains little. With scan `reference` the graph has tens of thousands of operations and compiles slowly.
-    Raises ValueError for what MLX does not compile.
+    On a CPU, MLX compiles with the system's C++ compiler, which takes half a minute for the first step and
+    saves little time. With scan `reference`, the graph has tens of thousands of operations and compiles
+    slowly.    Raises ValueError for parts that MLX cannot compile.
     """
     wanted = options.compile
     if wanted is Compile.AUTO:

@@ -24,7 +24,7 @@ def positions_for(table: mx.array, spec: ClassifierSpec, target: ClassifierSpec)
 
 
 def without_class_token(x: mx.array, spec: ModelSpec) -> tuple[mx.array, mx.array | None]:
-    """Tokens of the patches (B, patches, D), and the class token (B, 1, D) where there is one."""
+    """Tokens of the patches (B, patches, D), and the class token (B, 1, D) if there is one."""
     if isinstance(spec, PretrainSpec):
         return x, None
     middle = spec.class_position

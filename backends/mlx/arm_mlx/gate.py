@@ -14,8 +14,8 @@ from arm_mlx.scan import evaluated, silu
 def swiglu(a: mx.array, b: mx.array, *, impl: str) -> mx.array:
     """silu(a) * b, element by element; a and b have one shape and dtype.
 
-    impl: name of the scan. With `cpu`, which leaves MLX's graph anyway, float32 arrays use the kernel of
-    the core: MLX's exponential takes five times as long on a CPU.
+    impl: name of the scan. With `cpu`, which leaves MLX's graph in any case, float32 arrays use the core's
+    kernel: MLX's exponential takes five times as long on a CPU.
     """
     if impl == "cpu" and a.dtype == b.dtype == mx.float32:
         return cast(mx.array, _cpu_swiglu(a, b))

@@ -62,7 +62,7 @@ def affine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 
 @linear.vjp
 def _linear_vjp(inputs: Inputs, grad: mx.array, result: mx.array) -> tuple[mx.array, ...]:
-    """MLX's own gradient of the weight is a transposed view, which the update reads far more slowly."""
+    """MLX's gradient of the weight would be a transposed view, which the update reads far more slowly."""
     x, weight = inputs
     return grad @ weight, grad.swapaxes(-1, -2) @ x
 

@@ -1,7 +1,7 @@
 """The models as a library offers them: `mlx.nn.Module`s on images (B, H, W, 3), in timm's terms.
 
-They are the engine's own modules (`arm_mlx.model`) with parameters of the same names; only the way in and
-out differs. `arm_vision.load_model` makes them. Twin: `arm_cuda.library`.
+They are the engine's modules (`arm_mlx.model`), with the same parameter names; only inputs and outputs
+differ. `arm_vision.load_model` creates them. Twin: `arm_cuda.library`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def create_module(
     """The library's module with these values, in evaluation mode.
 
     device: None, or MLX's default device, on which modules run.  dtype: of the matrix products, float32 or
-    bfloat16; parameters stay float32.  options: those of the module's class.
+    bfloat16; parameters stay float32.  options: arguments of the module's class.
     """
     here = "gpu" if mx.default_device().type == mx.gpu and mx.metal.is_available() else "cpu"
     if device is not None and str(device) not in (here, str(mx.default_device())):

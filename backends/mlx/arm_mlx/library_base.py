@@ -1,4 +1,4 @@
-"""What the library models share: checks of images, features of blocks, saving. See `library`."""
+"""The base class of the library models. See `library`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class LibraryModel(Trunk):
-    """What both library models share: checks of images, features of blocks, saving.
+    """Base class of both library models: checks of images, features of blocks, saving.
 
     `spec` is the model's spec, `config` its image preprocessing and class names in timm's words.
     """
@@ -37,7 +37,7 @@ class LibraryModel(Trunk):
     num_classes: int
 
     def _set_up(self, config: ModelConfig, dynamic_image_size: bool, drop_path_rate: float) -> None:
-        drop_rates(drop_path_rate, 1)  # refuses a rate out of range
+        drop_rates(drop_path_rate, 1)  # raises if a rate is out of range
         self._config = config
         self.dynamic_image_size, self.drop_path_rate = dynamic_image_size, drop_path_rate
         self.grad_checkpointing = self._images_checked = False
@@ -58,14 +58,14 @@ class LibraryModel(Trunk):
         return ImagePipeline(self._config, self.spec.image_size, mx.array, training=training, seed=seed)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write a model folder that every engine reads; ValueError where it exists (unless `force`)."""
+        """Write a model folder that every engine reads; ValueError if it exists (unless `force`)."""
         if self.num_classes != getattr(self.spec, "classes", 0):
             raise ValueError("save: expected a complete model, found one without head")
         arrays = {n: np.array(a.astype(mx.float32)) for n, a in named(self.parameters()).items()}
         return write_model(folder, self.spec, arrays, metadata=self._config.stored(), force=force)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        """Keep only the inputs of blocks for the backward pass, and recompute the rest."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -125,9 +125,9 @@ class LibraryModel(Trunk):
 
         indices: blocks; None for all, n for the last n.  norm: apply the last norm to each.
         return_prefix_tokens: pair each map with its class token (B, 1, D).
-        stop_early: compute no block after the last one asked for.
+        stop_early: compute no block after the last requested one.
         output_fmt: `NCHW` (B, D, rows, columns) or `NLC` (B, patches, D).
-        Returns the list of maps, or (tokens as of `forward_features`, list).
+        Returns the list of maps, or (the result of `forward_features`, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected NCHW or NLC, found {output_fmt!r}")
@@ -149,7 +149,7 @@ class LibraryModel(Trunk):
         raise NotImplementedError
 
     def _tokens(self, images: mx.array) -> tuple[mx.array, mx.array, ModelSpec]:
-        """What the first block reads (B, T, D), the order table, and the spec for the size of the images."""
+        """The input of the first block (B, T, D), the order table, and the spec for the images' size."""
         raise NotImplementedError
 
     def _last_norm(self, x: mx.array) -> mx.array:
@@ -159,7 +159,7 @@ class LibraryModel(Trunk):
         return x
 
     def _checked(self, images: mx.array) -> ModelSpec:
-        """The spec for the size of the images; ValueError where they do not fit."""
+        """The spec for the size of the images; ValueError if they do not fit."""
         spec = spec_for_images(
             self.spec, tuple(images.shape), channels_last=True, dynamic=self.dynamic_image_size
         )
@@ -172,7 +172,7 @@ class LibraryModel(Trunk):
         try:
             largest = float(cast(float, mx.abs(images).max().item())) if images.size else 0.0
         except (RuntimeError, ValueError):
-            return  # inside a compilation the values cannot be read
+            return  # values cannot be read inside a compiled function
         if not mx.issubdtype(images.dtype, mx.floating) or largest > UNNORMALIZED:
             warnings.warn(
                 f"images: found {images.dtype} values up to {largest:g}; the model expects float images "

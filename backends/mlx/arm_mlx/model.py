@@ -26,7 +26,7 @@ def unfold_patches(images: mx.array, patch: int) -> mx.array:
 
 
 class Trunk(nn.Module):
-    """What both models share: patch embedding, blocks, and the order table of their scans."""
+    """Base of both models: patch embedding, blocks, and the order table of their scans."""
 
     def __init__(self, spec: ModelSpec, scan: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Trunk(nn.Module):
         self.recompute = False
         self.patch_embed = Linear(encoder.patch_values, encoder.width)
         self.layers = [Block(encoder, spec.directions, scan) for _ in range(encoder.depth)]
-        self._order = mx.array(direction_orders(spec))  # the underscore keeps tables out of the parameters
+        self._order = mx.array(direction_orders(spec))  # with an underscore, so not a parameter
 
     def blocks(self, x: mx.array, drop_path_scale: mx.array | None, seen: Seen) -> list[mx.array]:
         """Run all blocks on tokens (B, T, D) and return the output of each."""
@@ -93,7 +93,7 @@ class PretrainModel(Trunk):
         }
 
     def target(self, patches: mx.array) -> mx.array:
-        """What the decoder regresses, (B, T, patch values) float32."""
+        """The targets of the decoder, (B, T, patch values) float32."""
         target = patches[:, self._target_patches]
         if self.spec.target is Target.RAW:
             return target
@@ -103,7 +103,7 @@ class PretrainModel(Trunk):
 
 
 class Classifier(Trunk):
-    """Names the class of an image from K scans of its patches around a class token."""
+    """Classifies an image from K scans of its patches around a class token."""
 
     def __init__(self, spec: ClassifierSpec, scan: str) -> None:
         super().__init__(spec, scan)
@@ -150,7 +150,7 @@ def build_model(
     """The model without values; its names and shapes are checked against the parameter table.
 
     products: type of the matrix products, float32 or bfloat16.  recompute: keep only the input of each
-    block for the backward pass, and compute the rest again.
+    block for the backward pass, and recompute the rest.
     """
     model = PretrainModel(spec, scan) if isinstance(spec, PretrainSpec) else Classifier(spec, scan)
     table = parameter_table(spec)

@@ -76,7 +76,7 @@ def selective_scan(
 
 
 def scans(device: str) -> dict[str, str | None]:
-    """Implementations in order of preference: None if usable on the device, else the reason why not."""
+    """Implementations in order of preference: None if usable on the device, else the reason."""
     return IMPLEMENTATIONS.usable(device)
 
 
@@ -147,7 +147,7 @@ def _recurrence(A: mx.array, step: mx.array, x: mx.array, B: mx.array, C: mx.arr
 def _recurrence_vjp(
     inputs: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
 ) -> Gradients:
-    """The loop backwards in time; autodiff's own, through the slices `[:, :, t]`, is quadratic in L."""
+    """The loop backwards in time: autodiff through the slices `[:, :, t]` is quadratic in L."""
     A, step, x, B, C = inputs
     grad_y, states = cotangents[0], outputs[1:]
     grad_A = carried = mx.zeros_like(states[0])  # carried: what the later tokens add to the gradient of h_t
@@ -170,12 +170,12 @@ def _recurrence_vjp(
 
 
 def _reorder(x: mx.array, order: mx.array) -> mx.array:
-    """Tokens of (K, B, L, ...) as each direction's order names them."""
+    """Tokens of (K, B, L, ...), put into each direction's order."""
     return mx.take_along_axis(x, order[:, None, :, None], axis=2)
 
 
 def _first(outputs: object) -> mx.array:
-    """The result of a `custom_function` whose further outputs are for its backward."""
+    """The first output of a `custom_function`; the other outputs are for its backward pass."""
     return cast(tuple[mx.array, ...], outputs)[0]
 
 
@@ -221,7 +221,7 @@ def _cpu_scan_vjp(
 
 
 def evaluated(*arrays: mx.array) -> list[npt.NDArray[Any]]:
-    """Zero-copy views; this is where MLX computes what they hold."""
+    """Zero-copy views; MLX computes the values here."""
     try:
         mx.eval(*arrays)
     except ValueError as error:
@@ -255,4 +255,4 @@ IMPLEMENTATIONS: Implementations[mx.array] = Implementations(
         ),
     }
 )
-"""What `--scan` chooses from; `auto` takes the first usable one."""
+"""The choices of `--scan`; `auto` takes the first usable one."""

@@ -18,15 +18,15 @@ from arm_mlx.metal.tuning import candidates
 from arm_mlx.scan import scans, selective_scan
 
 AT_ONCE = 8
-"""Scans that a GPU is given together, so that starting one does not count."""
+"""Scans that are submitted to a GPU together, so that the start of one does not count."""
 COPIED = 2**28
-"""Bytes of the array whose copying gives the rate."""
+"""Bytes of the array that is copied to measure the rate."""
 
 Scan = Callable[..., mx.array]
 
 
 class MlxScanTimer:
-    """On `cpu` or `gpu`; `auto` is the Apple GPU or else the CPU."""
+    """device: `cpu` or `gpu`; `auto` is the Apple GPU, or the CPU without one."""
 
     def __init__(self, device: str) -> None:
         self._device = resolve_device(device)
@@ -50,7 +50,7 @@ class MlxScanTimer:
         )
 
     def time_function(self, shape: ScanShape, inference: Scan, training: Scan, *, repeats: int) -> ScanTimes:
-        """Times of any two functions of the operands of `selective_scan`, the second with its gradients."""
+        """Times of two functions of the operands of `selective_scan`; the second includes its gradients."""
         at_once = AT_ONCE if self._gpu else 1
         with mx.stream(self._device):
             dtype = mx.bfloat16 if shape.bfloat16 else mx.float32

@@ -1,7 +1,7 @@
-"""Clipping, AdamW and the moving average as MLX operations: the update that a GPU takes.
+"""Clipping, AdamW and the moving average as MLX operations: the update on a GPU.
 
-On a GPU the whole step is compiled, and what is written here as one operation after the other becomes one
-kernel per tensor. On a CPU `arm_mlx.cpu_update` does the same in place.
+On a GPU the whole step is compiled, and the operations below become one kernel per tensor. On a CPU,
+`arm_mlx.cpu_update` does the same in place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Moments:
 
 
 def rates(step: int, lr: float, settings: OptimizerSettings) -> Array:
-    """What of the formula in `OptimizerSettings` changes from step to step: lr, 1 - b1^t, 1 - b2^t.
+    """The values in the formula of `OptimizerSettings` that change from step to step: lr, 1 - b1^t, 1 - b2^t.
 
     They enter a compiled step as an array, so that no step is compiled again.
     """
@@ -47,9 +47,9 @@ def update(
     groups: Sequence[ParameterGroup],
     settings: OptimizerSettings,
 ) -> tuple[Arrays, mx.array]:
-    """New values of all trainable parameters, and the gradient norm; `moments` is brought up to date.
+    """New values of all trainable parameters, and the gradient norm; `moments` is updated.
 
-    rates: see the function of that name.  Where loss or norm is not finite, everything keeps its value.
+    rates: the result of the function `rates`.  If loss or norm is not finite, everything keeps its value.
     Nothing waits for the device.
     """
     norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(())))

@@ -31,9 +31,9 @@ class Watch:
     """Ends this process with exit code 1 if it waits too long for the others.
 
     MLX waits in C++, where neither an exception nor a Python signal handler interrupts it. A thread
-    therefore checks the time; it learns of signals from the descriptor to which Python writes them.
+    therefore checks the time. Python writes signals to a file descriptor, from which the thread reads them.
 
-    limit: seconds of a wait; after a signal that arrives during the wait, `AFTER_SIGNAL` or `limit` at most.
+    limit: seconds of a wait; after a signal during the wait, at most `AFTER_SIGNAL` or `limit`.
     """
 
     def __init__(self, limit: float) -> None:
@@ -46,7 +46,7 @@ class Watch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a wait; an inner wait is a part of the outer one."""
+        """Context of a wait; an inner wait is a part of the outer one."""
         before, self._since = self._since, self._since or time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run on this machine, found out by running one."""
+"""Checks whether the Triton kernels can run on this machine, by running one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
-"""Compute capability: Ampere, the first with bfloat16."""
+"""Compute capability of Ampere, the first with bfloat16."""
 
 
 def unusable(device: str) -> str | None:
-    """None if the kernels run on the device (`cuda`: the current GPU), else why not, and what would help."""
+    """None if the kernels run on the device (`cuda`: the current GPU), else the reason and a remedy."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is set, and Triton's interpreter is for tests; unset it"
     if torch.device(device).type != "cuda":
@@ -34,7 +34,7 @@ def _too_old(found: str) -> str | None:
 
 
 def numbered(device: str) -> torch.device:
-    """The GPU with its number; `cuda` is the current one."""
+    """The GPU with its index; `cuda` is the current one."""
     index = torch.device(device).index
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
@@ -68,6 +68,6 @@ def _broken(device: torch.device) -> str | None:
         out = operators.selective_scan(u, rows, rate, rows, rows, vector, vector, ones[0], order)
         (gradient,) = torch.autograd.grad(out.sum(), ones)
         return None if bool(gradient.isfinite().all()) else "its kernels give wrong results on this GPU"
-    except Exception as error:  # anything may be wrong: the compiler, the driver, the C compiler
+    except Exception as error:  # the cause may be Triton's compiler, the driver or the C compiler
         text = str(error).strip() or "no message"
         return f"Triton {version('triton')} cannot run here: {type(error).__name__}: {text.splitlines()[0]}"

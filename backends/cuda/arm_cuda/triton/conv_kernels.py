@@ -1,12 +1,13 @@
 """Depthwise causal convolution along each direction's order, then SiLU.
 
-A kernel of its own, and not part of the scan: the projection of dt, B and C reads u from memory in any
-case. A scan that reads it too moves as many bytes as one that computes it again from x, and spends 18
-special-function instructions per token and channel instead of 20 (at 16 states), the unit that bounds it.
+It is a separate kernel and not part of the scan: the projection of dt, B and C reads u from memory in any
+case. A scan that reads u moves as many bytes as one that computes u again from x. It needs 18 instead of 20
+special-function instructions per token and channel (at 16 states), and their unit limits the scan.
 
-Sizes: K directions, B images, L tokens, D channels, W taps. Programs take tiles of `ROWS` tokens by `BLOCK`
-channels; neighbouring taps come from the cache. The backward is two kernels: along the steps, the gradient
-before SiLU and the sums for weight and bias; then, token by token, the gradient of x from all directions.
+Sizes: K directions, B images, L tokens, D channels, W convolution width. Programs take tiles of
+`ROWS` tokens by `BLOCK` channels; neighbouring tokens come from the cache. The backward pass is two kernels.
+The first goes along the steps: the gradient before SiLU, and the sums for weight and bias. The second goes
+token by token: the gradient of x from all directions.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def conv_forward(
         token = tl.load(order + at, mask=there, other=0)
         mask = there[:, None] & inside[None, :]
         value = tl.load(x + token[:, None] * x_token + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        tap = tl.load(weight + (k * W + j) * channels + channel, mask=inside, other=0.0).to(tl.float32)
-        total += value * tap[None, :]
+        w = tl.load(weight + (k * W + j) * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        total += value * w[None, :]
     # Here at, token and mask are those of the step itself.
     result = total * sigmoid(total)
     tl.store(u + token[:, None] * channels + channel[None, :], result.to(u.dtype.element_ty), mask=mask)
@@ -62,9 +63,9 @@ def conv_backward_steps(
     directions: tl.constexpr, channels: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Along each direction: the gradient before SiLU, and the sums over tokens that weight and bias get.
+    """Along each direction: the gradient before SiLU, and the sums over tokens for weight and bias.
 
-    grad_u, grad_sum: (K, B, L, D).  partials: (B * spans, K, W + 1, D) float32, taps and then bias, over
+    grad_u, grad_sum: (K, B, L, D).  partials: (B * spans, K, W + 1, D) float32, weight and then bias, over
     spans of ROWS * TILES steps.  Grid: (B * spans * K * channel blocks,).
     """
     blocks: tl.constexpr = (channels + BLOCK - 1) // BLOCK
@@ -83,11 +84,11 @@ def conv_backward_steps(
     order += k * length
 
     offset = tl.load(bias + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
-    taps = ()
+    weights = ()
     sums = ()
     for j in tl.static_range(W):
-        tap = tl.load(weight + (k * W + j) * channels + channel, mask=inside, other=0.0)
-        taps = taps + (tap.to(tl.float32),)
+        w = tl.load(weight + (k * W + j) * channels + channel, mask=inside, other=0.0)
+        weights = weights + (w.to(tl.float32),)
         sums = sums + (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
     sum_bias = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for tile in range(TILES):
@@ -101,7 +102,7 @@ def conv_backward_steps(
             mask = there[:, None] & inside[None, :]
             value = tl.load(x + token[:, None] * x_token + channel[None, :], mask=mask, other=0.0)
             values = values + (value.to(tl.float32),)
-            total += values[j] * taps[j][None, :]
+            total += values[j] * weights[j][None, :]
         # Here token and mask are those of the step itself.
         place = token[:, None] * channels + channel[None, :]
         grad = tl.load(grad_u + place, mask=mask, other=0.0).to(tl.float32)
@@ -125,7 +126,7 @@ def conv_backward_tokens(
     directions: tl.constexpr, channels: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x: a token takes part in its own step and the W - 1 after it, in every direction.
+    """The gradient of x: in every direction, a token contributes to its own step and the W - 1 after it.
 
     inverse: (K, L), the step at which each direction reads a token.  grad_x: (B, L, D).
     Grid: (B * row tiles * channel blocks,).
@@ -148,7 +149,7 @@ def conv_backward_tokens(
             reader = tl.load(order + k * length + step + i, mask=there, other=0)
             mask = there[:, None] & inside[None, :]
             grad = tl.load(rows + reader[:, None] * channels + channel[None, :], mask=mask, other=0.0)
-            tap = tl.load(weight + (k * W + W - 1 - i) * channels + channel, mask=inside, other=0.0)
-            total += grad.to(tl.float32) * tap.to(tl.float32)[None, :]
+            w = tl.load(weight + (k * W + W - 1 - i) * channels + channel, mask=inside, other=0.0)
+            total += grad.to(tl.float32) * w.to(tl.float32)[None, :]
     target = grad_x + image.to(tl.int64) * length * channels + token[:, None] * channels + channel[None, :]
     tl.store(target, total.to(grad_x.dtype.element_ty), mask=exists[:, None] & inside[None, :])

@@ -1,6 +1,6 @@
-"""The mean over directions and the gate: out = silu(z) * mean_k y_k, each tensor passed once.
+"""The mean over directions and the gate: out = silu(z) * mean_k y_k, in one pass over each tensor.
 
-Sizes: K directions, B images, L tokens, D channels. A program takes `BLOCK` channels of one token.
+Sizes: K directions, B images, L tokens, D channels. A program processes `BLOCK` channels of one token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def gate_forward(
     y, z, out, mean, length, z_image, z_token,
     directions: tl.constexpr, channels: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """y: (K, B, L, D).  z: (B, L, D), strided.  out, mean: (B, L, D); mean is untouched without SAVE.
+    """y: (K, B, L, D).  z: (B, L, D), strided.  out, mean: (B, L, D); mean is written only with SAVE.
 
     Grid: (B * L * channel blocks,).
     """

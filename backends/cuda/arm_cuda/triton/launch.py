@@ -1,8 +1,10 @@
 """From tensors to kernel launches: tile sizes, buffers, grids, and sums of partials in a fixed order.
 
 `operators` has checked the tensors. The convolution's weight is (K, W, D) and A is (K, N, D) here: channels
-last, so that a program reads them in one piece. Nothing is added atomically: results are the same bits on
-every run. Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
+last, so that a program reads them in one piece. No sum uses atomic operations, so results are
+bit-identical on every run.
+
+Sizes: K directions, B images, L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ STATES_PER_WARP = 16
 CHUNK = 16
 """Tokens between the states that the scan's forward keeps for its backward."""
 GROUP = {8: 2, 16: 2, 32: 1, 64: 1}
-"""Tokens whose states the backward holds in registers at a time, by N: as many as fit without spills."""
+"""Tokens whose states the backward pass holds in registers at a time, by N: as many as fit without spills."""
 CONV_BLOCK, CONV_WARPS = 64, 4
 CONV_ROWS, CONV_TOKEN_ROWS = 32, 16
 CONV_STEP_ROWS, CONV_TILES = 16, 4
@@ -34,11 +36,11 @@ Kernel = Any
 
 
 def launch(kernel: Kernel, programs: int, *arguments: object, warps: int, **sizes: int) -> None:
-    """Run so many programs; none at all for an empty batch, which Triton would refuse."""
+    """Launch a grid of programs; nothing for an empty batch, which Triton would refuse."""
     if programs == 0:
         return
     device = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device_of(device):  # Triton launches on the current device; nothing happens on a CPU
+    with torch.cuda.device_of(device):  # Triton launches on the current device; no effect on a CPU
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **sizes)
 
 
@@ -47,21 +49,21 @@ def blocks(size: int, block: int) -> int:
 
 
 def state_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """(K, B, chunks, N, D): the states that the forward keeps."""
+    """(K, B, chunks, N, D): the states that the forward pass keeps."""
     directions, batch, length, channels = u.shape
     return directions, batch, blocks(length, CHUNK), A.shape[1], channels
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """weight: (K, W, D); the rest as in `arm_cuda.scan.directional_conv`."""
+    """weight: (K, W, D); otherwise as in `arm_cuda.scan.directional_conv`."""
     batch, length, channels = x.shape
-    directions, taps, _ = weight.shape
+    directions, width, _ = weight.shape
     u = torch.empty((directions, batch, length, channels), dtype=x.dtype, device=x.device)
     launch(
         conv_kernels.conv_forward,
         batch * directions * blocks(length, CONV_ROWS) * blocks(channels, CONV_BLOCK),
         x, weight, bias, order, u, length, x.stride(0), x.stride(1),
-        directions=directions, channels=channels, W=taps, ROWS=CONV_ROWS, BLOCK=CONV_BLOCK,
+        directions=directions, channels=channels, W=width, ROWS=CONV_ROWS, BLOCK=CONV_BLOCK,
         warps=CONV_WARPS,
     )  # fmt: skip
     return u
@@ -72,13 +74,13 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight (K, W, D) and bias."""
     batch, length, channels = x.shape
-    directions, taps, _ = weight.shape
+    directions, width, _ = weight.shape
     grad_u = grad_u.contiguous()
     channel_blocks = blocks(channels, CONV_BLOCK)
     spans = batch * blocks(length, CONV_STEP_ROWS * CONV_TILES)
     grad_sum = torch.empty_like(grad_u)
-    partials = grad_u.new_empty((spans, directions, taps + 1, channels), dtype=torch.float32)
-    sizes = {"directions": directions, "channels": channels, "W": taps, "BLOCK": CONV_BLOCK}
+    partials = grad_u.new_empty((spans, directions, width + 1, channels), dtype=torch.float32)
+    sizes = {"directions": directions, "channels": channels, "W": width, "BLOCK": CONV_BLOCK}
     launch(
         conv_kernels.conv_backward_steps,
         spans * directions * channel_blocks,
@@ -93,18 +95,18 @@ def conv_backward(
         **sizes, ROWS=CONV_TOKEN_ROWS, warps=CONV_WARPS,
     )  # fmt: skip
     sums = partials.sum(0)  # (K, W + 1, D)
-    grad_weight = sums[:, :taps].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
-    return grad_x, grad_weight, sums[:, taps].to(bias.dtype, copy=True)
+    grad_weight = sums[:, :width].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+    return grad_x, grad_weight, sums[:, width].to(bias.dtype, copy=True)
 
 
 _inverses = WeakIdKeyDictionary()
-"""order -> (its version, its inverse), as long as the order table exists."""
+"""order -> (its version, its inverse), kept as long as the order table exists."""
 
 
 def inverse(order: Tensor) -> Tensor:
     """The step at which each direction reads a token, (K, L) int32; computed once for each order table."""
     if order.is_inference() or (order.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _inverse(order)  # has no version; or memory that belongs to the graph
+        return _inverse(order)  # the tensor has no version, or its memory belongs to the graph
     version, found = cast(tuple[int, Tensor] | tuple[None, None], _inverses.get(order, (None, None)))
     if found is None or version != order._version:
         found = _inverse(order)
@@ -121,7 +123,7 @@ def scan_forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
     order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out as in `arm_cuda.scan.selective_scan`, and what the backward reads, or empty tensors.
+    """out as in `arm_cuda.scan.selective_scan`, then the inputs of the backward pass, or empty tensors.
 
     mean: (B, L, D), of y over the directions.  states: see `state_shape`, float32.
     """
@@ -137,7 +139,7 @@ def scan_forward(
         BLOCK=LANES, CHUNK=CHUNK, SAVE=save_for_backward, warps=scan_warps(A),
     )  # fmt: skip
     out = u.new_empty((batch, length, channels))
-    several = save_for_backward and directions > 1  # of one direction, y is the mean
+    several = save_for_backward and directions > 1  # with one direction, y is the mean
     mean = torch.empty_like(out) if several else y[0] if save_for_backward else u.new_empty((0,))
     launch(
         gate_kernels.gate_forward,

@@ -23,7 +23,7 @@ LARGEST_OFFSET = 2**31 - 1
 
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    """As `arm_cuda.scan.directional_conv`; x may be a slice of wider rows, all else is contiguous."""
+    """Same as `arm_cuda.scan.directional_conv`; x may be a slice of wider rows; others are contiguous."""
     tensors = x, weight, bias, order
     if _checks_needed(tensors):
         sizes = _check_shapes(x=(x, "BLD"), weight=(weight, "KDW"), bias=(bias, "KD"), order=(order, "KL"))
@@ -42,7 +42,7 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
     order: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As `arm_cuda.scan.selective_scan`; B, C and z may be slices of wider rows, all else is contiguous."""
+    """Same as `arm_cuda.scan.selective_scan`; B, C, z may be slices of wider rows; others are contiguous."""
     tensors = u, dt, A, B, C, D, dt_bias, z, order
     if _checks_needed(tensors):
         _check_scan(*tensors)
@@ -57,7 +57,7 @@ def selective_scan(
 
 
 def _traced(tensor: Tensor) -> bool:
-    """Whether a compiler or a fake tensor looks at the call, which has to be an operator then."""
+    """Whether the call is compiled or has fake tensors; it must then be a registered operator."""
     return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
 
@@ -73,7 +73,7 @@ def _layout(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
 
 
 def _checks_needed(tensors: tuple[Tensor, ...]) -> bool:
-    """False for tensors laid out as others that were accepted: the checks take longer than a launch."""
+    """False if tensors of the same layout were accepted before: the checks take longer than a launch."""
     return torch.compiler.is_compiling() or _layout(tensors) not in _accepted
 
 
@@ -139,7 +139,7 @@ def _check_contiguous(**tensors: Tensor) -> None:
 
 
 def _check_rows(length: int, **tensors: Tensor) -> None:
-    """Rows of channels or states may lie anywhere, but each of them in one piece."""
+    """Rows of channels or states may be anywhere, but each row must be contiguous."""
     for name, tensor in tensors.items():
         *_, token, column = tensor.stride()
         if column != 1 and tensor.shape[-1] != 1:
@@ -149,7 +149,7 @@ def _check_rows(length: int, **tensors: Tensor) -> None:
             )
         if length * token > LARGEST_OFFSET:
             raise ValueError(
-                f"scan 'triton': {name}: {length} tokens of {token} elements pass the {LARGEST_OFFSET} "
+                f"scan 'triton': {name}: {length} tokens of {token} elements exceed the {LARGEST_OFFSET} "
                 "that its kernels count; shorten the sequence"
             )
 
@@ -160,13 +160,13 @@ def _check_rows(length: int, **tensors: Tensor) -> None:
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-        by_tap = weight.mT.contiguous()
-        ctx.save_for_backward(x, by_tap, bias, order)
-        return launch.conv_forward(x, by_tap, bias, order)
+        transposed = weight.mT.contiguous()
+        ctx.save_for_backward(x, transposed, bias, order)
+        return launch.conv_forward(x, transposed, bias, order)
 
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients are enabled here for a second derivative only; the operator refuses it.
+        # Gradients are enabled here only for a second derivative; the operator refuses it.
         backward = conv_backward if torch.is_grad_enabled() else launch.conv_backward
         grad_x, grad_weight, grad_bias = backward(grad_u, *ctx.saved_tensors)
         return grad_x, grad_weight.mT.contiguous(), grad_bias, None

@@ -1,15 +1,15 @@
 """The selective scan over K directions: one warp's lanes hold 32 channels, registers their states.
 
 Sizes: K directions, B images, L tokens, D channels, N states. A program runs `BLOCK` channels of one image
-along one direction, in scan order, reading tokens through the order table. Programs of all directions,
-images and channel blocks are one launch, channel blocks next to each other, so that they share B and C.
+along one direction, in scan order, reading tokens through the order table. One launch runs the programs of
+all directions, images and channel blocks. Channel blocks are neighbours, so that they share B and C.
 
-The forward saves the state before every `CHUNK`-th token. The backward takes the chunks from the last to
-the first: it runs a chunk forward again, keeping the state before every `GROUP`-th token in a scratch area,
-then goes through the groups from the last to the first with the states of a group in registers. Sums over
-channels (gradients of B and C) leave each channel block as partials: nothing is added atomically. Steps past
-the end of the last chunk repeat the last token with an input of 0 and a gradient of 0: the state only decays,
-so that it cannot overflow there, and nothing is added to any sum.
+The forward saves the state before every `CHUNK`-th token. The backward pass takes the chunks from
+the last to the first. It runs a chunk forward again and keeps the state before every `GROUP`-th token in a
+scratch area. Then it takes the groups from the last to the first, with the states of a group in registers.
+Sums over channels (gradients of B and C) leave each channel block as partial sums, without atomic operations.
+Steps past the end of the last chunk repeat the last token with an input of 0 and a gradient of 0: the state
+only decays and cannot overflow, and all sums stay the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from arm_cuda.triton.arithmetic import LN_2, LOG2_E, exp2, sigmoid, softplus
 
 @triton.jit
 def within(channel, channels: tl.constexpr, BLOCK: tl.constexpr):
-    """Which lanes have a channel; where all have, a constant, and no access is masked."""
+    """The lanes that have a channel. If all have one, this is a constant, and no access is masked."""
     if channels % BLOCK == 0:
         return tl.full([BLOCK], True, tl.int1)
     else:  # noqa: RET505 (Triton compiles one branch only in this form)
@@ -31,7 +31,7 @@ def within(channel, channels: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def both(inside, live):
-    """inside & live for a vector and a scalar, which Triton's interpreter would make an integer."""
+    """inside & live for a vector and a scalar; Triton's interpreter would turn `&` into an integer."""
     return inside & (inside == live)
 
 
@@ -45,7 +45,7 @@ def scan_forward(
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """u, dt, y: (K, B, L, D).  A: (K, N, D).  B, C: (K, B, L, N), strided.  D, dt_bias: (K, D).
-    order: (K, L).  saved: (K, B, chunks, N, D) float32, the state before each chunk; untouched without SAVE.
+    order: (K, L).  saved: (K, B, chunks, N, D) float32, the state before each chunk; only with SAVE.
     Grid: (B * K * channel blocks,).
     """
     blocks: tl.constexpr = (channels + BLOCK - 1) // BLOCK
@@ -73,7 +73,7 @@ def scan_forward(
     bias = tl.load(dt_bias + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
     h = tl.zeros([N, BLOCK], dtype=tl.float32)
 
-    # Loads run ahead of their use: a token's number by two tokens, its values by one.
+    # Loads run ahead of their use: a token's index by two tokens, its values by one.
     token = tl.load(order)
     following = tl.load(order + tl.minimum(1, length - 1))
     u_next = tl.load(u + token * channels + channel, mask=inside, other=0.0)
@@ -103,7 +103,7 @@ def scan_forward(
 
 @triton.jit
 def tokens_of(order, first, length, GROUP: tl.constexpr):
-    """Numbers of the GROUP tokens from step `first` on; past the end, that of the last."""
+    """Indices of the GROUP tokens from step `first` on; past the end, the index of the last token."""
     tokens = ()
     for i in tl.static_range(GROUP):
         tokens = tokens + (tl.load(order + tl.minimum(first + i, length - 1)),)
@@ -122,7 +122,7 @@ def read(values, row_stride, column, tokens, inside, GROUP: tl.constexpr):
 
 @triton.jit
 def read_until(values, row_stride, column, tokens, inside, first, length, GROUP: tl.constexpr):
-    """The same, and zeros for steps past the end."""
+    """The same, with zeros for steps past the end."""
     rows = ()
     for i in tl.static_range(GROUP):
         mask = both(inside, first + i < length)
@@ -139,7 +139,7 @@ def scan_backward(
     directions: tl.constexpr, channels: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Inputs and saved as in the forward; grad_y: (B, L, D), the gradient of every direction's y.
+    """Inputs and saved as in the forward kernel; grad_y: (B, L, D), the gradient of every direction's y.
 
     grad_u, grad_dt: (K, B, L, D).  Partials, float32: grad_A (K, B, N, D); grad_B, grad_C (channel blocks,
     K, B, L, N); grad_D, grad_bias (K, B, D).  scratch: (B * K * channel blocks, CHUNK / GROUP, N, BLOCK).
@@ -177,7 +177,7 @@ def scan_backward(
     rate = tl.load(A + k * (N * channels) + square, mask=inside[None, :], other=0.0).to(tl.float32) * LOG2_E
     skip = tl.load(D + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(dt_bias + k * channels + channel, mask=inside, other=0.0).to(tl.float32)
-    carried = tl.zeros([N, BLOCK], dtype=tl.float32)  # what later tokens add to the gradient of h
+    carried = tl.zeros([N, BLOCK], dtype=tl.float32)  # the part of h's gradient from later tokens
     sum_A = tl.zeros([N, BLOCK], dtype=tl.float32)
     sum_D = tl.zeros([BLOCK], dtype=tl.float32)
     sum_bias = tl.zeros([BLOCK], dtype=tl.float32)
@@ -206,7 +206,7 @@ def scan_backward(
             bs = next_bs
             raws = next_raws
         tl.store(scratch + (groups - 1) * (N * BLOCK), h)
-        tl.debug_barrier()  # a lane may read what another one wrote
+        tl.debug_barrier()  # a lane may read values that another lane wrote
 
         last = start + CHUNK - GROUP
         cs = read(C, C_token, state, tokens, every, GROUP)

@@ -1,4 +1,4 @@
-// What the kernels share; MLX puts it before each of them.
+// Functions that the kernels share; MLX puts them before each kernel.
 
 #define ARM_UNROLL _Pragma("clang loop unroll(full)")
 
@@ -24,11 +24,11 @@ inline V arm_from_lane(V value, uint lane, int j) {
   return LANES == 1 ? value : metal::quad_shuffle(value, ushort((lane & 3u & ~uint(LANES - 1)) + uint(j)));
 }
 
-// Sums over SPAN lanes that are STRIDE apart, of VALUES values in each: a reduce-scatter, which halves the
-// values with every exchange, and then a butterfly for what no longer halves. Both counts are powers of two.
+// Sums of VALUES values in each lane over SPAN lanes that are STRIDE apart: a reduce-scatter, which halves
+// the values with every exchange, then a butterfly for single values. Both counts are powers of two.
 //
-// With r the number of a lane among the SPAN: afterwards v[0 .. VALUES / SPAN - 1] are the totals from value
-// r * VALUES / SPAN on; where VALUES < SPAN, v[0] is the total of value r / (SPAN / VALUES).
+// Let r be the index of a lane among the SPAN. Afterwards v[0 .. VALUES / SPAN - 1] are the totals from value
+// r * VALUES / SPAN on; if VALUES < SPAN, v[0] is the total of value r / (SPAN / VALUES).
 template <int VALUES, int SPAN, int STRIDE>
 struct ArmReduce {
   static void run(thread float* v, uint lane) {

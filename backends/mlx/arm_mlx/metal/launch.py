@@ -1,7 +1,7 @@
 """One function per kernel: the shapes and types of its results, its constants and its grid.
 
 Arrays come in the layouts of `arm_mlx.scan`, which has checked their shapes. Sizes: K directions, B images,
-L tokens, D channels, N states, W taps.
+L tokens, D channels, N states, W convolution width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 class ScanInputs(NamedTuple):
-    """What the scan's kernels read; the order is the one of `sources.SCAN_INPUTS`."""
+    """The inputs of the scan's kernels, in the order of `sources.SCAN_INPUTS`."""
 
     u: mx.array
     dt: mx.array
@@ -50,33 +50,33 @@ def conv_backward(
     du: mx.array, x: mx.array, weight: mx.array, bias: mx.array, order: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of x (in x.dtype), weight and bias."""
-    (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
-    runs = -(-length // (CONV_TURNS * taps))
+    (directions, channels, width), (batch, length, _) = weight.shape, x.shape
+    runs = -(-length // (CONV_TURNS * width))
     dx, parts = run(
         "conv_backward",
         (du, x, weight, bias, order),
-        [(du.shape, x.dtype), ((directions, batch, runs, taps + 1, channels), mx.float32)],
+        [(du.shape, x.dtype), ((directions, batch, runs, width + 1, channels), mx.float32)],
         **_conv_call(x, weight),
     )
     parts = parts.sum((1, 2))  # (K, W + 1, D)
-    return _sum_directions(dx), parts[:, :taps].swapaxes(1, 2), parts[:, taps]
+    return _sum_directions(dx), parts[:, :width].swapaxes(1, 2), parts[:, width]
 
 
 def _sum_directions(parts: mx.array) -> mx.array:
-    """(K, B, L, D) -> (B, L, D), in float32 where there is something to add."""
+    """(K, B, L, D) -> (B, L, D), in float32 if there is more than one direction."""
     return parts[0] if len(parts) == 1 else parts.astype(mx.float32).sum(0).astype(parts.dtype)
 
 
 def _conv_call(x: mx.array, weight: mx.array) -> dict[str, Any]:
-    (directions, channels, taps), (batch, length, _) = weight.shape, x.shape
-    runs = -(-length // (CONV_TURNS * taps))
+    (directions, channels, width), (batch, length, _) = weight.shape, x.shape
+    runs = -(-length // (CONV_TURNS * width))
     return {
         "template": {
             "T": x.dtype,
             "LENGTH": length,
             "CHANNELS": channels,
-            "TAPS": taps,
-            "RUN": CONV_TURNS * taps,
+            "CONV_WIDTH": width,
+            "RUN": CONV_TURNS * width,
         },
         "grid": (channels, directions * runs, batch),
         "threadgroup": (min(channels, MAX_THREADS), 1, 1),
@@ -84,9 +84,9 @@ def _conv_call(x: mx.array, weight: mx.array) -> dict[str, Any]:
 
 
 def scan_forward(scan: ScanInputs, tuning: Tuning, *, save: bool) -> tuple[mx.array, mx.array | None]:
-    """y: (K, B, L, D) in u.dtype, and the states that the backward starts from: (K, B, chunks - 1, D, N).
+    """y: (K, B, L, D) in u.dtype, and the states for the backward pass: (K, B, chunks - 1, D, N).
 
-    The states are None without `save`, and where one chunk holds all tokens.
+    The states are None without `save`, and if one chunk holds all tokens.
     """
     directions, batch, length, channels = scan.u.shape
     kept = -(-length // tuning.chunk) - 1
@@ -129,7 +129,7 @@ def _scan_call(scan: ScanInputs, tuning: Tuning) -> dict[str, Any]:
     assert scan.A.shape[-1] == tuning.states, "constants for another number of states"
     needed = -(-channels * tuning.lanes // SIMD)  # SIMD groups for all channels
     groups = -(-needed // tuning.simdgroups)
-    simdgroups = -(-needed // groups)  # shared out evenly, so that few lanes stand idle
+    simdgroups = -(-needed // groups)  # divided evenly, so that few lanes are idle
     return {
         "template": {
             "T": scan.u.dtype,
@@ -147,7 +147,7 @@ def _scan_call(scan: ScanInputs, tuning: Tuning) -> dict[str, Any]:
 
 def gate_forward(y: mx.array, z: mx.array, *, save: bool) -> tuple[mx.array, mx.array | None]:
     """out: (B, L, D) in z.dtype, and with `save` the mean of y over the directions."""
-    write_mean = save and len(y) > 1  # of one direction y is the mean
+    write_mean = save and len(y) > 1  # with one direction, y is the mean
     name = "gate_forward_saving" if write_mean else "gate_forward"
     out, *mean = run(name, (y, z), [(z.shape, z.dtype)] * (1 + write_mean), **_gate_call(z, len(y)))
     return out, (mean[0] if write_mean else y[0]) if save else None
@@ -206,12 +206,12 @@ def run(
 
 
 def execute(kernel: Any, **call: Any) -> tuple[mx.array, ...]:
-    """Hand a call to MLX; the tests put their emulator here."""
+    """Pass a call to MLX; the tests replace this by their emulator."""
     return tuple(cast(Sequence[mx.array], kernel(**call)))
 
 
 def _in_device_memory(array: mx.array) -> mx.array:
-    """The array, lengthened where MLX would pass it as `constant`: one signature for every size."""
+    """The array, padded if MLX would pass it as `constant`: one signature for every size."""
     if array.size >= CONSTANT_BELOW:
         return array
     return mx.pad(array, [(0, CONSTANT_BELOW), *[(0, 0)] * (array.ndim - 1)])

@@ -15,14 +15,14 @@ Gradients = tuple[mx.array | None, ...]
 
 
 def directional_conv(x: mx.array, weight: mx.array, bias: mx.array, order: mx.array) -> mx.array:
-    """As `arm_mlx.scan.directional_conv`; x float32, float16 or bfloat16, weight and bias float32."""
+    """Same as `arm_mlx.scan.directional_conv`; x float32, float16 or bfloat16, weight and bias float32."""
     return cast(mx.array, _conv(x, weight, bias, order))
 
 
 def selective_scan(*inputs: mx.array, save_for_backward: bool) -> mx.array:
-    """As `arm_mlx.scan.selective_scan`; u, dt, B, C, z of one type, A, D, dt_bias float32.
+    """Same as `arm_mlx.scan.selective_scan`; u, dt, B, C, z of one type, A, D, dt_bias float32.
 
-    Without `save_for_backward` nothing is written for a backward, and there is none.
+    Without `save_for_backward` nothing is saved for a backward pass, and there are no gradients.
     """
     tuning = tuning_for(inputs[2].shape[-1], architecture())
     if save_for_backward:
@@ -33,13 +33,13 @@ def selective_scan(*inputs: mx.array, save_for_backward: bool) -> mx.array:
 
 
 def _apart(inputs: Sequence[mx.array]) -> tuple[launch.ScanInputs, mx.array]:
-    """What the scan's kernels read, and z, which is the gate's."""
+    """The inputs of the scan's kernels, and z, the input of the gate."""
     *scanned, z, order = inputs
     return launch.ScanInputs._make((*scanned, order)), z
 
 
 def architecture() -> str:
-    """MLX's name of the GPU's family, such as applegpu_g13g; empty where there is none."""
+    """MLX's name of the GPU's family, such as applegpu_g13g; empty without a GPU."""
     return str(mx.device_info(mx.gpu).get("architecture", ""))
 
 
@@ -57,8 +57,8 @@ def _conv_vjp(inputs: Sequence[mx.array], grad_u: mx.array, u: mx.array) -> Grad
 def scan_function(tuning: Tuning) -> Callable[..., Any]:
     """The scan with these constants and its gradients.
 
-    Returns its result, then the mean over the directions and, where there are several chunks, the states
-    that the backward starts from.
+    Returns its result, then the mean over the directions and, if there are several chunks, the states
+    for the backward pass.
     """
 
     @mx.custom_function

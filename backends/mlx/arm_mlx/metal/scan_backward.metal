@@ -1,5 +1,5 @@
-// All gradients of the scan but those of z, from that of y and the saved states: backwards through the
-// chunks, each one recomputed from the state before it.
+// All gradients of the scan except that of z, from the gradient of y and the saved states. It goes backward
+// through the chunks and recomputes each one from the state before it.
 //
 // grad_y (B, L, D) float is shared by the directions; states and the inputs as in the forward kernel.
 // Writes du, ddt (K, B, L, D) T and, in float and to be summed, dA (K, B, D, N), dD, ddt_bias (K, B, D) and
@@ -8,7 +8,7 @@ constexpr int TURNS = CHUNK / LANES, VALUES = 2 * OWN_STATES;
 constexpr int HELD = VALUES > SIMD_CHANNELS ? VALUES / SIMD_CHANNELS : 1;
 constexpr int SHARED = SIMD_CHANNELS > VALUES ? SIMD_CHANNELS / VALUES : 1;
 threadgroup float sums[SIMDGROUPS][CHUNK][2 * STATES];
-float g[OWN_STATES], grad_A[OWN_STATES];  // g: what later tokens add to the gradient of h
+float g[OWN_STATES], grad_A[OWN_STATES];  // g: the part of h's gradient from later tokens
 ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) { g[i] = 0.0f; grad_A[i] = 0.0f; }
 float grad_D = 0.0f, grad_bias = 0.0f;
 
@@ -18,12 +18,12 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
   int own_token[TURNS];
   // h[j]: the state before the chunk's token j, and after token j - 1.
   float h[CHUNK + 1][OWN_STATES], decays[KEEP_DECAYS ? CHUNK : 1][OWN_STATES];
-  float chunk_A[OWN_STATES];  // summed by chunk first: over long sequences one sum would lose digits
+  float chunk_A[OWN_STATES];  // summed per chunk first: one sum over a long sequence would lose digits
   ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) chunk_A[i] = 0.0f;
   const int kept = ((sequence * (CHUNKS - 1) + chunk - 1) * CHANNELS + d) * STATES + first;
   ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[0][i] = chunk > 0 ? states[kept + i] : 0.0f;
 
-  // Forwards again, keeping the state of every token.
+  // Forward again, keeping the state of every token.
   ARM_UNROLL for (int q = 0; q < TURNS; q++) {
     const int t = start + q * LANES + part;
     own_token[q] = order[path + metal::min(t, LENGTH - 1)];
@@ -32,7 +32,7 @@ for (int chunk = CHUNKS - 1; chunk >= 0; chunk--) {
     own_u[q] = float(u[at]);
     own_step[q] = arm_softplus(raw);
     own_slope[q] = arm_sigmoid(raw);
-    // Zero where there is no token or no channel: then so are g and all that is summed.
+    // Zero without a token or a channel: then g and all sums are zero too.
     own_grad[q] = t < LENGTH && live ? grad_y[(image * LENGTH + own_token[q]) * CHANNELS + d] : 0.0f;
     ARM_UNROLL for (int j = 0; j < LANES; j++) {
       const float step = arm_from_lane<LANES>(own_step[q], lane, j);

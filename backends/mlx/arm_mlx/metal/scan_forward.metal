@@ -5,8 +5,8 @@
 float h[OWN_STATES];
 ARM_UNROLL for (int i = 0; i < OWN_STATES; i++) h[i] = 0.0f;
 for (int t0 = 0; t0 < LENGTH; t0 += LANES) {
-  // Of the next LANES tokens this lane loads one: one softplus for each token and channel, not LANES.
-  // Past the end it repeats the last token, whose results nobody reads.
+  // This lane loads one of the next LANES tokens: one softplus for each token and channel, not LANES.
+  // Past the end it repeats the last token; these results are not used.
   const int t = t0 + part;
   const int own_row = tokens + order[path + metal::min(t, LENGTH - 1)];
   const float own_u = float(u[own_row * CHANNELS + d]);

@@ -1,8 +1,8 @@
-// Who computes what in the scan; stands before both of its kernels.
+// The division of work in the scan; MLX puts it before both of its kernels.
 //
-// A channel's STATES are shared by LANES neighbouring lanes, so a SIMD group has 32 / LANES channels and a
+// LANES neighbouring lanes share a channel's STATES, so a SIMD group has 32 / LANES channels and a
 // threadgroup SIMDGROUPS times as many. Grid: x channels, y direction, z image. Lanes beyond the last
-// channel compute it once more and write nothing: SIMD operations need all lanes.
+// channel compute it again and write nothing: SIMD operations need all lanes.
 static_assert(LANES <= 4 && STATES % LANES == 0 && CHUNK % LANES == 0, "");
 constexpr int OWN_STATES = STATES / LANES, SIMD_CHANNELS = 32 / LANES;
 constexpr int CHUNKS = (LENGTH + CHUNK - 1) / CHUNK;

@@ -1,7 +1,7 @@
-"""The kernels' text. MLX writes each signature itself, from the names and types of the arrays.
+"""The kernels' text. MLX generates each signature from the names and types of the arrays.
 
-MLX gives a kernel those of Metal's thread attributes whose names occur anywhere in its text. Comments are
-therefore taken out: they may mention what the code does not use.
+MLX passes to a kernel all of Metal's thread attributes whose names occur anywhere in its text. Comments are
+therefore removed: they may mention attributes that the code does not use.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     strided: str = ""
-    """The input that is read through its strides: a half of a product's result needs no copy."""
+    """The input that is read through its strides, so that half of a product's result needs no copy."""
     save: bool = False
-    """Whether it writes what a backward needs (ARM_SAVE in the text)."""
+    """Whether it saves the inputs of a backward pass (ARM_SAVE in the text)."""
 
 
 def _forward_and_saving(name: str, kernel: Kernel, saved: str) -> dict[str, Kernel]:
@@ -70,7 +70,7 @@ def text(name: str) -> str:
 
 @cache
 def load(name: str) -> Any:
-    """The kernel of that name as MLX's callable. MLX compiles it at its first call with given sizes."""
+    """The kernel of this name as MLX's callable. MLX compiles it at the first call with new sizes."""
     kernel = KERNELS[name]
     return mx.fast.metal_kernel(
         name=f"arm_{name}",
@@ -78,6 +78,6 @@ def load(name: str) -> Any:
         output_names=kernel.outputs,
         header=("#define ARM_SAVE\n" if kernel.save else "") + text("helpers"),
         source="".join(text(file) for file in kernel.files),
-        ensure_row_contiguous=not kernel.strided,  # else `launch.run` does, for all but one
+        ensure_row_contiguous=not kernel.strided,  # `launch.run` copies all other inputs
         compile_options={"math_mode": "safe"},  # infinities in exp, and the order of log1p
     )

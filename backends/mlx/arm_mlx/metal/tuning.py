@@ -1,4 +1,4 @@
-"""How the scan's kernels share out their work: one table, by GPU and number of states.
+"""How the scan's kernels divide their work: one table, by GPU and number of states.
 
 `arm bench scan --tune` measures the alternatives on a machine and prints the entry to add here.
 """
@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_THREADS = 256
-"""Per threadgroup: what every Apple GPU allows a kernel of this many registers."""
+"""Per threadgroup; every Apple GPU allows this for kernels with this many registers."""
 MAX_THREADGROUP_BYTES = 32768
 MAX_OWN_VALUES = 96
-"""States and decays that the backward may keep in a lane, of some 128 registers, to be worth a try."""
+"""States and decays that the backward pass may keep in a lane's 128 or so registers."""
 SIMD = 32
 CONV_TURNS = 8
-"""A thread of the convolution computes this many times W steps; the backward repeats W - 1 of them."""
+"""A thread of the convolution computes this many times W steps; the backward pass repeats W - 1 of them."""
 STATES = (1, 2, 4, 8, 16, 32, 64)
 """State sizes that the reductions take: powers of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Constants of the scan's kernels. Raises ValueError where they do not fit together or a GPU's limits."""
+    """Constants of the scan's kernels. Raises ValueError if inconsistent or beyond a GPU's limits."""
 
     states: int
     lanes: int
@@ -31,11 +31,11 @@ class Tuning:
     simdgroups: int
     """SIMD groups of 32 lanes in a threadgroup, at most; narrow models take fewer."""
     chunk: int
-    """Tokens between saved states, which the backward recomputes; a multiple of lanes."""
+    """Tokens between saved states, which the backward pass recomputes; a multiple of lanes."""
     keep_decays: bool = False
-    """Whether the backward keeps a chunk's exponentials in registers, or computes them twice."""
+    """Whether the backward pass keeps a chunk's exponentials in registers or computes them twice."""
     chosen_by: str = "arithmetic"
-    """Machine, MLX version and date of the measurement, or what stands in for one."""
+    """Machine, MLX version and date of the measurement, or the basis of an estimate."""
 
     def __post_init__(self) -> None:
         if self.states not in STATES:
@@ -63,7 +63,7 @@ class Tuning:
 
     @property
     def threadgroup_bytes(self) -> int:
-        """Of the backward kernel: sums of dB and dC by SIMD group and token."""
+        """Bytes in the backward kernel: sums of dB and dC by SIMD group and token."""
         return self.simdgroups * self.chunk * 2 * self.states * 4
 
 
@@ -74,7 +74,7 @@ TABLE: dict[str, dict[int, Tuning]] = {
         **{n: Tuning(states=n, lanes=n, simdgroups=8, chunk=8, chosen_by=UNMEASURED) for n in (1, 2, 4)},
         8: Tuning(states=8, lanes=4, simdgroups=8, chunk=8, chosen_by=UNMEASURED),
         16: Tuning(states=16, lanes=4, simdgroups=8, chunk=8, chosen_by=UNMEASURED),
-        # Four states a lane fit the registers with eight tokens kept; more states, fewer tokens.
+        # Four states per lane and eight kept tokens fit the registers; with more states, keep fewer tokens.
         32: Tuning(states=32, lanes=4, simdgroups=8, chunk=4, chosen_by=UNMEASURED),
         64: Tuning(states=64, lanes=4, simdgroups=4, chunk=4, chosen_by=UNMEASURED),
     },
@@ -83,18 +83,18 @@ TABLE: dict[str, dict[int, Tuning]] = {
 
 
 def tuning_for(states: int, architecture: str) -> Tuning:
-    """The entry for that GPU, or the one for any. Raises ValueError on a state size without one."""
+    """The entry for this GPU, or the entry `any`. Raises ValueError on a state size without an entry."""
     for name in (architecture, "any"):
         if states in TABLE.get(name, {}):
             return TABLE[name][states]
-    return Tuning(states=states, lanes=4, simdgroups=8, chunk=8)  # refuses, and says what there is
+    return Tuning(states=states, lanes=4, simdgroups=8, chunk=8)  # raises an error that lists the choices
 
 
 def candidates(states: int) -> Iterator[Tuning]:
-    """Every choice of constants for that many states that is within the limits."""
+    """All constants for this number of states that are within the limits."""
     choices = itertools.product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16), (False, True))
     for lanes, simdgroups, chunk, keep_decays in choices:
-        # More than so many values of a lane's own cannot be in registers: not worth a compilation.
+        # A lane cannot keep more values in registers, so compiling is not worth the time.
         own = states // lanes * (chunk + 1) * (1 + keep_decays)
         if states % lanes == 0 and own <= MAX_OWN_VALUES:
             try:
