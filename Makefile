@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 or newer, and make; each sets up .venv by itself.
+# `make demo` and `make test` need make and Python 3.11 or newer; each creates .venv.
 # Choose an interpreter with `make demo PYTHON=python3.12`, pass options on with `make test ARGS="-k scan"`.
 
 SUITABLE = import sys; sys.exit(sys.version_info < (3, 11))
@@ -18,9 +18,9 @@ help:
 	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
 	@echo "make docs   build the documentation's site in site/"
-	@echo "make lint   ruff and mypy alone"
+	@echo "make lint   only ruff and mypy"
 	@echo "make test-cuda   with an NVIDIA GPU: the Triton kernels' tests on it; installs nothing"
-	@echo "make test-cuda-sanitizer   the same under compute-sanitizer"
+	@echo "make test-cuda-sanitizer   the same tests under compute-sanitizer"
 	@echo "make bench-cuda  with an NVIDIA GPU: the scan and training steps against mamba-ssm, as JSON and Markdown"
 	@echo "make bench-metal  on a Mac: the Metal scan against plain MLX, and training steps, as JSON"
 	@echo "make browser-runtime  with npm: fetch onnxruntime-web for the pages of arm export --browser"
@@ -42,11 +42,11 @@ lint: $(VENV)/test.installed
 docs: $(VENV)/docs.installed
 	$(BIN)/python -m mkdocs build --strict
 
-# A machine with a GPU has a torch of its own: PYTHON is taken as it is where it has one, else that of .venv.
+# A machine with a GPU often has its own torch: PYTHON is used if it has torch, else the Python of .venv.
 CUDA_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
   $$p -c 'import numpy, pytest, torch, triton' >/dev/null 2>&1 && echo $$p && break; done)
 WITH_CUDA_PYTHON = p="$(CUDA_PYTHON)"; [ -n "$$p" ] || { \
-  echo "make $@ needs torch, triton, numpy and pytest: name an interpreter that has them, PYTHON=..."; exit 2; }; \
+  echo "make $@ needs torch, triton, numpy and pytest; pass an interpreter that has them, PYTHON=..."; exit 2; }; \
   PYTHONPATH=.:backends/cuda
 
 test-cuda:
@@ -55,13 +55,13 @@ test-cuda:
 	  ARM_LONG_TESTS=1 $$p -m pytest -W default $$workers -m "not sanitizer" -k "not compiled_model_trains" \
 	  tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py $(ARGS)
 
-# The three tools side by side; each takes minutes.
+# The three tools run in parallel; each takes minutes.
 test-cuda-sanitizer:
 	@$(WITH_CUDA_PYTHON); export PYTHONPATH; \
 	  $$p -c 'import xdist' 2>/dev/null && workers="-n 3"; \
 	  $$p -m pytest -W default $$workers -m sanitizer tests/cuda $(ARGS)
 
-# Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) where nvcc is there.
+# Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) if nvcc is installed.
 bench-cuda:
 	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_scan.py $(ARGS)
 	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_step.py $(ARGS)
@@ -69,8 +69,8 @@ bench-cuda:
 bench-metal: $(VENV)/test.installed
 	$(BIN)/python benchmarks/metal.py $(ARGS)
 
-# The web pages of `arm export` carry onnxruntime-web (MIT), which is too large for the repository. This puts
-# its files into the package; a wheel built afterwards has them.
+# The web pages of `arm export` contain onnxruntime-web (MIT), which is too large for the repository. This puts
+# its files into the package; a wheel that is built afterwards contains them.
 WEB := onnxruntime-web@1.30.0
 WEB_SHA512 := ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61
 VENDOR := convert/arm_convert/browser/vendor
@@ -97,13 +97,13 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) could not create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 
-# On Apple Silicon the package brings MLX by itself; on Linux it brings torch, and the extra adds MLX's
-# small CPU build, so that the demo can compare the two.
+# On Apple silicon the package installs MLX. On Linux it installs torch, and the extra adds MLX's small CPU
+# build, so that the demo can compare the two.
 $(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(INSTALL) '.[mlx,onnx]'
 	@touch $@
 
-# The development extra holds all that the demo needs.
+# The development extra contains everything that the demo needs.
 $(VENV)/test.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(INSTALL) '.[dev]'
 	@# Without what it requires: torchvision asks for a torch of its own, and the tests stand in for it.

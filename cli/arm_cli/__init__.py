@@ -1,1 +1,1 @@
-"""The `arm` command: one file per subcommand, no maths."""
+"""The `arm` command: one file per subcommand, without maths."""

@@ -45,7 +45,7 @@ def read_array(name: str, size: tuple[int, int], channels: int) -> Array:
 
 
 def _read_header(name: str, file: BinaryIO, expected: str) -> tuple[str, bool, tuple[int, ...]]:
-    """Type, memory order and shape in the header of a .npy file, whose position moves to the values."""
+    """Type, memory order and shape in the header of a .npy file. The file's position moves to the values."""
     start = file.read(8)
     if start[:4] == b"PK\3\4":
         raise BadFileError(f"{name}: {expected} in a .npy file, found an .npz archive; save the array alone")

@@ -49,7 +49,7 @@ def scan(
     engine: EngineChoice,
     as_json: bool,
 ) -> None:
-    """Time the selective scan of one layer: the forward pass, and forward and backward together.
+    """Time the selective scan of one layer: the forward pass alone, and forward and backward together.
 
     --scan auto measures every implementation that is available on the device. The share is
     the time that the device needs to read the operands and write the results at its copy rate, divided by
@@ -100,7 +100,7 @@ def _shape(model: str, stage: str, batch: int, bfloat16: bool) -> ScanShape:
 
 
 def _names(engine: EngineChoice, backend: Backend) -> list[str]:
-    """The scans to measure: the one that is named, or all that are available."""
+    """The scans to measure: the requested one, or all that are available."""
     from arm_core.engine.scans import choose_scan
 
     scans = backend.scans(backend.devices()[0] if engine.device == "auto" else engine.device)
@@ -157,7 +157,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _search(timer: ScanTimer, shape: ScanShape, repeats: int, quiet: bool) -> list[dict[str, Any]]:
-    """All tried constants, the fastest first."""
+    """Print all tried constants, the fastest first."""
     found = []
     for entry, times in timer.tune(shape, repeats=repeats):
         found.append({"entry": entry, **_summary(times, shape)})

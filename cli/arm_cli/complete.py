@@ -1,4 +1,4 @@
-"""`arm complete`: what a pretraining model predicts of images, cluster by cluster."""
+"""`arm complete`: the predictions of a pretraining model on images, cluster by cluster."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def complete(
     weights: str,
     engine: EngineChoice,
 ) -> None:
-    """Show what MODEL predicts of each IMAGE, cluster by cluster.
+    """Show how MODEL predicts each IMAGE, cluster by cluster.
 
     MODEL is a pretraining model. IMAGE is a file or a folder of images. Each cluster is predicted from the
-    true clusters before it, and in a rollout from the first N clusters and the predictions before it.
-    FOLDER gets a page to step through (index.html) and a PNG for each image: the image, step by step,
-    rollout.
+    true clusters before it. In a rollout, it is predicted from the first N clusters and the predictions
+    before it. FOLDER will contain an interactive page (index.html) and a PNG for each image, which shows the
+    image, the prediction step by step, and the rollout.
     """
     import numpy as np
 
@@ -117,7 +117,7 @@ def complete(
 
 
 def captions(spec: PretrainSpec, statistics: str) -> list[str]:
-    """What the page says about its pictures."""
+    """The explanation on the page."""
     from arm_core.model.spec import Target
 
     lead = (
@@ -129,11 +129,11 @@ def captions(spec: PretrainSpec, statistics: str) -> list[str]:
     if spec.target is Target.RAW:
         return [
             lead,
-            f"The model predicts pixels as they are. loss: mean squared error as in training; {units}",
+            f"The model predicts raw pixels. loss: mean squared error as in training; {units}",
         ]
     source = {
-        "nearest": "those of the nearest patch in the clusters before, so nothing of the true patch is used",
-        "true": "the true ones, so the rollout is told each patch's brightness and contrast",
+        "nearest": "those of the nearest patch in the clusters before, so the true patch is not used",
+        "true": "the true ones, so the rollout knows each patch's brightness and contrast",
     }[statistics]
     return [
         lead,

@@ -1,4 +1,4 @@
-"""`arm config`: every setting of a recipe, what it means, its value and where that comes from."""
+"""`arm config`: every setting of a recipe, with its meaning, its value and the origin of the value."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config(name: str, changes: RecipeChanges, precision: str | None, as_json: bo
 
 
 def settings(recipe: Recipe, given: set[str], changed: dict[str, str]) -> list[dict[str, Any]]:
-    """A row per setting: key, value, where from, meaning.
+    """A row per setting: key, value, origin, meaning.
 
     given: keys that the recipe's file holds.  changed: the option that changed a key.
     """
@@ -106,7 +106,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
 
 
 def _effective_model(recipe: Recipe) -> dict[str, Any]:
-    """What the model's settings come to where the recipe leaves them out."""
+    """The resolved values of the model's settings that the recipe omits."""
     classes = getattr(recipe.model, "classes", None)
     spec = recipe.spec(classes or 1)
     values: dict[str, Any] = {name: getattr(spec.encoder, name) for name in ENCODER}
@@ -124,7 +124,7 @@ def _preset_has(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value as TOML and JSON write it."""
+    """A value in TOML or JSON notation."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)

@@ -1,4 +1,4 @@
-"""Images with their predicted classes as one HTML page that needs no other file."""
+"""A self-contained HTML page of images with their predicted classes."""
 
 from __future__ import annotations
 

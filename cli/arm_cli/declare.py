@@ -20,12 +20,12 @@ def option(*flags: str, **attributes: Any) -> Any:
 
 
 def added_by(decorator: Callable[[Any], Any]) -> Any:
-    """A field that a decorator of its own fills, such as `engine_options` or `click.argument`."""
+    """A field that another decorator fills, such as `engine_options` or `click.argument`."""
     return dataclasses.field(metadata={"add": lambda name: decorator}, kw_only=True)
 
 
 def options_of(cls: type[Any], argument: str) -> Callable[[F], F]:
-    """A decorator: adds the options of dataclass `cls`; the command receives one `cls` as `argument`."""
+    """A decorator that adds the options of dataclass `cls`; the command receives a `cls` as `argument`."""
 
     def decorate(command: F) -> F:
         fields = dataclasses.fields(cls)

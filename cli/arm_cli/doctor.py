@@ -1,4 +1,4 @@
-"""`arm doctor`: what this machine can run, and what to install."""
+"""`arm doctor`: lists what this machine can run and what to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("numpy", "numba", "pillow", "safetensors", "torch", "triton", "mamba
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-@click.command(short_help="What this machine can run, and what to install.")
+@click.command(short_help="Show what this machine can run and what to install.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Print the engines, devices, scan implementations and libraries of this machine, and what to install.
@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
     """The whole report as plain values."""
     from arm_core.engine.registry import choose_backend, installed_backends
 
-    # MLX first: it takes its CPU matrix products from a library that must be loaded before it.
+    # MLX first: its library of CPU matrix products must be loaded before it.
     backends = {name: _backend(found) for name, found in sorted(installed_backends().items())}
     try:
         auto = choose_backend("auto").name

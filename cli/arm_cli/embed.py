@@ -1,4 +1,4 @@
-"""`arm embed`: what a model computes from images, as arrays in a file."""
+"""`arm embed`: the outputs of a model on images, as arrays in a file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--array", metavar="X.NPY", help="Normalized float32 images (B, 3, H, W) instead of files.")
 @click.option("--out", required=True, metavar="FILE", help="File to write: .npz or .parquet.")
-@click.option("--only", metavar="NAMES", help="Write these outputs only, separated by commas.")
+@click.option("--only", metavar="NAMES", help="Only write these outputs, separated by commas.")
 @click.option(
     "--pool",
     type=click.Choice(("default", "mean", "cls", "none")),
-    help="Write `features` alone, tokens reduced this way; none keeps every patch.",
+    help="Only write `features`, with tokens reduced this way; none keeps every patch.",
 )
 @click.option("--block", type=int, help="Write `features` of this block; 0 is the first, -1 the last.")
 @click.option("--labels", is_flag=True, help="Also write `labels`: the name of each image's folder.")
@@ -45,7 +45,7 @@ def embed(
     weights: str,
     engine: EngineChoice,
 ) -> None:
-    """Write what MODEL computes from images to FILE, batch by batch.
+    """Write the outputs of MODEL on images to FILE, batch by batch.
 
     IMAGE is an image file, or a folder of them. A classifier gives `features` (B, width), the vector
     before the head, and `logits` (B, classes). A pretraining model gives `decoder_input` (B, tokens,
@@ -85,7 +85,7 @@ def embed(
 def _outputs(
     opened: Opened, engine: EngineChoice, pool: str | None, block: int | None
 ) -> Callable[[Array], Mapping[str, Any]]:
-    """The function from a batch to what is written of it."""
+    """The function from a batch to the outputs that are written."""
     if pool is None and block is None:
         runner = engine.create(opened.spec, opened.parameters)
 

@@ -47,12 +47,17 @@ LABEL_SETS = (
 @data_format_option
 @click.option("--crop", type=float, metavar="X", help="Part of the resized image that is kept: 0.875, 1.0.")
 @image_size_option
-@click.option("--tta", type=click.Choice(("none", "flip")), default="none", help="Mean with mirrored images.")
+@click.option(
+    "--tta",
+    type=click.Choice(("none", "flip")),
+    default="none",
+    help="Average the outputs with those of the mirrored images.",
+)
 @batch_size_option(64)
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Threads that read images.")
 @click.option("--labels", type=click.Choice(LABEL_SETS), help="Protocol of a robustness set of ImageNet.")
 @click.option("--real-labels", metavar="REAL.JSON", help="Labels of --labels imagenet-real.")
-@click.option("--html", "page", metavar="REPORT.HTML", help="Write confusions and mistakes to a page.")
+@click.option("--html", "page", metavar="REPORT.HTML", help="Write an HTML page of confusions and mistakes.")
 @weights_option
 @engine_options
 @json_option
@@ -260,7 +265,7 @@ def open_data(
 
 
 def _data_of_run(opened: Opened) -> str:
-    """The evaluation images in the recipe of the run that the model belongs to."""
+    """The evaluation images in the recipe of the model's run."""
     from arm_core.recipe.recipe import load_recipe
     from arm_core.training.run_folder import RECIPE
 

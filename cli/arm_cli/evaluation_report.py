@@ -1,4 +1,4 @@
-"""How the result of `arm evaluate` is shown: a line, JSON, or a page."""
+"""Shows the result of `arm evaluate` as a line, as JSON or as a page."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from arm_core.training.predictions import Predictions
 
 MISTAKES = 24
-"""Most confident mistakes on the page."""
+"""Number of the most confident mistakes on the page."""
 PICTURE = 640
 """Side of the confusion picture, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """An evaluation and what it was made of."""
+    """An evaluation, with its model, images and settings."""
 
     opened: Opened
     source: ImageSource
@@ -39,13 +39,13 @@ class Measured:
     """By image with labels of ImageNet-ReaL, whether the prediction is one of them."""
 
     def name(self, label: int) -> str:
-        """A class for people."""
+        """Human-readable name of a class."""
         names = self.opened.class_names or self.source.classes
         return names[label] if len(names) == len(self.source.classes) else self.source.classes[label]
 
 
 def report(measured: Measured, *, as_json: bool, page: str | None) -> None:
-    """Print the result, and write the page where one is wanted."""
+    """Print the result, and write the page if requested."""
     if page is not None:
         from arm_core.files.atomic import new_file, write_text
 
@@ -200,7 +200,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, str, str]]) -> str:
 
 
 def _confusion(measured: Measured) -> str:
-    """Part of each true class, from white (none) to dark (all), on a scale that shows single images."""
+    """Fraction of each true class, from white (none) to dark (all), on a scale that shows single images."""
     import numpy as np
 
     from arm_core.training.predictions import confusion

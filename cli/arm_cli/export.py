@@ -25,7 +25,7 @@ NO_COREML = (
 )
 
 NOISE_IMAGES = 4
-"""Pictures that a file is compared on where --data names none."""
+"""The number of images for the comparison if --data is not given."""
 
 
 @click.command(short_help="Write a model as ONNX, torch.export or a web page.")
@@ -41,13 +41,13 @@ NOISE_IMAGES = 4
 @click.option("--opset", type=int, help="ONNX operator set.  [default: 18]")
 @click.option("--preprocess", is_flag=True, help="Accept uint8 images; resize, crop and normalize inside.")
 @click.option("--runtime", metavar="FOLDER", help="An unpacked onnxruntime-web package, for a web page.")
-@click.option("--draw", is_flag=True, help="A web page to draw on, instead of photos and the camera.")
+@click.option("--draw", is_flag=True, help="Make a page for drawing, instead of photos and the camera.")
 @click.option("--title", help="Heading of a web page.")
-@click.option("--check", metavar="FILE", help="Write nothing: compare an exported FILE with MODEL.")
+@click.option("--check", metavar="FILE", help="Only compare an exported FILE with MODEL.")
 @click.option("--no-check", is_flag=True, help="Do not compare the file with the model.")
 @click.option("--data", metavar="FOLDER", help="Images to compare on: a folder, or `digits`.")
 @click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True,
-              help="Images of --data to compare on, evenly spaced.")  # fmt: skip
+              help="Number of images of --data to compare on, evenly spaced.")  # fmt: skip
 @click.option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine to compare with.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the comparison.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -61,15 +61,15 @@ def export(
     """Write MODEL to OUT as a file that runs without this package.
 
     OUT.onnx is a plain ONNX model, OUT.html a web page that runs it, OUT.pt2 a program of torch.export
-    that torch runs alone. The file is then compared with the model: the largest difference of an output
-    relative to the model's largest value, how often both give the same answer, and the latency of one
-    image. Without --data the comparison uses noise images, which show differences but not accuracy. Exit
-    code 1 where the difference is beyond the tolerance.
+    that only needs torch. The file is then compared with the model: the largest difference of an output
+    relative to the model's largest value, the share of equal answers, and the latency of one image.
+    Without --data the comparison uses noise images, which show differences but not accuracy. The exit
+    code is 1 if the difference exceeds the tolerance.
     """
     from arm_cli.opening import open_model
 
     if check is not None and (out or browser):
-        raise ValueError("--check compares an existing file: give no OUT with it")
+        raise ValueError("--check compares an existing file; drop OUT")
     opened = open_model(model, weights=weights)
     report: dict[str, Any] = {"model": str(opened.folder)}
     if check is not None:
@@ -95,7 +95,7 @@ def export(
 
 def _target(out: str | None, browser: str | None) -> str:
     if out is not None and browser is not None:
-        raise ValueError("give either OUT or --browser OUT.html")
+        raise ValueError("pass either OUT or --browser OUT.html")
     name = out or browser
     if name is None:
         raise ValueError("expected OUT, a file to write (OUT.onnx or OUT.html), or --check FILE")
@@ -136,7 +136,7 @@ def _build(opened: Opened, settings: dict[str, Any], **changes: Any) -> Any:
     }
     options = OnnxOptions(**{**values, **changes})
     if options.half and settings["quantize"]:
-        raise ValueError("--quantize int8 starts from float32: give no --precision float16 with it")
+        raise ValueError("--quantize int8 starts from float32; drop --precision float16")
     classes = opened.classes if opened.named else ()
     return build(opened.spec, opened.parameters, options=options, classes=classes, metadata=opened.metadata)
 
@@ -192,7 +192,7 @@ def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[st
 
 
 def write_drawing_page(opened: Opened, path: Path, title: str) -> None:
-    """Write a page where one draws what a classifier then names; ValueError says what is not installed."""
+    """Write a page that classifies drawings; ValueError says which package is not installed."""
     settings = {"runtime": None, "draw": True, "title": title, "quantize": None, "force": False}
     _write_page(opened, path, {**settings, "precision": "float32", "opset": None})
 
@@ -221,7 +221,7 @@ def _compare(opened: Opened, path: Path, settings: dict[str, Any]) -> Comparison
 
 
 def _read(data: str, opened: Opened, limit: int) -> tuple[list[Pixels], list[int] | None]:
-    """Decoded images, evenly spaced, and their labels where the model has classes."""
+    """Decoded images, evenly spaced, and their labels if the model has classes."""
     import numpy as np
 
     from arm_cli.evaluate import open_data
@@ -264,4 +264,4 @@ def _show(report: dict[str, Any], found: Comparison | None, data: str | None, as
     file, engine = (1e3 * seconds for seconds in found.latency)
     echo(f"latency of one image: file {file:.1f} ms, engine {engine:.1f} ms ({file / engine:.2f} times)")
     if not found.within:
-        echo(f"BEYOND the tolerance of {found.precision}: the file does not compute what the model does")
+        echo(f"the differences exceed the tolerance for {found.precision}")

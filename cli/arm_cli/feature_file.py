@@ -20,13 +20,13 @@ MEANS = ("loss", "loss_per_token")
 
 
 class FeatureFile(Protocol):
-    """A file under way; it takes its name when the `with` block ends without an error."""
+    """A file that is being written; it gets its name if the `with` block ends without an error."""
 
     def add(self, outputs: Mapping[str, Array]) -> None:
-        """The outputs of the next batch."""
+        """Append the outputs of the next batch."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What was written, by name."""
+        """Shapes of the written arrays, by name."""
 
     def __enter__(self) -> Self: ...
 
@@ -51,7 +51,7 @@ def feature_file(path: Path, total: int, columns: Mapping[str, Sequence[str]]) -
 
 
 class NpzFile:
-    """Each output grows in a .npy file of its own, memory-mapped; at the end they become one archive."""
+    """Writes each output to a memory-mapped .npy file; at the end they become one archive."""
 
     def __init__(self, path: Path, total: int, columns: Mapping[str, Sequence[str]]) -> None:
         self._path, self._total, self._columns, self._done = path, total, columns, 0
@@ -94,7 +94,7 @@ class NpzFile:
     def _finish(self) -> None:
         from arm_core.files.atomic import create_file, new_file
 
-        assert self._done == self._total, "every image was written"
+        assert self._done == self._total, "all images are already written"
         small: dict[str, Array] = {name: value.astype(np.float32) for name, value in self._means.items()}
         small |= {name: np.array(values) for name, values in self._columns.items()}
         for name, values in small.items():
@@ -111,7 +111,7 @@ class NpzFile:
 
 
 class ParquetFile:
-    """A row group for each batch; an output with more than one axis per image is flattened."""
+    """Writes a row group for each batch; outputs with more than one axis per image are flattened."""
 
     def __init__(self, path: Path, total: int, columns: Mapping[str, Sequence[str]]) -> None:
         try:

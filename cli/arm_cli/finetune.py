@@ -14,8 +14,8 @@ def finetune(request: Request, origin: str | None) -> None:
     """Train a classifier with RECIPE on a folder with one sub-folder of images per class.
 
     RECIPE is a shipped recipe (`arm recipe list`): digits, tiny, small, base, large or huge; or a .toml
-    file. With --from the classifier starts from that model's trunk and has its size; otherwise it starts
-    from random weights. Examples:
+    file. With --from, the classifier starts from the trunk of that model and has its size. Otherwise it
+    starts from random weights. Examples:
 
     \b
       arm finetune digits --from runs/pretrain-digits

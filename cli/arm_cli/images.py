@@ -1,4 +1,4 @@
-"""Images named on the command line, in batches as a model sees them."""
+"""Images named on the command line, in preprocessed batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The files named, those that match a pattern, and of a folder all images in it at any depth.
+    """The named files, the files that match a pattern, and all images in a folder at any depth.
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are none.
     """
     from arm_core.data.walk import find_images, looked_for
 
@@ -44,7 +44,7 @@ def image_files(names: Sequence[str]) -> list[Path]:
 
 
 def image_batches(files: Sequence[Path], model: Opened, batch_size: int) -> Iterator[Array]:
-    """(B, H, W, 3) float32 as the model reads them; a broken file is named in a ValueError."""
+    """(B, H, W, 3) float32, preprocessed for the model; a ValueError names a broken file."""
     from arm_core.data.transforms import load_image
 
     for start in range(0, len(files), batch_size):

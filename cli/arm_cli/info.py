@@ -130,6 +130,6 @@ def _print(spec: ModelSpec, report: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> str:
-    """Values as text. Long ones are cut: there can be thousands of class names."""
+    """Values as text, truncated if long: there can be thousands of class names."""
     words = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
     return ", ".join(word if len(word) <= WORD else f"{word[:WORD]}..." for word in words)

@@ -31,7 +31,7 @@ COMMANDS = (
     "bench",
     "doctor",
 )
-"""In the order of the help. `arm_cli.NAME` holds the command NAME and is imported on demand."""
+"""Commands in the order of the help. `arm_cli.NAME` holds the command NAME and is imported on demand."""
 
 
 ARGUMENTS = "arm_cli.arguments"
@@ -79,7 +79,7 @@ class Commands(click.Group):
             with in_one_line():
                 return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader of a pipe has closed it; click exits quietly
+            raise  # the reader of a pipe has closed it; click exits without a message
         except (ValueError, OSError, MemoryError) as error:
             if ctx.params["traceback"]:
                 raise
@@ -99,7 +99,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def one_line(error: ValueError | OSError | MemoryError) -> str:
-    """An error's message as one printable line of limited length; that of an OSError names its file first."""
+    """An error's message as one printable line of limited length; for an OSError, it starts with the file."""
     if isinstance(error, MemoryError):
         text = f"not enough memory ({error})" if str(error) else "not enough memory"
     elif isinstance(error, OSError) and error.strerror:
@@ -110,7 +110,7 @@ def one_line(error: ValueError | OSError | MemoryError) -> str:
 
 
 def in_short(text: str) -> str:
-    """Text as one line, with control characters escaped and its middle left out where it is long."""
+    """Text as one line, with control characters escaped; the middle of a long text is omitted."""
     from arm_core.files.errors import shown
 
     return shown(" ".join(text[:100_000].split()))

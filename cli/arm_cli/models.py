@@ -8,7 +8,7 @@ from arm_cli.options import json_option
 
 
 @click.command(short_help="List presets and published checkpoints.")
-@click.option("--offline", is_flag=True, help="Do not ask the hub; show the list seen last.")
+@click.option("--offline", is_flag=True, help="Do not contact the hub; show the last known list.")
 @json_option
 def models(offline: bool, as_json: bool) -> None:
     """List the presets, and the checkpoints in the official repository on the Hugging Face hub.

@@ -1,4 +1,4 @@
-"""Opening what a user calls a model: folders of ours, official checkpoints, names on the hub."""
+"""Opens the MODEL of a command line: a model folder, an official checkpoint or a name on the hub."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Opened:
     spec: ModelSpec
     parameters: dict[str, Array]
     classes: tuple[str, ...]
-    """Names of class folders in the order of the logits; numbers where the model does not know them, empty
+    """Names of class folders in the order of the logits; numbers if the model does not store them, empty
     in pretraining."""
     class_names: tuple[str, ...]
-    """Names of the same classes for people."""
+    """Human-readable names of the same classes."""
     named: bool
     """Whether the model stores class names."""
     transform: EvalTransform
@@ -42,7 +42,7 @@ class Opened:
 
 
 def find_model(name: str) -> ModelSource:
-    """Open a model folder, a run or a checkpoint; ValueError says what else `name` is."""
+    """Open a model folder, a run or a checkpoint; for anything else, a ValueError says what `name` is."""
     from arm_core.files.model_folder import CONFIG
     from arm_core.model.presets import PRESETS
     from arm_core.training.model_source import open_folder
@@ -99,7 +99,7 @@ def _numbers(spec: ClassifierSpec) -> tuple[str, ...]:
 
 
 def _elsewhere(name: str) -> bool:
-    """Whether a name means a file of another program, or something on the hub."""
+    """Whether a name refers to a file of another program or to the hub."""
     from arm_core.files.model_folder import CONFIG
 
     path = Path(name)

@@ -25,16 +25,16 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
-    """What --backend, --device, --scan, --precision and --threads say."""
+    """The values of --backend, --device, --scan, --precision and --threads."""
 
-    # No fixed choice of backends: a package of its own may bring another one.
+    # No fixed choice of backends: another package can add one.
     backend: str = option("--backend", metavar="torch|mlx|auto", default="auto", help="Engine to use.")
     device: str = option("--device", default="auto", help="cpu, gpu (MLX), cuda or cuda:1 (torch).")
     scan: str = option("--scan", default="auto", help="Scan implementation; `arm doctor` lists them.")
     precision: str | None = option(
         "--precision", type=click.Choice(PRECISIONS), help="Type of the matrix products (training.precision)."
     )
-    """None leaves it to the recipe, or float32 where there is none."""
+    """None: the recipe's precision, or float32 without a recipe."""
     threads: int | None = option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 
     def find(self) -> Backend:
@@ -61,7 +61,7 @@ class EngineChoice:
 
     @contextmanager
     def join(self) -> Iterator[tuple[Backend, Ranks]]:
-        """The backend, and the job of several processes that this process belongs to.
+        """The backend, and the job of this process.
 
         Inside the block only rank 0 prints. An error on all ranks is reported by rank 0, an error on a
         single rank by that rank.
@@ -162,6 +162,6 @@ def batch_size_option(default: int) -> Callable[[F], F]:
 DATA_FORMATS = ("auto", "folder", "table", "parquet", "arrow", "tar")
 
 data_format_option = click.option(
-    "--data-format", type=click.Choice(DATA_FORMATS), help="How images are stored; found by looking."
+    "--data-format", type=click.Choice(DATA_FORMATS), help="How images are stored; detected if not given."
 )
-"""Adds --data-format; the command receives it as `data_format`, None if not given."""
+"""Add --data-format; the command receives it as `data_format`, None if not given."""

@@ -39,7 +39,7 @@ def predict(
     engine: EngineChoice,
     as_json: bool,
 ) -> None:
-    """Print the most likely classes of each IMAGE, as they are computed.
+    """Print the most likely classes of each IMAGE.
 
     MODEL is a classifier: a model folder, a run or a checkpoint, an official file, or a name that
     `arm models` lists. IMAGE is a file, a folder of images, or a pattern such as 'photos/*.jpg'.
@@ -50,7 +50,7 @@ def predict(
     from arm_core.model.spec import ClassifierSpec
 
     if as_json and as_csv:
-        raise ValueError("give either --json or --csv")
+        raise ValueError("pass either --json or --csv")
     model, images = _model_and_images(model, words)
     files = image_files(images)
     opened = open_model(model, weights=weights)
@@ -92,7 +92,7 @@ def _model_and_images(model: str | None, words: tuple[str, ...]) -> tuple[str, t
 def _results(
     files: list[Path], opened: Opened, engine: EngineChoice, batch_size: int, top: int
 ) -> Iterator[dict[str, Any]]:
-    """For each file its name and its most likely classes, as soon as its batch is computed."""
+    """Yields the name and the most likely classes of each file, batch by batch."""
     from arm_cli.images import image_batches
     from arm_cli.progress import ProgressBar
 

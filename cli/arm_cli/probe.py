@@ -1,4 +1,4 @@
-"""`arm probe`: what frozen features know about classes, as one number with an interval."""
+"""`arm probe`: accuracy of frozen features, with an interval."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Measure frozen features: k-NN and linear classifier.")
 @click.argument("model")
-@click.option("--data", required=True, metavar="TRAIN", help="Labelled images: folder, or `digits`.")
+@click.option("--data", required=True, metavar="TRAIN", help="Labelled images: a folder, or `digits`.")
 @click.option("--eval-data", metavar="VAL", help="Images to evaluate on; not needed for `digits`.")
 @click.option("--k", type=click.IntRange(min=1), default=20, show_default=True, help="Neighbours of k-NN.")
 @click.option(
-    "--temperature", type=float, default=0.07, show_default=True, help="Of the votes of k-NN, as in DINO."
+    "--temperature",
+    type=float,
+    default=0.07,
+    show_default=True,
+    help="Temperature of the k-NN votes, as in DINO.",
 )
 @click.option("--block", type=int, help="Read the output of this block instead of the last; -1 is the last.")
 @click.option(
@@ -31,7 +35,11 @@ if TYPE_CHECKING:
 )
 @click.option("--random", "random_weights", is_flag=True, help="Also measure random weights of this size.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split and weights."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the split and the weights.",
 )
 @batch_size_option(64)
 @weights_option
@@ -100,7 +108,7 @@ def _sources(data: str, eval_data: str | None, size: tuple[int, int]) -> tuple[I
 
     if data == "digits":
         if eval_data is not None:
-            raise ValueError("--eval-data: `digits` is evaluated on its test split; leave it out")
+            raise ValueError("--eval-data: `digits` is evaluated on its test split; drop it")
         return Digits(Split.TRAIN, size=size), Digits(Split.TEST, size=size)
     if eval_data is None:
         raise ValueError("--eval-data: expected the folder of images to evaluate on")

@@ -24,7 +24,7 @@ class ProgressBar:
     """Shows progress of work of known length; a context manager.
 
     what:  names the work.  unit: what is counted, in the plural: `images`, `steps`.
-    start: how much an interrupted run had done before; it does not count for the rate.
+    start: the amount that an interrupted run had already done; it does not count for the rate.
     """
 
     def __init__(self, what: str, total: int, unit: str, *, start: int = 0) -> None:
@@ -50,7 +50,7 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Count `count` more; `note` is shown beside it: a loss, an epoch."""
+        """Advance by `count`; `note` is shown beside the bar, such as a loss or an epoch."""
         self._done += count
         if count:
             self._calls += 1
@@ -59,13 +59,13 @@ class ProgressBar:
             self._bar.update(self._task, completed=self._done, note=note, rate=f"{self._rate():.3g}")
             return
         now = time.monotonic()
-        # One line early, so that the time left is known; then one every EVERY seconds.
+        # One early line shows the time left; then one line every EVERY seconds.
         if now - self._said >= EVERY or (count and self._calls == EARLY):
             self._said = now
             echo(self.line(note), err=True)
 
     def line(self, note: str = "") -> str:
-        """The progress in one plain line."""
+        """The progress as one plain line."""
         rate = self._rate()
         left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
         tail = f", {note}" if note else ""
@@ -79,7 +79,7 @@ class ProgressBar:
             echo(text, err=True)
 
     def _rate(self) -> float:
-        """Counts per second. The first call is left out once there are others: it compiles and allocates."""
+        """Counts per second, without the first call if there are others: it compiles and allocates."""
         began, start = self._warm if self._warm and self._calls > 1 else (self._began, self._start)
         return (self._done - start) / max(time.monotonic() - began, 1e-9)
 

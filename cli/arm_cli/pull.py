@@ -17,7 +17,7 @@ def pull(name: str, out: str | None, weights: str, force: bool) -> None:
 
     NAME is a published checkpoint (`arm models` lists them) or hf://user/name[@revision][/file]. Without OUT
     the model is kept in the cache ($ARM_VISION_CACHE, else ~/.cache/arm-vision). An interrupted download is
-    resumed, and files in the cache are used without a network.
+    resumed. Files in the cache are used without a network.
     """
     from arm_cli.show import echo
     from arm_convert.published import pull as download

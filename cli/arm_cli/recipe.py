@@ -23,7 +23,7 @@ def recipe() -> None:
     """
 
 
-@recipe.command("list", short_help="The shipped recipes.")
+@recipe.command("list", short_help="List the shipped recipes.")
 @json_option
 def list_command(as_json: bool) -> None:
     """List the shipped recipes with their model, length and batch size."""
@@ -42,16 +42,16 @@ def list_command(as_json: bool) -> None:
     print_table(("recipe", "width x depth", "length", "batch", "about"), rows, left=1, text=(4,))
 
 
-@recipe.command(short_help="A recipe as TOML.")
+@recipe.command(short_help="Print a recipe as TOML.")
 @click.argument("name", metavar="RECIPE")
 def show(name: str) -> None:
-    """Print a recipe as TOML: of a shipped one or a file with its comments, of a run as it was resolved."""
+    """Print a recipe as TOML: a shipped recipe or file with its comments, or the resolved recipe of a run."""
     from arm_core.recipe.recipe import recipe_text
 
     echo(recipe_text(recipe_path(name)).rstrip("\n"))
 
 
-@recipe.command(short_help="Settings in which two recipes differ.")
+@recipe.command(short_help="Compare the settings of two recipes.")
 @click.argument("first", metavar="RECIPE")
 @click.argument("second", metavar="RECIPE")
 @json_option
@@ -71,9 +71,9 @@ def diff(first: str, second: str, as_json: bool) -> None:
 
 
 def recipe_path(name: str) -> str:
-    """A shipped recipe's name, a .toml file, or the recipe of a run folder, whichever `name` means.
+    """The shipped recipe, the .toml file, or the recipe of the run folder with this name.
 
-    Raises ValueError for a size of which there are several recipes, such as `tiny`, and for unknown names.
+    Raises ValueError for a size with several recipes, such as `tiny`, and for unknown names.
     """
     from arm_core.recipe.recipe import shipped_recipes
     from arm_core.training.run_folder import RECIPE
@@ -85,11 +85,11 @@ def recipe_path(name: str) -> str:
         return str(Path(name) / RECIPE)
     if several := [full for full in shipped if full.partition("-")[2] == name]:
         raise ValueError(f"{name!r} has several recipes; pass {' or '.join(several)}")
-    return name  # reading it says what is wrong
+    return name  # reading it raises the error
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """The settings of a recipe by dotted key, in order; those that are None are left out."""
+    """The settings of a recipe by dotted key, in order; those that are None are omitted."""
     from arm_core.recipe.toml import to_table
 
     found: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A setting as a person writes it; `-` for none."""
+    """A setting in readable form; `-` for none."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -21,7 +21,7 @@ def echo(text: str, *, err: bool = False, bold: bool = False) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print only the data, on stdout, for other programs."""
+    """Print only the data as JSON on stdout, for other programs."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
@@ -34,9 +34,9 @@ def print_table(
     text: Sequence[int] = (),
     total: Sequence[str] | None = None,
 ) -> None:
-    """Print a table. The first `left` columns and those in `text` are left-aligned, the others right.
+    """Print a table. The first `left` columns and those in `text` are left-aligned, the others right-aligned.
 
-    total: the last row, set apart.
+    total: the last row, separated from the others.
     """
     from rich import box
     from rich.console import Console

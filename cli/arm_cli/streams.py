@@ -1,4 +1,4 @@
-"""Output that may end before the program does: a closed pipe, or a terminal that is gone."""
+"""Output that may be closed before the program ends: a pipe without a reader, or a closed terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOSED = (errno.EPIPE, errno.EIO)
 
 
 class _Stream:
-    """A text stream that goes to the null device once it is closed at the other end."""
+    """A text stream that is redirected to the null device when its other end is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class _Stream:
         except OSError as error:
             if error.errno not in CLOSED:
                 raise
-            # The descriptor itself is redirected, so that what is buffered, and what libraries write, is
+            # The descriptor itself is redirected, so that buffered text and the output of libraries are
             # discarded as well.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -46,7 +46,7 @@ class _Stream:
 
 @contextmanager
 def surviving_output() -> Iterator[None]:
-    """Inside the block, a closed stdout or stderr is no error; the output is discarded from then on."""
+    """Inside the block, a closed stdout or stderr is not an error; further output is discarded."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stream(before[0]), _Stream(before[1])
     try:

@@ -109,7 +109,7 @@ def test_explain_of_a_pretraining_model_starts_at_the_last_token_it_reads(models
         ),
         (("--token", "9,0"), "token: patch 9,0 is outside the grid"),
         (("--pca", "--neighbours", "x"), "--pca and --neighbours: expected one of them"),
-        (("--neighbours", "x"), "--neighbours: expected the patch to look for, --token ROW,COLUMN"),
+        (("--neighbours", "x"), "--neighbours: expected the patch to search for; pass --token ROW,COLUMN"),
     ],
 )
 def test_explain_refuses_what_the_model_does_not_have(models, photos, tmp_path, words, sentence):
@@ -163,7 +163,7 @@ def test_more_images_than_a_page_holds_are_refused_at_once(models, photos, tmp_p
 
 
 def test_a_page_over_the_limit_is_refused():
-    with pytest.raises(ValueError, match="more than 3; give fewer images"):
+    with pytest.raises(ValueError, match="more than 3; pass fewer images"):
         render("Page", [], "neighbours.js", "x" * LIMIT)
 
 

@@ -101,7 +101,7 @@ def test_a_classifier_of_the_same_classes_keeps_its_head(place, classes, kept):
     write_model("model", spec, parameters, metadata={"classes": json.dumps(classes)})
     result = arm("finetune", "fine.toml", "--from", "model", "--data", "train", "--out", "run")
     assert result.exit_code == 0, result.output
-    assert ("its head kept" if kept else "with a new head") in result.stderr
+    assert ("keeps its head" if kept else "with a new head") in result.stderr
     head = read_model("run/checkpoints/step-00000000").arrays["head.weight"].read()
     assert np.array_equal(head, parameters["head.weight"]) == kept
 
@@ -211,7 +211,7 @@ def mistakes(prepared, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("pretrain", "name a recipe (pretrain-base, "),
+        ("pretrain", "pass a recipe (pretrain-base, "),
         ("pretrain bsae --data train", "unknown recipe 'bsae'"),
         ("pretrain pretrain-bsae --data train", "did you mean 'pretrain-base'?"),
         ("pretrain fine.toml --data train", "recipe fine.toml is for `arm finetune`"),

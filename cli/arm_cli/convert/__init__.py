@@ -22,7 +22,7 @@ COMMANDS = {
     "inspect": "inspect",
     "diff": "diff",
 }
-"""In the order of the help; the module, and the name of the command in it."""
+"""Commands in the order of the help: the module, and the name of the command in it."""
 
 
 class ConvertCommands(click.Group):

@@ -25,7 +25,7 @@ def diff(ctx: click.Context, first: str, second: str, top: int, weights: str, as
     """Compare names, shapes and values of A and B.
 
     Two models are compared under the names of this package, whatever their formats; other files under
-    their own names. The exit code is 1 where they differ.
+    their own names. The exit code is 1 if they differ.
     """
     from arm_convert.diff import diff as compare
 
@@ -62,7 +62,7 @@ def diff(ctx: click.Context, first: str, second: str, top: int, weights: str, as
 
 
 def _tensors(name: str, weights: str) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a model under our names and True, or those of another file under its own and False."""
+    """The tensors and whether this is a model: a model's under our names, another file's under its own."""
     from arm_convert.importing import resolve
     from arm_core.training.model_source import Weights
 

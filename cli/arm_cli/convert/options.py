@@ -1,4 +1,4 @@
-"""What the commands of `arm convert` share: options, opening a model, writing one."""
+"""Shared parts of the commands of `arm convert`: options, opening a model, writing a model."""
 
 from __future__ import annotations
 

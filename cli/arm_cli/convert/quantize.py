@@ -1,4 +1,4 @@
-"""`arm convert quantize`: a classifier in 4 or 8 bits, and what that changed."""
+"""`arm convert quantize`: a classifier in 4 or 8 bits, and the effect of the rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arm_core.engine.protocol import Engine
 
 NOISE_IMAGES = 8
-"""Images of noise that are compared where no data is given."""
+"""Images of noise that are compared if no data is given."""
 
 
 @click.command()
@@ -43,8 +43,8 @@ def quantize(
 ) -> None:
     """Store the large matrices of a classifier in 4 or 8 bits.
 
-    MLX multiplies the quantized matrices; other engines use the rounded values. Prints what the rounding
-    changed: the accuracy on --data, or the outputs of a fixed batch of noise.
+    MLX multiplies the quantized matrices; other engines use the rounded values. Prints the effect of the
+    rounding: on the accuracy on --data, or on the outputs of a fixed batch of noise.
     """
     from pathlib import Path
 

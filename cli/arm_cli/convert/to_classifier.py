@@ -47,9 +47,9 @@ def to_classifier(
 ) -> None:
     """Turn MODEL into the classifier OUT, ready to be finetuned.
 
-    Of a pretraining model the encoder is kept: its single direction is copied to all directions and its
-    position table is resized (to 224x224 by default); class token, last norm and head are new. A classifier
-    keeps everything that no option changes; --classes replaces its head.
+    From a pretraining model, the encoder is kept. Its single direction is copied to all directions, and its
+    position table is resized (to 224x224 by default). The class token, last norm and head are new. A
+    classifier keeps everything that no option changes; --classes replaces its head.
     """
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`arm convert verify`: whether backends, or two models, compute the same."""
+"""`arm convert verify`: compares the results of backends, or of two models."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def verify(
     weights: str,
     as_json: bool,
 ) -> None:
-    """Compare what backends, or two models, compute.
+    """Compare the results of backends, or of two models.
 
     The same batch runs through A with each backend, or through A and B. Prints the largest absolute and
     relative difference of each output, the loss, and the gradients of each part of the model. The exit
-    code is 1 where a difference exceeds its tolerance.
+    code is 1 if a difference exceeds its tolerance.
     """
     import numpy as np
 

@@ -7,7 +7,7 @@ import importlib
 import click
 
 COMMANDS = ("check", "pack", "preview")
-"""In the order of the help; `arm_cli.data.NAME` holds the command NAME."""
+"""Commands in the order of the help; `arm_cli.data.NAME` holds the command NAME."""
 
 
 class DataCommands(click.Group):

@@ -1,4 +1,4 @@
-"""`arm data check`: what is wrong or unusual with images, and what training does about it."""
+"""`arm data check`: finds broken or unusual images, and says how training treats them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from arm_core.data.checking import Report
 
 SHOWN = 5
-"""Names that are printed for each kind of finding; --json prints all."""
+"""The number of names that are printed for each kind of finding; --json prints all."""
 
 
 @click.command(short_help="Find images that are broken, unusual or duplicated.")
@@ -22,9 +22,10 @@ SHOWN = 5
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads.")
 @json_option
 def check(path: str, data_format: str | None, workers: int, as_json: bool) -> None:
-    """Decode every image at PATH, and report what training does with those that are not plain.
+    """Decode every image at PATH, and report how training treats the unusual ones.
 
-    Exit code 1 if something stops training: a broken, empty or too large image, an empty class folder.
+    The exit code is 1 if a finding stops training: a broken, empty or too large image, or an empty class
+    folder.
     """
     from arm_cli.progress import ProgressBar
     from arm_cli.show import print_json

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arm_core.data.sources import ListedSource
 
 SAMPLES = 200
-"""Images that are read from both sides to compare their speed."""
+"""Images that are read from the source and from the shards to compare their speed."""
 
 
 @click.command(short_help="Write images into tar shards that read fast.")
@@ -43,8 +43,8 @@ def pack(
 ) -> None:
     """Write the images at PATH to the folder OUT, as WebDataset tar files with an index of their contents.
 
-    Without --size the files are kept as they are, and training on OUT gives the same batches. A call that was
-    interrupted continues when it is repeated. Every shard is read again and compared with what was written.
+    Without --size the files are not changed, and training on OUT gives the same batches. To resume an
+    interrupted call, repeat it. Every shard is read again and compared with the written data.
     """
     from arm_cli.progress import ProgressBar
     from arm_cli.show import print_json

@@ -1,4 +1,4 @@
-"""`arm data preview`: what a model sees of images in training, as an HTML page."""
+"""`arm data preview`: training images as the model sees them, as an HTML page."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ figcaption { font-size: 12px; overflow-wrap: anywhere } .class { font-weight: 60
 def preview(recipe: str, data: str, data_format: str | None, out: str, count: int, force: bool) -> None:
     """Write a grid of the first training images of RECIPE to GRID.HTML.
 
-    Each image is shown as training sees it, with the operations that were drawn for it; a classifier's
-    images are also shown mixed, with the weight of each of the two.
+    Each image is shown as training sees it, with its random operations. A classifier's images are also shown
+    mixed, with the weight of each of the two.
     """
     from arm_core.files.atomic import new_file, write_text
     from arm_core.recipe.images import open_sources

@@ -48,7 +48,7 @@ PARITY_IMAGES = 64
 def demo(out: str, seeds: int, engine: EngineChoice) -> None:
     """Pretrain a small ARM on digits, finetune it, compare it with the same network from scratch.
 
-    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. Where
+    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. If
     onnxruntime-web is available (make browser-runtime), OUT/try.html is a page to draw digits on. If the
     folder OUT already exists, OUT-2, OUT-3, ... is used instead.
     """
@@ -146,7 +146,7 @@ class _Demo:
         click.echo(f"To classify an image: arm predict {self._classifier()} IMAGE")
 
     def _write_try_page(self) -> None:
-        """`try.html`, where onnx and onnxruntime-web are installed; else a line that says what is not."""
+        """Write `try.html` if onnx and onnxruntime-web are installed; else print which one is missing."""
         from arm_cli.export import write_drawing_page
         from arm_cli.opening import open_model
 
@@ -237,7 +237,7 @@ class _Demo:
         return self._job("pretrained", LABELS[-1], 0).folder
 
     def _parity(self) -> Parity | None:
-        """A finetuned classifier in the other engine: logits, gradients, classes."""
+        """Compare a finetuned classifier in the other engine: logits, gradients, classes."""
         import numpy as np
 
         from arm_cli.demo.report.demonstration import Parity
@@ -277,7 +277,7 @@ class _Demo:
             "Python": platform.python_version(),
             "time": f"{time.monotonic() - began:.0f} s",
             "data": "handwritten digits of scikit-learn (UCI Optical Recognition of Handwritten Digits, "
-            "CC BY 4.0), distorted by seed; training, validation and test digits are different ones",
+            "CC BY 4.0), distorted by seed; training, validation and test digits do not overlap",
             "runs and recipes": str(self.folder),
         }
 

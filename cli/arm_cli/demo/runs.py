@@ -1,7 +1,7 @@
-"""The training runs of the demonstration. All but the first are independent, so they share the cores.
+"""The training runs of the demonstration. All except the first are independent, so they share the cores.
 
-On a CPU each run takes one thread of a worker process. A network this small cannot keep all cores busy, so
-this is faster than one run after the other on all of them.
+On a CPU, each run uses one thread of a worker process. A network this small cannot keep all cores busy, so
+this is faster than one run at a time on all cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Job:
     folder: Path
     recipe: Recipe
     start: Path | None = None
-    """Run whose weights it starts from; None for random ones, drawn from the recipe's seed."""
+    """Run with the initial weights; None for random weights from the recipe's seed."""
     evaluate_on: str | None = None
     """Split that the recipe's evaluations use; None for none."""
 
@@ -69,7 +69,7 @@ def run_job(job: Job, backend: str, options: EngineOptions) -> Rows:
 
 
 def training_digits(recipe: Recipe) -> Digits:
-    """The training digits of a recipe: as many labels per class as it says, chosen by its seed."""
+    """The training digits of a recipe, with its number of labels per class, chosen by its seed."""
     from arm_core.data.digits import Digits
 
     size = recipe.spec(10).image_size
@@ -80,10 +80,10 @@ def training_digits(recipe: Recipe) -> Digits:
 def run_all(
     first: Job, jobs: list[Job], backend: str, options: EngineOptions, done: Callable[[Job, Rows], None]
 ) -> dict[Path, Rows]:
-    """Run `first` and all `jobs`, those that start from it after it; rows by folder.
+    """Run `first` and all `jobs`; jobs that start from it run after it. Returns rows by folder.
 
-    `done` is called as each run ends. On other devices than a CPU they run one after the other. An error or
-    Ctrl-C kills the worker processes: their runs are incomplete, and nothing reads them.
+    `done` is called after each run. On devices other than a CPU, one run is active at a time. An error or
+    Ctrl-C kills the worker processes; their incomplete runs are not used.
     """
     processes = min(os.cpu_count() or 1, MOST_PROCESSES) if on_cpu(backend, options) else 1
     results: dict[Path, Rows] = {}
@@ -106,7 +106,7 @@ def run_all(
         def submit(some: list[Job]) -> None:
             running.update({pool.submit(run_job, job, backend, options): job for job in some})
 
-        with _interrupts_blocked():  # the workers are started here, and inherit this
+        with _interrupts_blocked():  # the workers are started here and inherit this
             submit([first, *free])
         while running:
             for future in wait(running, return_when="FIRST_COMPLETED").done:
@@ -119,7 +119,7 @@ def run_all(
 
 @contextmanager
 def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes. An error or Ctrl-C in the block kills them, so that nothing waits for them."""
+    """Worker processes. An error or Ctrl-C in the block kills them, so that the exit does not wait."""
     before = set(multiprocessing.active_children())
     # Spawned: a forked process must not use the threads of an engine that was loaded before.
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_with_parent)
@@ -135,9 +135,9 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes started in the block never see Ctrl-C, which a terminal sends to the whole group.
+    """Processes started in the block ignore Ctrl-C, which a terminal sends to the whole group.
 
-    Only this process acts on it, after the block if it comes inside.
+    Only this process handles it, after the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -147,7 +147,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """In a new process: end as soon as the process that started it has ended, however that happened."""
+    """In a new process: exit when the process that started it has ended, for whatever reason."""
     parent = parent_process()
     assert parent is not None
 

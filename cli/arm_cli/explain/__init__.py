@@ -1,4 +1,4 @@
-"""`arm explain`: what a model looks at, and what its features tell apart."""
+"""`arm explain`: which tokens a model uses, and which patches its features distinguish."""
 
 from arm_cli.explain.command import explain
 

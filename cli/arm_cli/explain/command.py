@@ -1,4 +1,4 @@
-"""The options of `arm explain`, and which page they mean."""
+"""The options of `arm explain`, and the choice of the page."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def explain(
 ) -> None:
     """Show what MODEL looks at in each IMAGE, a file or a folder of images.
 
-    Without --pca and --neighbours: influence maps, how much each token contributes to the chosen one in each
-    layer and direction; their rollout over all layers; and gradient times input of the whole model as a
-    check. FOLDER gets a page (index.html) and PNG files. docs/explain.md has the definitions.
+    Without --pca and --neighbours, it computes influence maps: how much each token contributes to the chosen
+    one in each layer and direction. It also computes their rollout over all layers and, as a check, gradient
+    times input of the whole model. FOLDER will contain a page (index.html) and PNG files. See
+    docs/explain.md for the definitions.
     """
     from arm_cli.explain.features import Query, colour_page, neighbour_page
     from arm_cli.explain.influence import Choice, influence_page

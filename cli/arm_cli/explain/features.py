@@ -29,16 +29,16 @@ from arm_core.model.spec import ModelSpec
 
 BATCH = 16
 MOST = 24
-"""Images of a page."""
+"""Largest number of images on a page."""
 PICTURES = 120
-"""Pictures of a page of neighbours."""
+"""Largest number of pictures on a page of neighbours."""
 STORED = 1_600_000
-"""Bytes of cosines that a page stores; beyond, only those within each image."""
+"""Bytes of cosines that a page stores; larger pages store only those within each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What --neighbours, --token and --count say."""
+    """The values of --neighbours, --token and --count."""
 
     patch: int
     """Raster index."""
@@ -49,7 +49,7 @@ class Query:
     def parse(cls, spec: ModelSpec, token: str | None, folder: str, count: int) -> Query:
         """ValueError unless the token is a patch that the model reads."""
         if token in (None, CLASS):
-            raise ValueError("--neighbours: expected the patch to look for, --token ROW,COLUMN")
+            raise ValueError("--neighbours: expected the patch to search for; pass --token ROW,COLUMN")
         patch = int(token_patches(spec)[token_weights(spec, token or "").argmax()])
         return cls(patch=patch, folder=folder, count=count)
 
@@ -92,7 +92,7 @@ def colour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder: P
     }
     captions = [
         "The first three principal components of the features of all patches of all images, as red, green "
-        "and blue: patches of one colour have similar features. The sign of a component means nothing.",
+        "and blue: patches of similar colours have similar features. The sign of a component is arbitrary.",
         "Click a patch, or move its frame with the arrow keys, to see the cosine similarity of its "
         "features with "
         + (
@@ -111,7 +111,7 @@ def _levels(cosines: Array) -> npt.NDArray[np.uint8]:
 def _on_patches(
     spec: ModelSpec, patches: npt.NDArray[np.int32], colors: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
-    """(P, 3) colours of patches as a picture of the image's size; white where the model reads nothing."""
+    """(P, 3) colours of patches as a picture of the image's size; patches that the model skips are white."""
     grid = np.full((spec.patches, 3), 255, np.uint8)
     grid[patches] = colors
     side = spec.encoder.patch
@@ -119,7 +119,7 @@ def _on_patches(
 
 
 def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder: Path, query: Query) -> str:
-    """The patches of a folder's images most similar to one patch of each image, without the image itself."""
+    """The patches in a folder that are most similar to one patch of each image, except its own patches."""
     check_count(files, max(1, PICTURES // (query.count + 1)))
     spec, pool = opened.spec, image_files([query.folder])
     place = int(np.flatnonzero(read_patches(spec) == query.patch)[0])
@@ -131,7 +131,7 @@ def neighbour_page(opened: Opened, engine: Engine, files: Sequence[Path], folder
                 counter.advance(len(images))
 
         queries = np.concatenate([patch_features(engine, images)[:, place] for images in counted(files)])
-        # One more than wanted: the image itself, where it is in the folder, is left out below.
+        # One more than requested: if the image itself is in the folder, it is removed below.
         nearest = nearest_patches(engine, queries, counted(pool), count=query.count + 1)
     shown = []
     for file, name, candidates in zip(files, stems(files), nearest, strict=True):

@@ -22,15 +22,15 @@ from arm_core.explain.layout import CLASS, on_grid, token_patches, token_weights
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 STORED = 1_200_000
-"""Bytes of maps that a page stores for every target; further maps are stored for the chosen target alone."""
+"""Bytes of maps that a page stores for every target; other maps are only stored for the chosen target."""
 MOST = 12
-"""Images of a page."""
+"""Largest number of images on a page."""
 MEAN, ROLLOUT, GRADIENT = "mean of directions", "rollout", "gradient times input"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What --layer, --direction and --token say."""
+    """The values of --layer, --direction and --token."""
 
     layers: tuple[int, ...] | None
     """None for all."""
@@ -40,7 +40,7 @@ class Choice:
 
     @classmethod
     def parse(cls, spec: ModelSpec, *, layer: str, direction: str, token: str | None) -> Choice:
-        """Check the options against the model; ValueError says what it has instead."""
+        """Check the options against the model; a ValueError lists its valid values."""
         if layer != "all" and not layer.isdecimal():
             raise ValueError(f"--layer: expected a number from 0 or all, found {layer!r}")
         layers = None if layer == "all" else check_layers(spec, [int(layer)])
@@ -84,7 +84,7 @@ class View:
     name: str
     direction: str
     values: Array
-    """(T, T) by target and source; or (rows, columns), the chosen target's, already on the patches."""
+    """(T, T) by target and source; or (rows, columns), the chosen target's map on the patches."""
     on_patches: bool = False
 
 
@@ -104,7 +104,7 @@ def influence_page(
             gradient = gradient_times_input(engine, batch, token=choice.token)[0]
             pixels = denormalize(batch[0], opened.transform.mean, opened.transform.std)
             maps, room = [], STORED // len(files)
-            # What every target is stored for first: the first direction of all layers.
+            # Maps of the first direction of all layers have priority to be stored for every target.
             for view in sorted(
                 _views(found, gradient, choice), key=lambda view: view.direction != choice.directions[0]
             ):
@@ -151,12 +151,12 @@ def _views(found: Influence, gradient: Array, choice: Choice) -> Iterator[View]:
 
 
 def _row(spec: ModelSpec, view: View, token: str) -> Array:
-    """The map of the chosen target: (T,), or (rows, columns) where it is on the patches."""
+    """The map of the chosen target: (T,), or (rows, columns) if it is on the patches."""
     return view.values if view.on_patches else np.asarray(token_weights(spec, token) @ view.values)
 
 
 def _pack(spec: ModelSpec, view: View, token: str, room: int) -> tuple[dict[str, Any], int]:
-    """A map for the page, for every target if there is room for it; and the room that is left."""
+    """A map for the page, for every target if there is room, and the remaining room in bytes."""
     targets: list[int | str] = [_target(spec, token)]
     rows = _row(spec, view, token).reshape(1, -1)
     complete = view.values.size + view.values.shape[1]
@@ -179,7 +179,7 @@ def _pack(spec: ModelSpec, view: View, token: str, room: int) -> tuple[dict[str,
 
 
 def _target(spec: ModelSpec, token: str) -> int | str:
-    """The target as the page names it: `class` or the token's number."""
+    """The target's name on the page: `class` or the token's index."""
     return token if token == CLASS else int(token_weights(spec, token).argmax())
 
 
@@ -203,7 +203,7 @@ def _slug(view: View) -> str:
 def _answer(
     opened: Opened, engine: Engine, batch: Array, found: Influence, gradient: Array, token: str
 ) -> str:
-    """What the model makes of the image, and how well the rollout agrees with gradient times input."""
+    """The model's prediction, and the agreement of the rollout with gradient times input."""
     text = ""
     if isinstance(opened.spec, ClassifierSpec):
         logits = engine.forward(batch)["logits"][0].astype(np.float64)
@@ -219,7 +219,7 @@ def _answer(
 
 
 def rank_correlation(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
-    """Spearman's, without care for ties; NaN where there are fewer than 2 values."""
+    """Spearman's rank correlation, without correction for ties; NaN for fewer than 2 values."""
     if len(a) < 2:
         return float("nan")
     ranks = [np.argsort(np.argsort(values)).astype(np.float64) for values in (a, b)]
@@ -229,9 +229,9 @@ def rank_correlation(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -
 
 def _captions(spec: ModelSpec) -> list[str]:
     lead = (
-        "Influence is the signed share of what one mixer writes into the target token that comes from "
-        "each token, through the convolution, the scan, the gate and the output projection. The "
-        "coefficients that the image itself sets (dt, B, C and both gates) are held at their values; over "
+        "Influence is the signed share that each token contributes to the output of one mixer at the target "
+        "token, through the convolution, the scan, the gate and the output projection. The "
+        "coefficients that depend on the image (dt, B, C and both gates) are held at their values. Over "
         "all tokens, with the share of the biases, influence adds up to 100 %."
     )
     if isinstance(spec, ClassifierSpec):
@@ -239,6 +239,6 @@ def _captions(spec: ModelSpec) -> list[str]:
     return [
         lead,
         "The rollout multiplies the maps of all layers and is a heuristic; gradient times input "
-        "differentiates the whole model, with nothing held. Within a map, colour is "
+        "differentiates the whole model without holding any value. Within a map, colour is "
         "proportional to size.",
     ]

@@ -1,1 +1,1 @@
-"""Interactive pages: one HTML file each, with its data, styles and scripts inside, that requests nothing."""
+"""Interactive pages: one HTML file each, with its data, styles and scripts, without network requests."""

@@ -18,7 +18,7 @@ function unpack(text) {
 }
 
 function slider(label, count, value, text, changed) {
-  // A labelled range from 0 to count - 1; `text(i)` is shown, and read out by screen readers.
+  // A labelled range from 0 to count - 1; `text(i)` is shown, and screen readers read it.
   const shown = make("span"); // an output element would take the label for itself
   const input = make("input", { type: "range", min: 0, max: count - 1, step: 1, value });
   const update = () => {

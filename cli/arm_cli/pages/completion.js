@@ -1,5 +1,5 @@
 "use strict";
-// Steps through the clusters: what is given at each step, and what is predicted.
+// Steps through the clusters: the given and the predicted clusters of each step.
 
 const { grid, size, patch, clusters, given } = data;
 const blank = [128, 128, 128];

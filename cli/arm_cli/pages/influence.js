@@ -71,7 +71,7 @@ function section(image) {
       ...(buttons.size ? [make("div", { role: "group", "aria-label": "Target" }, ...buttons.keys())] : [])),
     make("div", { class: "boards" },
       make("figure", {}, map.element, make("figcaption", {},
-        make("span", { class: "key more" }), " adds  ", make("span", { class: "key less" }), " works against. ",
+        make("span", { class: "key more" }), " positive  ", make("span", { class: "key less" }), " negative. ",
         "Click a patch, or move the frame with the arrow keys, to choose the target.")),
       make("figure", {}, photo.element, make("figcaption", {}, "The image, as the model reads it"))),
     readout));

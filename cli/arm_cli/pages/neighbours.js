@@ -9,7 +9,7 @@ function framed(src, alt, at, caption) {
 }
 for (const image of data.images) {
   main.append(make("section", { class: "small" }, make("h2", {}, image.name), make("div", { class: "boards" },
-    framed(image.src, image.name, patch, `Looked for: ${place(grid, patch)}`),
+    framed(image.src, image.name, patch, `Query: ${place(grid, patch)}`),
     ...image.found.map(found => framed(found.src, found.name, found.patch,
       `${found.similarity.toFixed(3)}: ${found.name}, ${place(grid, found.patch)}`)))));
 }

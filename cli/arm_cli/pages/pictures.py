@@ -1,4 +1,4 @@
-"""PNG files: heat maps over images, rows of pictures, and the names they are given."""
+"""PNG files: heat maps over images, rows of pictures, and their names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MARK = (11, 107, 58)
 GAP = 4
 """White pixels between pictures of a row."""
 SMALLEST = 192
-"""Pictures smaller than this are enlarged by a whole factor, pixels."""
+"""Pictures smaller than this are enlarged by an integer factor, pixels."""
 
 
 def ready_folder(name: str) -> Path:
-    """The folder, made if it does not exist."""
+    """The folder, created if it does not exist."""
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{name}: expected a folder, found a file")
@@ -41,10 +41,10 @@ def stems(files: Sequence[Path]) -> list[str]:
 
 
 def overlay(pixels: Pixels, values: Floats, *, marked: tuple[int, int] | None = None) -> Pixels:
-    """An image in grey under its influence map: orange for positive, blue for negative values, NaN left grey.
+    """An image in grey under its influence map: positive values are orange, negative blue, NaN grey.
 
     pixels: (H, W, 3).  values: (rows, columns); the colour is proportional to their size.  marked: a patch to
-    outline. Returns (H, W, 3), enlarged as `enlarge` does.
+    outline. Returns (H, W, 3), enlarged by `enlarge`.
     """
     pixels = enlarge(pixels)
     rows, columns = values.shape
@@ -78,7 +78,7 @@ def enlarge(pixels: Pixels) -> Pixels:
 
 
 def save_row(path: Path, pictures: Sequence[Pixels]) -> None:
-    """Pictures of one height next to each other as a PNG."""
+    """Pictures of the same height next to each other, as a PNG."""
     enlarged = [enlarge(pixels) for pixels in pictures]
     gap = np.full((enlarged[0].shape[0], GAP, 3), 255, np.uint8)
     parts = [part for pixels in enlarged for part in (gap, pixels)][1:]

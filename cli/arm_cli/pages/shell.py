@@ -16,18 +16,18 @@ import numpy.typing as npt
 from PIL import Image
 
 LIMIT = 3_000_000
-"""Bytes of a page at most."""
+"""Largest size of a page, bytes."""
 LOSSLESS = 128
 """Pictures up to this side are stored as PNG, larger ones as JPEG, pixels."""
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""What a browser lets the page load: its own pictures, styles and scripts."""
+"""A browser lets the page load only its own pictures, styles and scripts."""
 
 
 def render(title: str, paragraphs: Sequence[str], script: str, data: Any, *, footer: str = "") -> str:
     """The page's HTML. script: name of a file in this folder that reads `data` and fills `main`.
 
-    Everything is escaped: texts as HTML, data as JSON inside a script element. Raises ValueError where the
+    Everything is escaped: texts as HTML, data as JSON inside a script element. Raises ValueError if the
     page would be larger than `LIMIT`.
     """
     folder = files("arm_cli.pages")
@@ -49,7 +49,7 @@ def render(title: str, paragraphs: Sequence[str], script: str, data: Any, *, foo
     if len(page.encode()) > LIMIT:
         raise ValueError(
             f"{title}: the page would have {len(page.encode()) / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}; "
-            "give fewer images"
+            "pass fewer images"
         )
     return page
 

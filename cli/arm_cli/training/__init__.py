@@ -1,1 +1,1 @@
-"""What `arm pretrain`, `arm finetune` and `arm demo` share: options, start and resume, summary, display."""
+"""Shared parts of `arm pretrain`, `arm finetune` and `arm demo`: options, start, resume, summary, display."""

@@ -1,4 +1,4 @@
-"""From options to settings: which keys of a recipe a command line changes, and which option did it."""
+"""From options to settings: the keys of a recipe that a command line changes, and the option of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """One assignment, `section.key=value`, and the option that asked for it."""
+    """One assignment, `section.key=value`, and the option that requested it."""
 
     assignment: str
     option: str
@@ -26,9 +26,9 @@ class Change:
 def changes_of(options: RecipeChanges, recipe: Recipe, precision: str | None = None) -> list[Change]:
     """The changes that `options` make to `recipe`, in order: --set first, then the other options.
 
-    --batch-size keeps micro-batches no larger than they were, --epochs and --steps shorten a warm-up that
-    would no longer fit, --lr is divided by the factor that the recipe's batch size scales it with.
-    Raises ValueError for options that exclude each other, and for a bad --set where others depend on it.
+    --batch-size does not enlarge micro-batches. --epochs and --steps shorten a warm-up that would no longer
+    fit. --lr is divided by the factor by which the recipe's batch size scales it. Raises ValueError for
+    options that exclude each other, and for an invalid --set on which others depend.
     """
     from arm_core.data.opening import together
     from arm_core.recipe.recipe import override
@@ -80,19 +80,19 @@ def changes_of(options: RecipeChanges, recipe: Recipe, precision: str | None = N
 
 
 def apply(recipe: Recipe, changes: list[Change]) -> Recipe:
-    """The recipe with the changes made."""
+    """The recipe with these changes."""
     from arm_core.recipe.recipe import override
 
     return override(recipe, [change.assignment for change in changes])
 
 
 def _accumulation(batch: int, most: int) -> int:
-    """The fewest micro-batches of equal size, at most `most` images each."""
+    """The smallest number of equal micro-batches with at most `most` images each."""
     return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
 
 
 def _shorter_warmup(recipe: Recipe, length: Span) -> Span | None:
-    """The warm-up that keeps its part of the run; None where the recipe's own still fits."""
+    """The warm-up that keeps its part of the run; None if the recipe's warm-up still fits."""
     from arm_core.recipe.toml import Span
 
     warmup, before = recipe.schedule.warmup, recipe.training.length

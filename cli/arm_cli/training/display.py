@@ -1,4 +1,4 @@
-"""How a run is shown while it trains."""
+"""The display of a run while it trains."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def display(stack: ExitStack) -> Observer:
 
 
 def evaluation_line(row: Mapping[str, Any]) -> str:
-    """An evaluation row of `metrics.jsonl` in words."""
+    """A readable form of an evaluation row of `metrics.jsonl`."""
     parts = []
     for prefix, label in (("eval", ""), ("ema", "averaged weights: ")):
         if f"{prefix}_loss" in row:

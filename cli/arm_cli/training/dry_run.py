@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would take, with a few steps timed on the real images; nothing is written."""
+"""`--dry-run`: time and disk space of a run, from a few timed steps on the real images; writes nothing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from arm_core.training.plan import Plan
 
 TIMED_STEPS = 3
-"""Steps that are timed, after one that compiles and allocates."""
+"""Steps that are timed, after a first one that compiles and allocates."""
 
 PLOT_WIDTH, PLOT_HEIGHT = 60, 4
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def dry_run(prepared: Prepared, engine: Engine, ranks: Ranks) -> None:
-    """Print schedule, disk use, speed and time of a run. Takes real steps; the engine is of no use after."""
+    """Print schedule, disk use, speed and time of a run. Takes real steps; do not use the engine later."""
     plan = prepared.plan
     echo("\nlearning rate over the run")
     echo(lr_plot(plan))
@@ -37,14 +37,14 @@ def dry_run(prepared: Prepared, engine: Engine, ranks: Ranks) -> None:
 
 
 def time_steps(prepared: Prepared, engine: Engine, ranks: Ranks) -> float:
-    """Mean seconds of a training step, reading the images included."""
+    """Mean seconds of a training step, including the reading of images."""
     plan, training = prepared.plan, prepared.recipe.training
     position, began = 0, 0.0
     with plan.open(0, workers=prepared.recipe.data.workers) as loader:
         total = training.accumulation
         for step in range(1, TIMED_STEPS + 2):
             batches = plan.next_batches(loader, position)
-            # A rate of 0 leaves the weights as they are; the work is the same.
+            # A rate of 0 does not change the weights; the work is the same.
             engine.train_step(batches, step=step, lr=0.0, total_micro_batches=total).result()
             position += total
             if step == 1:
@@ -53,7 +53,7 @@ def time_steps(prepared: Prepared, engine: Engine, ranks: Ranks) -> float:
 
 
 def disk_use(prepared: Prepared) -> tuple[int, int]:
-    """Checkpoints that are kept at most, the best one included, and the bytes of each."""
+    """The largest number of checkpoints that are kept, including the best one, and the bytes of each."""
     from arm_core.model.parameters import parameter_table
 
     rows = parameter_table(prepared.spec).values()

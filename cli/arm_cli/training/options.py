@@ -50,7 +50,7 @@ class RecipeChanges:
     batch_size: int | None = option(
         "--batch-size",
         type=POSITIVE,
-        help="Images per update (training.batch_size); accumulation follows, so that memory use stays.",
+        help="Images per update (training.batch_size); accumulation changes too, memory use does not.",
     )
     lr: float | None = option(
         "--lr",
@@ -71,17 +71,17 @@ class RecipeChanges:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked to train."""
+    """The training run that the user requests."""
 
     recipe: str | None = added_by(click.argument("recipe", required=False))
     out: str | None = option("--out", metavar="RUN", help="Folder of the run; by default runs/RECIPE.")
     resume: str | None = option(
         "--resume",
         metavar="RUN|auto",
-        help="Resume a run, on any engine; auto: the run in --out, if there is one of this recipe.",
+        help="Resume a run, on any engine; auto: the run in --out, if it exists and has this recipe.",
     )
     dry_run: bool = option(
-        "--dry-run", is_flag=True, help="Print what would happen, with three timed steps; write nothing."
+        "--dry-run", is_flag=True, help="Print the plan of the run and time three steps; write nothing."
     )
     changes: RecipeChanges = added_by(options_of(RecipeChanges, "changes"))  # noqa: RUF009
     engine: EngineChoice = added_by(engine_options)  # noqa: RUF009
@@ -90,12 +90,12 @@ class Request:
         type=click.Choice(("auto", "none", "blocks", "model")),
         default="auto",
         show_default=True,
-        help="What the engine compiles.",
+        help="The part of the model that the engine compiles.",
     )
     accept_changed_data: bool = option(
         "--accept-changed-data",
         is_flag=True,
-        help="With --resume: record images that differ from those of the run so far.",
+        help="With --resume: accept images that differ from those of the run, and record the change.",
     )
     recompute: bool = option(
         "--recompute", is_flag=True, help="Recompute blocks in the backward pass: less memory, more time."
@@ -106,7 +106,7 @@ class Request:
     deterministic: bool = option(
         "--deterministic",
         is_flag=True,
-        help="Fix and record what the bits of the result depend on: CPU threads and GPU algorithms.",
+        help="Fix and record CPU threads and GPU algorithms, for bit-identical results.",
     )
     as_json: bool = added_by(json_option)
 

@@ -1,4 +1,4 @@
-"""`--from`: a classifier that starts from another model's trunk."""
+"""`--from`: a classifier that starts from the trunk of another model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 Say = Callable[[str], None]
-"""Prints one line for the user."""
+"""A function that prints one line for the user."""
 
 
 def with_trunk_of(model: Model, recipe: Recipe, chosen: Collection[str], say: Say) -> Recipe:
-    """The finetuning recipe with the trunk of `model`; says so if the recipe has a different one.
+    """The finetuning recipe with the trunk of `model`; prints a line if the recipe has a different one.
 
     If the patch size differs as well, the image size is the model's too, unless it was chosen.
     chosen: keys that the command line sets. Raises ValueError if they ask for a different trunk.
@@ -49,9 +49,9 @@ def with_trunk_of(model: Model, recipe: Recipe, chosen: Collection[str], say: Sa
 def grown(
     model: Model, recipe: Recipe, spec: ModelSpec, classes: tuple[str, ...], say: Say
 ) -> Mapping[str, Array]:
-    """First weights of the classifier `spec`, made from those of `model`.
+    """Initial weights of the classifier `spec`, made from those of `model`.
 
-    A classifier of exactly the same classes keeps its head, any other start gets a new one.
+    A classifier with exactly the same classes keeps its head; any other model gets a new one.
     """
     from arm_cli.opening import class_names
     from arm_convert.adapt import OFFICIAL_HEAD_STD, to_classifier
@@ -62,7 +62,7 @@ def grown(
     assert isinstance(recipe.model, ClassifierModel)
     keep_head = isinstance(model.spec, ClassifierSpec) and class_names(model, model.spec) == classes
     kind = "classifier" if isinstance(model.spec, ClassifierSpec) else "pretraining model"
-    say(f"from {model.path} ({kind}), {'its head kept' if keep_head else 'with a new head'}")
+    say(f"from {model.path} ({kind}), {'keeps its head' if keep_head else 'with a new head'}")
     weights = to_classifier(
         model.spec,
         model.arrays,

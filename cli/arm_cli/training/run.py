@@ -1,4 +1,4 @@
-"""One training run from parts: recipe, images, first weights, engine. The commands and the demo share it."""
+"""One training run from its parts: recipe, images, initial weights, engine. Commands and demo share it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A recipe with its model and its images: everything that is known before there is an engine."""
+    """A recipe with its model and its images: everything that is known before the engine exists."""
 
     recipe: Recipe
     spec: ModelSpec
@@ -32,7 +32,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, ranks: Ranks, spec: ModelSpec | None = None) -> Prepared:
-    """Open the images of a recipe and check that they fit; a ValueError says what does not.
+    """Open the images of a recipe and check that they fit; a ValueError says which ones do not.
 
     spec: the model of a run that is resumed; else it is the recipe's, with the classes of the images.
     """
@@ -48,7 +48,7 @@ def prepare(recipe: Recipe, ranks: Ranks, spec: ModelSpec | None = None) -> Prep
 
 
 def first_state(prepared: Prepared, origin: Model | None, say: Say) -> TrainingState:
-    """What a new run starts from: random weights, or those of `origin` as a classifier."""
+    """The initial weights of a new run: random, or those of `origin` as a classifier."""
     from arm_cli.training.origin import grown
     from arm_core.engine.protocol import TrainingState
     from arm_core.model.parameters import initial_parameters
@@ -66,7 +66,7 @@ def create_engine(
     state: TrainingState,
     ranks: Ranks,
 ) -> tuple[Engine, dict[str, str]]:
-    """The engine that trains, and what `sessions.jsonl` records about it."""
+    """The engine that trains, and its record for `sessions.jsonl`."""
     from arm_core.engine.protocol import Compile
     from arm_core.training.determinism import DETERMINISTIC
 

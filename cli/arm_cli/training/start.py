@@ -60,7 +60,7 @@ def _has_checkpoint(stage: str, request: Request) -> bool:
 
 
 def _same_run(stage: str, request: Request, origin: str | None) -> list[str]:
-    """Check that the output folder holds a run of the requested recipe; returns changes of its bookkeeping.
+    """Check that the output folder holds a run of the requested recipe; returns changes to its bookkeeping.
 
     Raises ValueError that lists the settings that differ.
     """
@@ -96,7 +96,7 @@ def _start(stage: str, request: Request, origin: str | None, backend: Backend, r
 
     with together(ranks):
         recipe, changes, model = _requested(stage, request, origin)
-        # All that can be wrong with the request is found before there is a folder.
+        # All errors in the request are found before a folder is created.
         prepared = prepare(recipe, ranks)
         folder = _folder(stage, request)
         print_summary(prepared, backend, _options(request), ranks, folder, recipe_name=request.recipe)
@@ -138,7 +138,7 @@ def _resume(
     ranks: Ranks,
     overrides: list[str] | None = None,
 ) -> None:
-    """overrides: changes of the recipe; None for those that the command line asks for."""
+    """overrides: changes to the recipe; None for those on the command line."""
     from arm_cli.training.changes import changes_of
     from arm_cli.training.run import create_engine, prepare
     from arm_cli.training.summary import print_summary
@@ -148,7 +148,7 @@ def _resume(
 
     with together(ranks):
         if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
-            raise ValueError(f"--resume continues a run as it is; drop {' and '.join(given)}")
+            raise ValueError(f"--resume continues a run unchanged; drop {' and '.join(given)}")
         if request.dry_run:
             raise ValueError("--dry-run plans a new run; drop --resume")
         stored = Path(folder) / RECIPE
@@ -177,7 +177,7 @@ def _load(stage: str, request: Request) -> Recipe:
 
     if request.recipe is None:
         known = [name for name in shipped_recipes() if load_recipe(name).stage == stage]
-        raise ValueError(f"name a recipe ({', '.join(known)}, or a .toml file), or pass --resume RUN")
+        raise ValueError(f"pass a recipe ({', '.join(known)}, or a .toml file) or --resume RUN")
     recipe = load_recipe(_full_name(stage, request))
     if recipe.stage != stage:
         raise ValueError(f"recipe {request.recipe} is for `arm {recipe.stage}`")
@@ -185,7 +185,7 @@ def _load(stage: str, request: Request) -> Recipe:
 
 
 def _full_name(stage: str, request: Request) -> str:
-    """The recipe asked for; `arm pretrain tiny` means pretrain-tiny."""
+    """The requested recipe; `arm pretrain tiny` means pretrain-tiny."""
     from arm_core.recipe.recipe import shipped_recipes
 
     assert request.recipe is not None
@@ -194,7 +194,7 @@ def _full_name(stage: str, request: Request) -> str:
 
 
 def _options(request: Request, recorded: Mapping[str, str] | None = None) -> EngineOptions:
-    """The engine's options; recorded: what the run says of its last session, if it is resumed."""
+    """The engine's options; recorded: the run's record of its last session, if it is resumed."""
     from arm_core.engine.protocol import Compile
     from arm_core.training.determinism import pin
 
@@ -235,7 +235,7 @@ def _train(
     if request.as_json:
         print_json(_as_data(run, outcome))
     if outcome.signal is not None:
-        raise SystemExit(128 + signal.Signals[outcome.signal])  # as a shell reports a signal
+        raise SystemExit(128 + signal.Signals[outcome.signal])  # the exit code of a shell after a signal
 
 
 def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _as_data(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
 
 
 def command_line() -> str | None:
-    """The command that is running, as a shell reads it."""
+    """The running command, quoted for a shell."""
     import shlex
 
     from arm_cli.main import ARGUMENTS

@@ -1,4 +1,4 @@
-"""What a run is about to do, printed before its first step, and warnings where it would disappoint."""
+"""The summary that is printed before the first step of a run, and warnings about likely problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU_OPERATIONS = 6e10
 model reaches 1.1e11 on 2 cores (`cpu_step` in `benchmarks/results/`); smaller models reach less."""
 
 LONG_ON_CPU = 3600.0
-"""Seconds from which a run on a CPU is worth a warning."""
+"""A CPU run that takes longer than this gets a warning, seconds."""
 
 
 def print_summary(
@@ -37,7 +37,7 @@ def print_summary(
     recipe_name: str | None = None,
     resumed_at: int | None = None,
 ) -> None:
-    """Images, model, batch, schedule, memory and output folder of a run, on stderr."""
+    """Print images, model, batch, schedule, memory and output folder of a run on stderr."""
     if resumed_at is not None:
         total = prepared.plan.total_steps
         echo(f"Resuming at step {resumed_at} of {total}: {folder}", err=True)
@@ -50,7 +50,7 @@ def print_summary(
 def describe(
     prepared: Prepared, options: EngineOptions, ranks: Ranks, folder: str, recipe_name: str | None
 ) -> Iterator[tuple[str, str]]:
-    """The lines of the summary: a word and what there is to say about it."""
+    """The lines of the summary: a label and its text."""
     recipe, training, plan = prepared.recipe, prepared.recipe.training, prepared.plan
     if recipe_name is not None:
         yield "recipe", f"{recipe_name} ({recipe.stage})"
@@ -111,7 +111,7 @@ def step_memory_of(prepared: Prepared, options: EngineOptions, ranks: Ranks) -> 
 
 
 def warnings(prepared: Prepared, backend: Backend, options: EngineOptions, ranks: Ranks) -> Iterator[str]:
-    """Sentences about what would make the run disappoint."""
+    """Warnings about likely problems of the run."""
     from arm_core.recipe.recipe import Stage
 
     recipe, training = prepared.recipe, prepared.recipe.training
@@ -141,7 +141,7 @@ def warnings(prepared: Prepared, backend: Backend, options: EngineOptions, ranks
 
 
 def memory_advice(memory: StepMemory, prepared: Prepared, available: int) -> str:
-    """The setting with which a step fits in `available` bytes."""
+    """The setting for which a step fits in `available` bytes."""
     training = prepared.recipe.training
     fitting = memory.fitting(available)
     ways = range(training.accumulation, training.batch_size + 1)
@@ -163,7 +163,7 @@ def cpu_seconds(prepared: Prepared) -> float:
 
 
 def physical_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Bytes of this machine's memory; None if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

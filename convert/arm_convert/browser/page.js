@@ -13,7 +13,7 @@ async function unpack(id) {
   return new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
-// A pool of workers: each has a session, and pictures go to the one that is free.
+// A pool of workers: each has a session, and pictures go to a free worker.
 const idle = [], waiting = [], pending = new Map();
 let counter = 0;
 
@@ -33,7 +33,7 @@ function answered({ data }) {
 
 async function start() {
   const [wasm, model] = await Promise.all(["wasm", "model"].map(unpack));
-  // A page opened as a file may not import blobs in a worker; data it may.
+  // A page opened as a file cannot import blobs in a worker, but it can import data addresses.
   const module = "data:text/javascript;base64," + $("runtime").textContent;
   const script = URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" }));
   const threads = model.byteLength > 2e8 ? 1 : Math.min(navigator.hardwareConcurrency || 2, THREADS);
@@ -73,7 +73,7 @@ async function classify(canvas) {
   }
 }
 
-// The picture as it is, reduced where it is large, on white where it is transparent.
+// The picture, reduced if it is large, on white if it is transparent.
 function onCanvas(source, width, height, mirrored = false) {
   const scale = Math.min(1, LONGEST / Math.max(width, height));
   const canvas = document.createElement("canvas");
@@ -231,7 +231,7 @@ function drawing() {
   clear();
 }
 
-// Images per second of the whole page on pictures of 256 x 256 pixels; for tests and the curious.
+// Images per second of the whole page on pictures of 256 x 256 pixels; for tests.
 async function benchmark(count = 20) {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 256;

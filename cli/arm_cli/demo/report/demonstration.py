@@ -110,9 +110,9 @@ def _predictions(page: Page, demo: Demonstration) -> None:
     page.section("What it predicts")
     page.picture_pairs(
         pairs,
-        "Test images, and beside each the predictions in place. Given: the faded first cluster, for every "
+        "Test images, each with the predictions beside it. Given: the faded first cluster, for every "
         "other cluster the true clusters before it (not the model's own guesses), and each patch's true "
-        "mean and contrast, which the training target leaves out. Predicted: everything else.",
+        "mean and contrast, which the training target omits. Predicted: everything else.",
     )
 
 
@@ -148,7 +148,7 @@ def _comparison(page: Page, demo: Demonstration) -> None:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """A sentence for each number of labels, with no claim beyond what the seeds show."""
+    """A sentence for each number of labels; it claims no more than the seeds show."""
     sentences = []
     for comparison in comparisons:
         (first, a), (second, b) = comparison.arms.items()

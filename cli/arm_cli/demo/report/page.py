@@ -33,7 +33,7 @@ footer { margin-top: 3rem; font-size: .85rem; color: #667; }
 
 @dataclass
 class Page:
-    """Collects sections in order and escapes all text."""
+    """Collects sections in order, and escapes all text."""
 
     title: str
     lead: str

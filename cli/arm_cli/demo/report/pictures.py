@@ -1,4 +1,4 @@
-"""What a pretraining model predicts, as pictures."""
+"""The predictions of a pretraining model, as pictures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def predicted_images(spec: PretrainSpec, images: Floats, prediction: Floats) -> 
     """The images with every predicted patch in its place, (B, H, W, C), normalised like the input.
 
     images: (B, H, W, C).  prediction: (B, tokens, patch values), as `Engine.forward` returns it.
-    Each cluster was predicted from the true clusters before it. Where the target is normalised, the
+    Each cluster was predicted from the true clusters before it. If the target is normalised, the
     true mean and deviation of each patch are restored: the model does not predict them. The first
-    cluster in prediction order is given, and stays as it is.
+    cluster in prediction order is given and is not changed.
     """
     patches = unfold_patches(images, spec.encoder.patch)
     places = target_patches(spec)
