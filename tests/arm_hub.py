@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub's HTTP interface on this machine, for the real `huggingface_hub`."""
+"""A local stand-in for the Hugging Face hub's HTTP interface, for the real `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Hub:
     def __init__(self, root: Path) -> None:
         self.root, self.requests = root, []
         self.cut_after: int | None = None
-        """Close the connection after so many bytes of the next download."""
+        """Close the connection after this number of bytes of the next download."""
         self.url = ""
 
 

@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what it shows after a script has used it, and what it complained about."""
+"""A page in headless Chromium: its content after a script has used it, and its errors and warnings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for (const kind of ["error", "warn"]) console[kind] = (...words) => complaints.p
 
 
 def chromium() -> str:
-    """The browser's path; skips the test where none is installed."""
+    """The browser's path; skips the test if none is installed."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"needs a browser; none of {', '.join(NAMES)} is installed")

@@ -35,7 +35,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def missing() -> str | None:
-    """Why pages cannot be tested here, else None."""
+    """The reason why pages cannot be tested here, else None."""
     return None if _program() else f"needs a Chromium: none of {', '.join(NAMES)} is installed"
 
 
@@ -97,7 +97,7 @@ class Page:
         self._profile.cleanup()
 
     def evaluate(self, code: str, *, timeout: float = 60) -> Any:
-        """The value of an expression, awaited where it is a promise. AssertionError where it throws."""
+        """The value of an expression, awaited if it is a promise. AssertionError if it throws."""
         found = self._call(
             "Runtime.evaluate",
             timeout_s=timeout,

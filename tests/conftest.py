@@ -1,4 +1,4 @@
-"""What every test may use: two small models, a fresh interpreter, and skips that name the hardware."""
+"""Shared fixtures: two small models, a fresh interpreter, and skips that name the hardware."""
 
 import importlib.util
 import subprocess
@@ -32,7 +32,7 @@ def _no_nvidia() -> str | None:
 
 
 HARDWARE: dict[str, Callable[[], str | None]] = {"metal": _no_metal, "gpu": _no_nvidia}
-"""Markers of tests that need a device, and why it cannot be had."""
+"""Markers of tests that need a device, and the reason why it is not available."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,13 +69,13 @@ def _run(code: str) -> str:
 
 @pytest.fixture(scope="session")
 def fresh_python() -> Callable[[str], str]:
-    """Run code in a new interpreter and get what it printed."""
+    """Run code in a new interpreter and return its output."""
     return _run
 
 
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
-    """Models as small as these run faster on one thread, and several times so on a busy machine."""
+    """Models this small run faster on one thread, and several times faster on a busy machine."""
     if importlib.util.find_spec("torch") is None:
         yield
         return

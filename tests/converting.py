@@ -1,4 +1,4 @@
-"""What tests of the converters share: the command, small models of our own, an official checkpoint."""
+"""Shared parts of the converters' tests: the command, small models, an official checkpoint."""
 
 from __future__ import annotations
 

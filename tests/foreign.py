@@ -1,4 +1,4 @@
-"""Small checkpoints in foreign formats, made without torch: what converter tests read and damage."""
+"""Small checkpoints in foreign formats, made without torch, for the converter tests."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def official_state(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 class Global:
-    """Pickles as a mention of `module.name`, whether that exists or not."""
+    """Pickles as a reference to `module.name`, which need not exist."""
 
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
 
 
 class Call:
-    """Pickles as a call of a global, and where `state` is given, as the setting of attributes."""
+    """Pickles as a call of a global; if `state` is given, it also sets attributes."""
 
     def __init__(self, function: Global, *arguments: Any, state: Any = None) -> None:
         self.function, self.arguments, self.state = function, arguments, state
 
 
 class Storage:
-    """The values behind a tensor; `count` and `kind` may lie about them."""
+    """The values of a tensor; `count` and `kind` may be wrong."""
 
     def __init__(self, array: np.ndarray, *, count: int | None = None, kind: str | None = None) -> None:
         self.array = array
@@ -55,7 +55,7 @@ class Storage:
 
 
 def tensor(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Call:
-    """A view of a storage, as torch describes it."""
+    """A view of a storage, in torch's format."""
     hooks = Call(Global("collections", "OrderedDict"))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, shape, stride, False, hooks)
 
@@ -101,7 +101,7 @@ def pickled(value: Any, protocol: int = 2) -> tuple[bytes, list[np.ndarray]]:
 
 
 def torch_zip(value: Any, protocol: int = 2) -> bytes:
-    """What `torch.save(value)` writes."""
+    """The bytes that `torch.save(value)` writes."""
     return zip_of(*pickled(value, protocol))
 
 
@@ -118,7 +118,7 @@ def zip_of(description: bytes, storages: list[np.ndarray], **options: Any) -> by
 
 
 def torch_legacy(value: Any, protocol: int = 2) -> bytes:
-    """What `torch.save(value, _use_new_zipfile_serialization=False)` writes."""
+    """The bytes that `torch.save(value, _use_new_zipfile_serialization=False)` writes."""
     return legacy_of(*pickled(value, protocol))
 
 

@@ -1,18 +1,17 @@
-"""What the official code computed, for tests to hold the engines against.
+"""Results of the official code, to which tests compare the engines.
 
     strong = golden.load("pretrain_strong")          # or "classifier_strong"
     out = engine.forward(strong.images)
     assert strong.error("prediction", out["prediction"]) < 1e-4
 
 The official code ran on a CPU in float32 (width 32, depth 12, decoder width 64). In the *strong* sets
-every tensor was noised and rescaled so that a mistake shows: swapping two directions changes logits by
+every tensor was noised and rescaled so that a mistake is visible: swapping two directions changes logits by
 0.2, a LayerNorm eps of 1e-6 by 0.08. `classifier_steps` holds two AdamW steps with layer decay.
 
 To keep the repository small, numbers are stored in fixed point relative to their tensor's largest value
 (the parameters with 24 bits: float32's own rounding), and outputs and gradients as samples: compare
-through `error` and `gradient_errors`. Where the environment variable ARM_GOLDEN names a folder with the
-complete
-data, `complete()` returns it, for tests that need the official `.pth` files themselves.
+through `error` and `gradient_errors`. If the environment variable ARM_GOLDEN names a folder with the complete
+data, `complete()` returns it, for tests that need the official `.pth` files.
 
 `python tests/golden.py FOLDER` rebuilds tests/fixtures from the complete data.
 """
@@ -38,7 +37,7 @@ DATA = Path(__file__).parent / "fixtures"
 STATE_BITS, IMAGE_BITS, OUTPUT_BITS, GRADIENT_BITS = 24, 21, 20, 16
 """Bits per stored number, relative to the largest of its tensor."""
 SAMPLES = 2048
-"""Most numbers kept of an expected tensor, evenly spaced."""
+"""Largest number of kept values of an expected tensor, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Golden:
         """Relative difference of every gradient's L2 norm, by official name."""
         official = official_view(self.spec, gradients)
         largest = max(self.gradient_norms.values())
-        # Gradients that are nothing but rounding are compared with the largest one instead.
+        # Gradients that consist of rounding errors are compared with the largest one instead.
         found = {
             name: float(np.linalg.norm(official[name].astype(np.float64))) for name in self.gradient_norms
         }
@@ -111,8 +110,8 @@ class Steps:
     def weight_errors(self, parameters: dict[str, np.ndarray]) -> dict[str, float]:
         """Largest difference of the resulting weights, relative to each tensor's largest.
 
-        AdamW's first steps have the size of the learning rate however small a gradient is, so an element
-        whose gradient is rounding noise may differ by far more than the gradients do.
+        AdamW's first steps have the size of the learning rate even for tiny gradients. An element whose
+        gradient is rounding noise can therefore differ by far more than the gradients.
         """
         official = official_view(self.spec, parameters)
         return {name: sample.error(official[name]) for name, sample in self.weights.items()}
@@ -132,7 +131,7 @@ class Sample:
 
     @staticmethod
     def where(shape: tuple[int, ...]) -> np.ndarray:
-        """Flat indices that are kept: all, or an odd stride that meets every row and column."""
+        """Flat indices that are kept: all, or an odd stride that covers every row and column."""
         size = int(np.prod(shape))
         stride = max(1, -(-size // SAMPLES)) | 1 if size > SAMPLES else 1
         return np.arange(0, size, stride)
@@ -187,7 +186,7 @@ def steps() -> Steps:
 
 
 def complete() -> Path | None:
-    """The folder with the complete official data, where ARM_GOLDEN names one."""
+    """The folder with the complete official data, if ARM_GOLDEN names one."""
     folder = os.environ.get("ARM_GOLDEN")
     return Path(folder) if folder else None
 
@@ -296,7 +295,7 @@ class _Pack:
         self.arrays[name], self.bits[name] = array, bits
 
     def state(self, state: dict[str, np.ndarray], bits: int = STATE_BITS) -> None:
-        """Official state; the mask, which is computed, and equal directions are left out."""
+        """Official state without the mask, which is computed, and without equal directions."""
         for name, value in state.items():
             self.plain["shapes"][name] = value.shape
             if name == MASK:

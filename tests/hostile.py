@@ -1,7 +1,7 @@
-"""Runs `arm` on hostile files: bombs, lies about sizes, special files, links and odd metadata.
+"""Runs `arm` on hostile files: bombs, false sizes, special files, links and unusual metadata.
 
-A case builds files in a folder of its own and names the `arm` command to run on them. `run_cases` runs
-each in a child process with a limit on memory and time, and returns what happened.
+A case creates files in its own folder and names the `arm` command to run on them. `run_cases` runs each
+case in a child process with a limit on memory and time, and returns the results.
 `python tests/hostile.py [NAME...]` runs the cases and prints a JSON line for each.
 """
 
@@ -36,12 +36,12 @@ LONG = {
     "config.json with a million directions",
     "metrics of millions of rows",
 }
-"""Cases that take several seconds; `make test` leaves them out."""
+"""Cases that take several seconds; `make test` skips them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """The result of a command."""
 
     code: int
     """Exit code; minus the signal that ended it."""
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def problem(self) -> str | None:
-        """Why this is not a refusal in one line, or None."""
+        """The reason why this is not a refusal in one line, or None."""
         lines = [line for line in self.output.splitlines() if line.strip()]
         lines = [line for line in lines if not line.startswith("Warning: ")]
         if "Traceback" in self.output:

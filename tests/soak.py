@@ -1,13 +1,13 @@
-"""Interrupt training runs in every way for some minutes, and compare each with an uninterrupted run.
+"""Interrupt training runs in many ways for some minutes, and compare each with an uninterrupted run.
 
     python tests/soak.py [--minutes 30] [--seed 0] [--engines torch,mlx] [--keep FOLDER]
 
 Each round trains a small model through the command line, on one process or two, injects faults, resumes
 until the run is finished, and compares every byte of the final model, optimizer state and average with those
-of an uninterrupted run. After each round `arm` reads some hostile files. A traceback, a hang and an exit code
-that does not fit are findings as well. The seed decides the faults; their effect depends on the time, so a
-repetition is similar, not equal.
-Not part of `make test`. Exit code 1 if there are findings.
+of an uninterrupted run. After each round, `arm` reads some hostile files. A traceback, a hang and an
+unexpected exit code are findings as well. The seed determines the faults. Their effect depends on timing, so
+a repetition is similar but not equal.
+This is not part of `make test`. The exit code is 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and by which processes."""
+    """The training stage and its processes."""
 
     engine: str
     stage: str
@@ -78,7 +78,7 @@ class Ended:
 
 @dataclass
 class Soak:
-    """The folder with the data, the reference runs and the present run; counts and findings."""
+    """The folder with the data, the reference runs and the current run; counts and findings."""
 
     folder: Path
     draw: random.Random
@@ -130,7 +130,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(words: list[str], *, file_limit: int | None = None) -> Iterator[Callable[[], Ended]]:
-    """A command in a session of its own; the value waits for its end. Nothing is left of it afterwards."""
+    """A command in a separate session; the value waits for its end. The block ends all its processes."""
 
     def limit() -> None:
         if file_limit is not None:
@@ -167,7 +167,7 @@ def running(words: list[str], *, file_limit: int | None = None) -> Iterator[Call
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a command's session."""
+    """Kill the remaining processes of a command's session."""
     for member in session(process.pid):
         member.kill()
     process.wait()
@@ -236,7 +236,7 @@ def while_evaluating(soak: Soak, setup: Setup, run: Path) -> Callable[[], bool]:
 MOMENTS = (anytime, anytime, while_writing, while_evaluating)
 
 
-# Faults: each runs the command once and spoils it, or spoils what is on the disk.
+# Faults: each runs the command once and disturbs it, or damages files on the disk.
 
 
 def signalled(soak: Soak, setup: Setup, run: Path, words: list[str]) -> str:
@@ -297,7 +297,7 @@ def small_disk(soak: Soak, setup: Setup, run: Path, words: list[str]) -> str:
         try:
             shutil.copytree(kept, run, dirs_exist_ok=True)
         except (OSError, shutil.Error):
-            return "small disk (too small for what there is)"
+            return "small disk (too small for the existing files)"
         with running(words) as wait:
             ended = wait()
         check(soak, setup, f"{setup}: a disk of {size} KiB", ended)
@@ -346,10 +346,10 @@ FAULTS = (signalled, signalled, signalled, signalled, full_disk, small_disk, dam
 
 
 def check(soak: Soak, setup: Setup, what: str, ended: Ended) -> None:
-    """What no command may do."""
+    """Checks that every command must pass."""
     if ended.hung:
         soak.find(f"{what}: did not end in {LIMIT:.0f} s", ended)
-    # torchrun prints a traceback of its own, and so does a process that SIGINT ends before it trains.
+    # torchrun prints its own traceback, and so does a process that SIGINT ends before it trains.
     own = "torch.distributed" in ended.output or "KeyboardInterrupt" in ended.output
     if "Traceback" in ended.output and not own:
         soak.find(f"{what}: traceback", ended)

@@ -1,4 +1,4 @@
-"""Who may import whom: frameworks stay out of the core, and imports between folders point one way."""
+"""Import rules: the core loads no framework, and imports between folders point one way."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ FOLDERS = {
 }
 MAY_IMPORT = {
     "arm_core": set(),
-    # A backend's own `load_model` is a short name of the package's, imported when it is called.
+    # A backend's `load_model` calls that of the package, imported when it is called.
     "arm_mlx": {"arm_core", "arm_vision"},
     "arm_cuda": {"arm_core", "arm_vision"},
     "arm_convert": {"arm_core"},
@@ -38,10 +38,10 @@ ROOMS = {
     "training": {"recipe", "data", "engine", "model", "files"},
     "explain": {"cpu_kernels", "engine", "model"},
 }
-"""Rooms of arm_core, and those that each may import."""
+"""Rooms of arm_core, and the rooms that each may import."""
 FRAMEWORKS = {"torch", "mlx", "triton", "mamba_ssm"}
 HEAVY = {"numba", "pyarrow", "matplotlib", "huggingface_hub", "onnx", "onnxruntime"}
-"""Slow to import: a help text does not wait for them."""
+"""Packages that are slow to import; help texts must not load them."""
 
 
 def modules(package: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The plan in docs/scaling.md is what its script computes."""
+"""The plan in docs/scaling.md matches its script."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_the_table_of_the_page_is_up_to_date(scaling):
     )
 
 
-def test_more_gpus_hold_less_and_compute_for_a_shorter_time(scaling):
+def test_more_gpus_need_less_memory_and_less_time_each(scaling):
     rows = [scaling.plan("pretrain-huge", gpus) for gpus in scaling.GPUS]
     column = dict(zip(scaling.COLUMNS, zip(*rows, strict=True), strict=True))
     for name in ("sharded GB", "computing ms", "with activations GB"):

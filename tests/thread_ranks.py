@@ -15,7 +15,7 @@ PATIENCE = 20.0
 
 
 class Meeting:
-    """What the threads of one job share. Who was there when all met learns the values, come what may."""
+    """Shared state of the threads of one job. Every thread that takes part in an exchange gets its values."""
 
     def __init__(self, world: int) -> None:
         self.changed = threading.Condition()
@@ -61,7 +61,7 @@ class ThreadRanks:
 
 
 def run_ranks(world: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """The result of `work` on each rank, or the error that it ended with."""
+    """The result of `work` on each rank, or its error."""
     meeting, results = Meeting(world), [None] * world
 
     def one(rank: int) -> None:

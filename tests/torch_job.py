@@ -1,7 +1,7 @@
-"""What the processes of `tests/torch_engine/test_distributed.py` run, under torchrun.
+"""The processes of `tests/torch_engine/test_distributed.py`, run by torchrun.
 
-torch_job.py runs TASKS   trainings one after the other: JSON, a list of keyword arguments of `train`
-torch_job.py arm WORDS    the command line; with KILL=RANK:STEP a process kills itself, the first time
+torch_job.py runs TASKS   trainings in order: JSON, a list of keyword arguments of `train`
+torch_job.py arm WORDS    the command line; with KILL=RANK:STEP a process kills itself in the first start
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHANGES = {
     "pretrain": [*COMMON, "model.decoder_width=16", "model.decoder_heads=2"],
     "finetune": [*COMMON, "data.labels_per_class=none", "mixing.mixup=0.8"],
 }
-"""Micro-batches of 2; an update's 6 are shared out evenly by 1, 2 or 3 processes, by 4 not."""
+"""Micro-batches of 2; the 6 of an update are divided evenly by 1, 2 or 3 processes, but not by 4."""
 
 
 def make_recipe(stage: str) -> Recipe:
@@ -50,7 +50,7 @@ def make_recipe(stage: str) -> Recipe:
 
 
 class Stopper(Observer):
-    """Sends this process SIGTERM when a step was handed to the engine."""
+    """Sends SIGTERM to this process after a step was passed to the engine."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -63,7 +63,7 @@ class Stopper(Observer):
 def train(
     path: str, stage: str = "finetune", *, ranks: Ranks = ALONE, stop: int | None = None, **options: bool
 ) -> None:
-    """Start a run at `path`, or go on with it; `stop`: the step after which the last rank meets a signal."""
+    """Start or resume a run at `path`; `stop`: the step after which the last rank receives a signal."""
     recipe = make_recipe(stage)
     images, held_out = (Synthetic(n, (24, 24), classes=3, seed=n) for n in (37, 11))
     begun = lead(ranks, lambda: (Path(path) / "checkpoints").exists())
@@ -86,7 +86,7 @@ def train(
 
 
 def run_tasks(tasks: list[dict[str, object]]) -> None:
-    ranks_module.PACE = 0.0  # ask after each step
+    ranks_module.PACE = 0.0  # exchange after each step
     ranks = choose_backend("torch").join("cpu")
     for task in tasks:
         train(ranks=ranks, **task)

@@ -1,4 +1,4 @@
-"""Inputs for the torch scans, their results with every gradient, and how close these must be."""
+"""Inputs for the torch scans, their results with every gradient, and the tolerances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from arm_cuda import scan as scans
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Of each tensor's largest value; results of half-precision inputs are rounded to their 8 or 11 bits."""
+"""Relative to each tensor's largest value; results of half-precision inputs are rounded to 8 or 11 bits."""
 
 CONV = ("x", "weight", "bias")
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")

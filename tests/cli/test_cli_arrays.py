@@ -25,7 +25,7 @@ def npy(array: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.filterwarnings("ignore:Stored array in format")
-def test_what_numpy_saves_is_read_in_every_format_version_and_order(tmp_path: Path, version, order):
+def test_files_of_numpy_are_read_in_every_format_version_and_order(tmp_path: Path, version, order):
     (tmp_path / "x.npy").write_bytes(npy(np.asarray(IMAGES, order=order), version))
     found = read_array(str(tmp_path / "x.npy"), (4, 6), 3)
     assert np.array_equal(found, IMAGES.transpose(0, 2, 3, 1))
@@ -67,7 +67,7 @@ def test_a_bad_array_is_refused_by_name(tmp_path: Path, content, message):
         read_array(str(tmp_path / "x.npy"), (4, 6), 3)
 
 
-def test_mutated_arrays_are_read_or_refused_with_the_typed_error_alone(tmp_path: Path):
+def test_mutated_arrays_are_read_or_refused_with_a_typed_error(tmp_path: Path):
     seed = npy(IMAGES[:1])
     draw = random.Random(0)
     read = 0

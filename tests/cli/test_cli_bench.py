@@ -1,4 +1,4 @@
-"""`arm bench scan` from outside, and what it is told by the core."""
+"""`arm bench scan` on the command line, and the timers of the core behind it."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ def bench(*words: str):
 
 
 @pytest.mark.parametrize(("backend", "package"), [("mlx", "mlx"), ("torch", "torch")])
-def test_times_and_rates_are_reported_for_the_scan_that_is_named(backend: str, package: str) -> None:
+def test_times_and_rates_are_reported_for_the_requested_scan(backend: str, package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}")
     result = bench(*QUICK, "--backend", backend, "--scan", "cpu", "--json")
@@ -43,7 +43,7 @@ def test_auto_measures_every_scan_that_can_run_and_prints_a_table() -> None:
     assert lines == ["cpu", "reference"]
 
 
-def test_scans_and_searches_that_cannot_be_are_refused_in_one_line() -> None:
+def test_unavailable_scans_and_searches_are_refused_in_one_line() -> None:
     pytest.importorskip("mlx.core", reason="needs MLX")
     for words, sentence in (
         (("--scan", "metal"), "scan 'metal' cannot run here: its kernels run on Apple GPUs"),
@@ -56,14 +56,14 @@ def test_scans_and_searches_that_cannot_be_are_refused_in_one_line() -> None:
         assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_torch_has_nothing_to_search() -> None:
+def test_torch_has_no_constants_to_search() -> None:
     pytest.importorskip("torch", reason="needs torch")
     result = bench(*QUICK, "--backend", "torch", "--tune")
     assert result.exit_code == 2
     assert "backend 'torch' has no constants to search" in result.stderr
 
 
-def test_a_shape_is_that_of_a_layer_and_counts_its_bytes_once() -> None:
+def test_a_shape_matches_a_layer_and_counts_each_byte_once() -> None:
     shape = ScanShape(spec=classifier_preset("base"), batch=2)
     assert str(shape) == "K=4 B=2 L=197 D=768 N=16"
     arrays = shape.arrays()
@@ -87,7 +87,7 @@ def test_arrays_have_the_sizes_of_the_shape(spec) -> None:
         assert shape.arrays()[name].dtype == np.float32
 
 
-def test_a_measurement_warms_up_and_loses_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_warms_up_and_stops_after_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     assert len(repeat(lambda: runs.append(0), 4)) == 4
     assert len(runs) == 5

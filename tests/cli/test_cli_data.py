@@ -1,4 +1,4 @@
-"""`arm data`: a folder with one of every defect, packing, and the page of a preview."""
+"""`arm data`: a folder with every kind of defect, packing, and the page of a preview."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def picture(seed: int, size: tuple[int, int] = (12, 12)) -> Image.Image:
 
 @pytest.fixture
 def defects(tmp_path: Path) -> Path:
-    """One of every kind, and two plain images."""
+    """One image with each kind of defect, and two without."""
     root = tmp_path / "images"
     for name in ("a", "b", "A", "empty"):
         (root / name).mkdir(parents=True)
@@ -85,7 +85,7 @@ EXPECTED = {
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_folder_with_one_of_every_defect_has_them_all_named(defects: Path) -> None:
+def test_every_kind_of_defect_in_a_folder_is_reported(defects: Path) -> None:
     result = arm("data", "check", defects, "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
@@ -107,7 +107,7 @@ def test_a_folder_with_one_of_every_defect_has_them_all_named(defects: Path) -> 
     assert "5 findings stop training" in plain.stdout
 
 
-def test_sound_images_are_reported_as_such(tmp_path: Path) -> None:
+def test_images_without_defects_pass(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "a.png")
     result = arm("data", "check", tmp_path)
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "nothing stops training")
@@ -146,7 +146,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_preview_shows_what_training_sees_and_says_what_was_drawn(tmp_path: Path, recipe: Path) -> None:
+def test_a_preview_shows_training_images_and_their_random_operations(tmp_path: Path, recipe: Path) -> None:
     for i in range(20):
         path = tmp_path / "images" / ("<b>", "c")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

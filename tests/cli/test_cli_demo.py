@@ -1,4 +1,4 @@
-"""`arm demo`, shortened to a few steps: every stage runs, and the page says what was measured."""
+"""`arm demo`, shortened to a few steps: every stage runs, and the page shows the measured values."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_the_demo_runs_every_stage_and_writes_a_report(short_recipes, no_browser
     arguments = ["demo", "--out", str(tmp_path / "demo"), "--seeds", "1", "--device", "cpu"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert list((tmp_path / "demo").iterdir()) == []  # what was there is left alone
+    assert list((tmp_path / "demo").iterdir()) == []  # existing files are not changed
     folder = tmp_path / "demo-2"
     assert {path.name for path in folder.iterdir()} == {
         "report.html",

@@ -1,4 +1,4 @@
-"""`arm embed` and `arm predict` from outside, against the float64 reference."""
+"""`arm embed` and `arm predict` on the command line, against the float64 reference."""
 
 import json
 
@@ -146,7 +146,7 @@ def test_predict_lists_the_most_likely_classes_by_name(tmp_path, classifier, cla
     assert earlier.stdout.splitlines() == text
 
 
-def test_images_go_through_the_transform_that_the_model_carries(tmp_path, classifier_spec, images):
+def test_images_are_prepared_by_the_transform_of_the_model(tmp_path, classifier_spec, images):
     transform = {"crop_fraction": 0.5, "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7]}
     parameters = model_folder(tmp_path / "own", classifier_spec, eval_transform=json.dumps(transform))
     assert arm("embed", tmp_path / "own", *images, "--out", tmp_path / "out.npz").exit_code == 0
@@ -163,7 +163,7 @@ def test_classes_without_names_are_numbers_and_top_may_exceed_them(tmp_path, cla
 
 @pytest.fixture
 def broken(tmp_path, classifier, pretrained, images):
-    """A folder with everything that the mistakes below name."""
+    """A folder with all files that the mistakes below name."""
     (tmp_path / "broken.png").write_bytes(images[0].read_bytes()[:90])
     (tmp_path / "weights.pth").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""`arm evaluate`: its protocol, its numbers by image, and its page."""
+"""`arm evaluate`: its protocol, its numbers for each image, and its page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(place: Path, transform: EvalTransform, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Of the reference model, image by image, and the labels."""
+    """Logits of the reference model for each image, and the labels."""
     from arm_core.files.model_folder import read_model
 
     model = read_model(place / "model")

@@ -112,7 +112,9 @@ def test_explain_of_a_pretraining_model_starts_at_the_last_token_it_reads(models
         (("--neighbours", "x"), "--neighbours: expected the patch to search for; pass --token ROW,COLUMN"),
     ],
 )
-def test_explain_refuses_what_the_model_does_not_have(models, photos, tmp_path, words, sentence):
+def test_explain_refuses_layers_directions_and_tokens_that_do_not_exist(
+    models, photos, tmp_path, words, sentence
+):
     assert sentence in refused("explain", models / "cls", photos / "a.png", "--out", tmp_path / "o", *words)
     assert not (tmp_path / "o").exists()
 

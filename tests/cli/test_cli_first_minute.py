@@ -1,4 +1,4 @@
-"""What a training command says before its first step, and the options that set keys of the recipe."""
+"""The output of a training command before its first step, and options that set keys of the recipe."""
 
 import json
 
@@ -22,7 +22,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_first_prints_what_it_will_do(place):
+def test_a_run_first_prints_its_plan(place):
     result = arm("pretrain", "pre.toml", "--data", "train", "--eval-data", "val", "--out", "run")
     assert result.exit_code == 0, result.output
     said = result.stderr
@@ -95,7 +95,7 @@ def test_finetuning_takes_the_size_of_the_trunk_from_the_model(place):
     assert ", image size 24x24 (the recipe has 192 wide, 12 deep, patches of 16 (tiny))" in result.stderr
 
 
-def test_a_run_that_will_disappoint_is_warned_of(place):
+def test_likely_problems_of_a_run_are_warned_of(place):
     paint(place / "single", {"only": 90})
     result = arm("finetune", "fine.toml", "--data", "single", "--out", "run", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -106,7 +106,7 @@ def test_a_run_that_will_disappoint_is_warned_of(place):
     assert "on this CPU the run takes about" in arm(*words, "--steps", "100000000").stderr
 
 
-def test_a_model_too_large_for_this_machine_is_warned_of_with_the_setting_that_fits(place, monkeypatch):
+def test_a_warning_about_too_little_memory_names_the_setting_that_fits(place, monkeypatch):
     monkeypatch.setattr("arm_cli.training.summary.physical_memory", lambda: 3_000_000)
     fits = "2 images at a time fit: --set training.accumulation=2"
     result = arm("pretrain", "pre.toml", "--data", "train", "--device", "cpu", "--dry-run")

@@ -1,4 +1,4 @@
-"""`arm`, `arm info` and `arm doctor` from outside."""
+"""`arm`, `arm info` and `arm doctor` on the command line."""
 
 import json
 import warnings
@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, tmp_path, monkeyp
     assert result.stderr.count("\n") == 1
 
 
-def test_traceback_shows_where_an_error_arose():
+def test_traceback_shows_the_origin_of_an_error():
     result = arm("--traceback", "info", "bsae")
     assert isinstance(result.exception, ValueError)
 
@@ -94,7 +94,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_a_warning_of_the_core_is_one_line_on_stderr(monkeypatch):
     def describe(spec):
-        warnings.warn("step-00000002 is damaged", stacklevel=1)
+        warnings.warn("step-00000002 is corrupt", stacklevel=1)
         return {}
 
     monkeypatch.setattr("arm_cli.info.describe", describe)
@@ -102,7 +102,7 @@ def test_a_warning_of_the_core_is_one_line_on_stderr(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = arm("info", "tiny", "--json")
-    assert "Warning: step-00000002 is damaged\n" in result.stderr
+    assert "Warning: step-00000002 is corrupt\n" in result.stderr
 
 
 def test_doctor_names_every_backend_device_and_scan():
@@ -135,7 +135,7 @@ class Absent:
         return "it is not installed; pip install absent"
 
 
-def test_doctor_reports_a_broken_and_an_absent_backend_and_says_what_to_install(monkeypatch):
+def test_doctor_reports_broken_and_missing_backends_and_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
         "arm_core.engine.registry.installed_backends", lambda: {"broken": Broken(), "absent": Absent()}
     )

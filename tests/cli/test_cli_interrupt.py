@@ -1,4 +1,4 @@
-"""Ctrl-C in a terminal, which sends SIGINT to every process of the group, stops `arm demo` at once."""
+"""Ctrl-C in a terminal, which sends SIGINT to every process of the group, stops `arm demo` immediately."""
 
 import os
 import signal

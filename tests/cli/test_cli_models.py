@@ -1,4 +1,4 @@
-"""What `arm` takes for a model: folders, runs, checkpoints."""
+"""The models that `arm` opens: folders, runs, checkpoints."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def run(tmp_path, classifier_spec):
     return folder
 
 
-def test_a_run_means_its_newest_checkpoint(run):
+def test_a_run_stands_for_its_newest_checkpoint(run):
     assert find_model(str(run)).model.path == run / "checkpoints/step-00000002"
     opened = open_model(str(run))
     assert opened.classes[3] == "kind 3"
@@ -47,7 +47,7 @@ def test_a_corrupt_checkpoint_is_skipped_with_a_warning(run, capsys):
     weights.write_bytes(content)
     assert find_model(str(run)).model.path == run / "checkpoints/step-00000001"
     assert "step-00000002 is corrupt; skipped" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="corrupt"):  # named itself, it is refused
+    with pytest.raises(ValueError, match="corrupt"):  # if passed directly, it is refused
         open_model(str(run / "checkpoints/step-00000002"))
 
 
@@ -56,7 +56,7 @@ def test_the_average_of_the_weights_is_taken_on_request(run):
     np.testing.assert_array_equal(averaged.parameters["head.weight"], plain.parameters["head.weight"] + 1)
 
 
-def test_a_run_without_a_checkpoint_says_so(tmp_path):
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="has not saved a checkpoint yet"):
         find_model(str(tmp_path))
@@ -82,7 +82,7 @@ def test_the_transform_and_the_class_names_come_from_the_metadata(tmp_path, clas
         ({"eval_transform": '{"crop": 1}'}, "eval_transform.*crop"),
     ],
 )
-def test_damaged_metadata_is_refused(tmp_path, classifier_spec, metadata, message):
+def test_corrupt_metadata_is_refused(tmp_path, classifier_spec, metadata, message):
     write_model(tmp_path / "a", classifier_spec, initial_parameters(classifier_spec, 0), metadata=metadata)
     with pytest.raises(ValueError, match=message):
         open_model(str(tmp_path / "a"))

@@ -30,7 +30,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_predictions_carry_folder_names_and_names_for_people(folder):
+def test_predictions_have_folder_names_and_readable_names(folder):
     result = arm("predict", folder / "model", folder / "images", "--json", "--top", 2)
     rows = json.loads(result.stdout)
     assert len(rows) == 3
@@ -86,7 +86,7 @@ def test_a_probe_reports_both_accuracies_with_intervals(tmp_path):
     assert found["linear"]["accuracy"] > 0.15  # chance is 0.1
 
 
-def test_models_lists_presets_also_without_a_network(monkeypatch, tmp_path):
+def test_models_lists_presets_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setenv("ARM_VISION_CACHE", str(tmp_path))
     import arm_convert.published as published
 

@@ -12,14 +12,14 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_line_shows_rate_and_time_left_of_this_session_only(clock):
+def test_a_line_shows_the_rate_and_time_left_of_this_session_only(clock):
     with ProgressBar("train", 100, "steps", start=40) as counter:
         clock[0] += 5
         counter.advance(10)
     assert counter.line("loss 0.5") == "train: 50/100 steps, 2 steps/s, 25 s left, loss 0.5"
 
 
-def test_plain_lines_come_at_intervals(clock, capsys):
+def test_plain_lines_are_printed_at_intervals(clock, capsys):
     with ProgressBar("embed", 1000, "images") as counter:
         for _ in range(100):
             clock[0] += EVERY / 10
@@ -31,7 +31,7 @@ def test_plain_lines_come_at_intervals(clock, capsys):
     assert lines[0].startswith("embed: 4/1000 images, 1 images/s, 16:36 left")  # early, without waiting
 
 
-def test_the_rate_leaves_out_the_first_step_which_compiles(clock):
+def test_the_rate_excludes_the_first_step_which_compiles(clock):
     with ProgressBar("train", 100, "steps") as counter:
         clock[0] += 60
         counter.advance(1)
@@ -58,5 +58,5 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1:01"), (3_723, "1:02:03")]
 )
-def test_durations_read_like_a_clock(seconds, text):
+def test_durations_are_printed_like_a_clock(seconds, text):
     assert duration(seconds) == text

@@ -19,7 +19,7 @@ def rows(*words):
     return {row["key"]: row for row in json.loads(arm("config", *words, "--json").stdout)}
 
 
-def test_config_tells_where_each_value_comes_from():
+def test_config_prints_the_origin_of_each_value():
     found = rows("pretrain-base", "--set", "training.seed=3", "--lr", "1e-3")
     origins = {key: row["from"] for key, row in found.items()}
     assert origins["schedule.base_lr"] == "--lr"

@@ -1,4 +1,4 @@
-"""Training goes on when nobody reads its output any more."""
+"""Training continues when its output is no longer read."""
 
 import os
 import pty
@@ -28,7 +28,7 @@ def environment(**more):
 
 @pytest.mark.parametrize("redirected", [subprocess.STDOUT, subprocess.DEVNULL])
 def test_a_closed_pipe_does_not_end_training(place, redirected):
-    """As with `2>&1 | head -1`, and with --json and a reader that ends."""
+    """Like `2>&1 | head -1`, and like --json with a reader that exits."""
     words = [] if redirected == subprocess.STDOUT else ["--json"]
     process = subprocess.Popen(
         [*ARM, *words], cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=redirected

@@ -1,4 +1,4 @@
-"""`arm pretrain`, `arm finetune` and `arm evaluate` from outside, on images of two colours."""
+"""`arm pretrain`, `arm finetune` and `arm evaluate` on the command line, with images of two colours."""
 
 import json
 import shutil
@@ -29,13 +29,13 @@ def rows(run):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A furnished working directory."""
+    """A working directory with images and recipes."""
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_pretraining_finetuning_and_evaluation_follow_each_other(place):
+def test_pretraining_finetuning_and_evaluation_work_in_sequence(place):
     result = arm("pretrain", "pre.toml", "--data", "train", "--out", "run", "--json")
     assert result.exit_code == 0, result.output
     outcome = json.loads(result.stdout)
@@ -73,7 +73,7 @@ def test_pretraining_finetuning_and_evaluation_follow_each_other(place):
     assert {best["class"] for best in prediction["top"]} == {"dark", "light"}
 
 
-def test_a_new_head_has_the_spread_that_the_recipe_says(place):
+def test_a_new_head_has_the_standard_deviation_of_the_recipe(place):
     assert arm("pretrain", "pre.toml", "--data", "train", "--set", "training.length=1 step").exit_code == 0
     for std in (None, 0.5):
         words = [] if std is None else ["--set", f"model.head_std={std}"]
@@ -130,7 +130,7 @@ def test_set_and_precision_change_the_recipe_that_the_run_keeps(place):
 
 @pytest.fixture
 def interrupted(place, monkeypatch):
-    """A run that was stopped after its first of four steps, beside one that was not."""
+    """A run that was stopped after the first of four steps, and an uninterrupted one."""
     words = ["pretrain", "pre.toml", "--data", "train", "--backend", "torch", "--device", "cpu"]
     assert arm(*words, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
@@ -142,7 +142,7 @@ def parameters(run):
     return load_checkpoint(run / "checkpoints/step-00000004").state.parameters
 
 
-def test_an_interrupted_run_says_how_to_resume_and_ends_as_an_uninterrupted_one(place, interrupted):
+def test_an_interrupted_run_prints_how_to_resume_and_ends_like_an_uninterrupted_one(place, interrupted):
     assert interrupted.exit_code == 130
     assert json.loads(interrupted.stdout)["signal"] == "SIGINT"
     said = "stopped by SIGINT after step 1 of 4; resume with: arm pretrain --resume halved"
@@ -182,7 +182,7 @@ FINE = "finetune fine.toml --data train --out new"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What the mistakes below name; made once."""
+    """The files that the mistakes below name; created once."""
     folder = tmp_path_factory.mktemp("mistakes")
     furnish(folder)
     paint(folder / "other", {"green": 90})

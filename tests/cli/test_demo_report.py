@@ -1,4 +1,4 @@
-"""Pictures and the page: what the model predicted is where it belongs, and nothing is fetched."""
+"""Pictures and the page: predictions are in the right place, and the page makes no requests."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_the_given_cluster_is_faded_and_the_rest_untouched():
     assert (dimmed[0, :4] == 100).all()
 
 
-def test_the_page_escapes_text_and_refers_to_nothing_outside(tmp_path):
+def test_the_page_escapes_text_and_is_self_contained(tmp_path):
     page = Page("A <b> & c", "lead")
     page.section("Section", "1 < 2")
     page.table(["x", "y"], [["<i>", 2]])

@@ -28,11 +28,11 @@ COMMAND = re.compile(rf"\barm (?:{'|'.join(COMMANDS)}|X(?= --))\b[^`\n]*")
 """X stands for a stage, pretrain or finetune, that a message fills in."""
 
 END_OF_WORDS = re.compile(r"\s{2,}|\s[#&;>|(]|[,;:)](?:\s|$)|\.(?=\s+[A-Z]|$)|['\"]\)?$")
-"""What ends a command in running text: a column of explanations, a shell operator, punctuation."""
+"""The end of a command in running text: a column of explanations, a shell operator, punctuation."""
 
 
 def commands_in(text: str) -> list[str]:
-    """The commands in a text, without what follows them."""
+    """The commands in a text, without the text after them."""
     found = []
     for line in text.splitlines():
         quoted = re.findall(r"`+(?:[a-z.]+ [^`]*)?(arm [^`]*)`+", line)
@@ -100,7 +100,7 @@ def test_every_printed_command_parses(place, command):
     check(command)
 
 
-def test_the_commands_of_every_kind_of_place_are_found():
+def test_commands_are_found_in_documents_help_and_messages():
     places = {place for place, _ in printed()}
     assert {"README.md", "docs/convert.md", "docs/scaling.md", "cli/arm_cli/pretrain.py"} <= places
     assert "arm_core/training/run_folder.py" in places  # messages
@@ -117,7 +117,7 @@ def test_the_commands_of_every_kind_of_place_are_found():
         ("the arm of a robot", []),
     ],
 )
-def test_commands_are_cut_out_of_running_text(text, commands):
+def test_commands_are_extracted_from_running_text(text, commands):
     assert commands_in(text) == commands
 
 
@@ -132,7 +132,7 @@ def test_commands_are_cut_out_of_running_text(text, commands):
         "arm X --resum X",
     ],
 )
-def test_a_wrong_command_is_noticed(command):
+def test_a_wrong_command_is_detected(command):
     with pytest.raises(ValueError, match="arm "):
         check(command)
 

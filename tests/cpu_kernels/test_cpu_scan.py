@@ -18,7 +18,7 @@ from arm_core.cpu_kernels.simd import LANES, load, store
 from arm_core.model.reference import scan as reference
 
 TOLERANCE = 2e-6
-"""Of each tensor's largest value; a float32 rounding is 6e-8."""
+"""Tolerances relative to each tensor's largest value; a float32 rounding is 6e-8."""
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def inputs(case: Case, regime: str = "mild") -> tuple[Arrays, Arrays]:
-    """Inputs of the convolution and of the scan, sliced from longer rows as a model slices them."""
+    """Inputs of the convolution and of the scan, sliced from longer rows as in a model."""
     rng = np.random.default_rng(7)
 
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -77,7 +77,7 @@ def inputs(case: Case, regime: str = "mild") -> tuple[Arrays, Arrays]:
             dt = np.linspace(-50, 20, dt.size, dtype=np.float32)[rng.permutation(dt.size)].reshape(dt.shape)
         case "vanishing steps":
             dt = dt - 50
-    dt = np.round(8 * dt) / 8  # and dt_bias likewise: their sum is exact, so that softplus is what is judged
+    dt = np.round(8 * dt) / 8  # like dt_bias: their sum is exact, so that the test measures softplus
     scan = {
         "u": normal(case.K, case.B, case.L, case.D),
         "dt": dt,
@@ -111,7 +111,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, name: str = "") -> Non
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the operators allocate starts as NaN: an element that no kernel writes cannot pass."""
+    """Memory that the operators allocate is filled with NaN, so that an unwritten element is detected."""
 
     monkeypatch.setattr(cpu_kernels, "new", lambda shape: np.full(shape, np.nan, np.float32))
 
@@ -276,7 +276,7 @@ def test_any_memory_layout_gives_the_same_bits(layout: str) -> None:
     [(name, value) for name in ("u", "dt", "B", "C", "D", "dt_bias", "z") for value in (np.nan, np.inf)]
     + [("A", np.nan)],
 )
-def test_what_is_not_finite_stays_visible(name: str, value: float) -> None:
+def test_values_that_are_not_finite_propagate(name: str, value: float) -> None:
     _, scan = inputs(CASES[2])
     broken = scan[name].copy()
     broken.flat[-1] = value
@@ -300,7 +300,7 @@ def test_a_call_from_a_second_thread_gives_the_same_bits() -> None:
             np.testing.assert_array_equal(one, other)
 
 
-def test_thread_count_of_other_numba_code_is_left_alone() -> None:
+def test_the_thread_count_of_other_numba_code_does_not_change() -> None:
     import numba
 
     _, scan = inputs(CASES[2])
@@ -315,7 +315,7 @@ def test_thread_count_of_other_numba_code_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_no_threads_are_refused(threads: int) -> None:
+def test_zero_threads_are_refused(threads: int) -> None:
     conv, _ = inputs(CASES[2])
     with pytest.raises(ValueError, match="threads: expected 1 or more"):
         cpu_kernels.set_threads(threads)
@@ -337,7 +337,7 @@ def test_no_threads_are_refused(threads: int) -> None:
         ("order", np.full((2, 7), -1, np.int32), "order: expected each row to be a permutation of 0..6"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(name: str, value: np.ndarray, sentence: str) -> None:
+def test_a_wrong_shape_or_type_is_refused_by_name(name: str, value: np.ndarray, sentence: str) -> None:
     _, scan = inputs(CASES[2])
     with pytest.raises(ValueError, match=sentence):
         cpu_kernels.scan_forward(**{**scan, name: value}, save_for_backward=False)
@@ -355,7 +355,7 @@ def test_gradient_of_another_shape_is_refused() -> None:
         )
 
 
-def test_files_of_kernels_change_with_what_is_compiled_into_them() -> None:
+def test_files_of_kernels_change_with_the_code_compiled_into_them() -> None:
     """Otherwise Numba's cache would silently use the old code after an edit or an upgrade."""
     folder = Path(cpu_kernels.__file__).parent
     helpers = b"".join((folder / name).read_bytes() for name in ("functions.py", "simd.py"))
@@ -365,7 +365,7 @@ def test_files_of_kernels_change_with_what_is_compiled_into_them() -> None:
 
 
 def test_decays_end_where_their_products_would_become_subnormal() -> None:
-    """Arithmetic with subnormal numbers takes a hundred times longer, which large steps ran into."""
+    """Arithmetic with subnormal numbers takes a hundred times longer; it occurred with large steps."""
 
     @nb.njit
     def powers(x, out):
@@ -383,7 +383,7 @@ def test_decays_end_where_their_products_would_become_subnormal() -> None:
     assert np.isnan(found[-8:]).all()
 
 
-def test_a_batch_of_no_images_gives_no_images() -> None:
+def test_an_empty_batch_gives_an_empty_result() -> None:
     _, scan = inputs(Case(2, 0, 7, 32, 8, 4))
     assert cpu_kernels.scan_forward(**scan, save_for_backward=False)[0].shape == (0, 7, 32)
     assert scan_gradients(np.zeros((0, 7, 32), np.float32), scan).A.shape == (2, 32, 8)

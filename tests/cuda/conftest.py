@@ -1,7 +1,7 @@
-"""The Triton kernels on an NVIDIA GPU where there is one, else in Triton's interpreter, on the CPU.
+"""The Triton kernels on an NVIDIA GPU if there is one, else in Triton's interpreter on the CPU.
 
-Triton decides between the two while it is imported. So here, before any test module is, the interpreter is
-asked for, and the request taken back at once: no other test and no child process sees it.
+Triton selects one of the two when it is imported. Therefore this file requests the interpreter before any
+test module is imported, and then removes the request, so that no other test and no child process sees it.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import pytest
 
 
 def _missing() -> str | None:
-    """Why the kernels can run neither way."""
+    """The reason why the kernels cannot run at all."""
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -23,7 +23,7 @@ def _missing() -> str | None:
 
 
 def _load_interpreted_kernels() -> None:
-    assert "triton" not in sys.modules, "Triton was imported before it could be asked for its interpreter"
+    assert "triton" not in sys.modules, "Triton was imported before its interpreter could be requested"
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -62,7 +62,7 @@ if REASON is None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Of the float64 loop on a GPU, while unwritten memory is NaN.
+    # From the float64 loop on a GPU, while unwritten memory is NaN.
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
 
 
@@ -83,7 +83,7 @@ def device() -> str:
 
 @pytest.fixture
 def unwritten_is_nan() -> Iterator[None]:
-    """New memory is NaN, so that an element that no kernel writes is noticed."""
+    """New memory is NaN, so that an unwritten element is detected."""
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -96,7 +96,7 @@ def unwritten_is_nan() -> Iterator[None]:
 
 @pytest.fixture
 def short_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that are not about the kernels: the interpreter goes through every step of a chunk."""
+    """For tests that are not about the kernels: the interpreter executes every step of a chunk."""
     from arm_cuda.triton import launch
 
     if device == "cpu":

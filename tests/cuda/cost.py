@@ -1,10 +1,10 @@
-"""Floors of the Triton kernels on an H200: bytes, instructions and exponentials, from their counts alone.
+"""Lower bounds of the Triton kernels' times on an H200, from counts of bytes, instructions and exponentials.
 
     python tests/cuda/cost.py
 
-Nothing here is measured. Bytes: every array once, caches counted on for what programs share (x, grad_y, B
-and C). Instructions: `machine_code.py`, four a clock on each multiprocessor. Exponentials: those of states,
-softplus and gates and their reciprocals, 16 lanes a clock. Activations are bfloat16, 16 states.
+Nothing here is measured. Bytes: every array once; shared arrays (x, grad_y, B and C) are assumed to be
+cached. Instructions: from `machine_code.py`, four per clock on each multiprocessor. Exponentials: those of
+states, softplus and gates and their reciprocals, 16 lanes per clock. Activations are bfloat16; 16 states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import ceil
 from pathlib import Path
 
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.98e9, 4.3e12
-"""Of an H200: multiprocessors, Hz, and bytes a second as a device-to-device copy moves them."""
+"""An H200: multiprocessors, clock in Hz, and bytes per second of a device-to-device copy."""
 STATES, BLOCK, CHUNK, GROUP = 16, 32, 16, 2
 
 
@@ -42,7 +42,7 @@ SHAPES = (
 
 
 def gigabytes(shape: Shape) -> dict[str, float]:
-    """Moved by each kernel; in training."""
+    """Bytes moved by each kernel in training."""
     K, V = shape.directions, 2 * shape.values
     tokens = shape.images * shape.length
     low = 2 * 2 * K * tokens * STATES  # B and C

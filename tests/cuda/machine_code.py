@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and counts what the compiler made of them.
+"""Compiles the Triton kernels without a GPU, and counts their instructions and registers.
 
     python tests/cuda/machine_code.py [--all] [--json]
 
-The operators are called as on a GPU, with a driver that names one and a launch that stops after compiling:
-what is counted is what would run, and arguments that Triton does not take are found. In a process of its
-own: compiling needs kernels that Triton's interpreter has not taken over. `--all` adds every state size on
-every architecture, float32, and the forward without states. Counts are of machine instructions (SASS), per
-token of 32 channels.
+The operators are called as on a GPU, with a driver that names one and a launch that stops after compiling.
+The counted code is therefore the code that would run, and arguments that Triton refuses are detected. It
+needs a separate process, since Triton's interpreter must not have replaced the kernels. `--all` adds every
+state size on every architecture, float32, and the forward pass without states. Counts are of machine
+instructions (SASS), per token of 32 channels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# A checkout that is not installed will do.
+# Works in a checkout that is not installed.
 sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in ("", "backends/cuda")]
 
 import torch  # noqa: E402
@@ -35,12 +35,12 @@ from arm_cuda.triton import launch  # noqa: E402
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100)
 DIRECTIONS, CHANNELS, CONV_WIDTH, RANK = 4, 768, 4, 48
-"""Of a base classifier."""
+"""Sizes of a base classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one compiled kernel needs."""
+    """Resources of one compiled kernel."""
 
     kernel: str
     architecture: int
@@ -61,7 +61,7 @@ class Row:
 
 
 class AbsentGPU:
-    """What Triton's runtime asks of a driver before it launches."""
+    """The functions of a driver that Triton's runtime calls before a launch."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -84,7 +84,7 @@ def rows(
     save_for_backward: bool = True,
     scan_only: bool = False,
 ) -> Iterator[Row]:
-    """All kernels of a mixer's forward and, with `save_for_backward`, backward.
+    """All kernels of a mixer's forward and, with `save_for_backward`, backward pass.
 
     scan_only: only those that depend on the states.
     """
@@ -165,7 +165,7 @@ def per_token(kernel: str, code: list[tuple[int, str]], warps: int, sizes: dict[
         outer, again, back = found
         groups = sizes["CHUNK"] // sizes["GROUP"]
         return (again * (groups - 1) + back * groups + (outer - again - back)) / sizes["CHUNK"]
-    # The others take tiles; a loop goes over directions or tiles, and without one all is straight.
+    # The others take tiles: a loop covers directions or tiles; without a loop the code is linear.
     everything = sum("NOP" not in text for _, text in code)
     elements = sizes.get("ROWS", 1) * sizes["BLOCK"] / (32 * warps)
     all_directions = not found and kernel in ("conv_backward_tokens", "gate_forward", "gate_backward")

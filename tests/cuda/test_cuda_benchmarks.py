@@ -1,4 +1,4 @@
-"""The CUDA benchmarks: their peer computes our mixer, and a trial of each runs to its result files."""
+"""The CUDA benchmarks: their peer computes our mixer, and a trial of each writes its result files."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_a_trial_without_a_gpu_writes_its_tables(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a missing GPU")
-def test_without_a_gpu_the_benchmarks_say_how_to_try_them() -> None:
+def test_without_a_gpu_the_benchmarks_print_how_to_try_them() -> None:
     done = script("cuda_scan.py")
     assert done.returncode == 1
     assert done.stderr == "needs an NVIDIA GPU; a trial of the script without one: --device cpu --tiny\n"

@@ -25,7 +25,7 @@ def selective_scan_fn(
     z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What mamba-ssm documents: channels before tokens, groups of channels that share B and C."""
+    """The documented function of mamba-ssm: channels before tokens, groups of channels that share B and C."""
     calls.append(tuple(u.shape))
     batch, channels, length = u.shape
     assert u.dtype == delta.dtype == B.dtype == C.dtype
@@ -73,7 +73,7 @@ conv_calls: list[tuple[int, ...]] = []
 
 @pytest.fixture(autouse=True)
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the tests run: on the real thing, or on the stand-in and a CPU."""
+    """The device of the tests: a GPU with mamba-ssm itself, or a CPU with the stand-in."""
     calls.clear()
     conv_calls.clear()
     if mamba_ssm.unusable("cuda") is None:
@@ -121,7 +121,7 @@ def test_half_precision_activations_keep_their_type(dtype: torch.dtype, peer: st
         assert_close(found, expected[name], name, 2 * TOLERANCE[torch.bfloat16])
 
 
-def test_causal_conv1d_is_taken_for_the_widths_it_has(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
+def test_causal_conv1d_is_used_for_the_widths_it_supports(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
     if peer == "cuda":
         pytest.skip("counts the calls of the stand-in")
     monkeypatch.setattr(mamba_ssm, "_conv_unusable", lambda: None)
@@ -135,7 +135,7 @@ def test_causal_conv1d_is_taken_for_the_widths_it_has(monkeypatch: pytest.Monkey
         assert conv_calls == ([(case[1], case[0] * case[3], case[2])] if case[5] <= 4 else [])
 
 
-def test_types_that_the_kernels_do_not_take_are_refused(peer: str) -> None:
+def test_unsupported_types_are_refused(peer: str) -> None:
     values = inputs(CASES[1], device=peer)
     arguments = [values[name] for name in ("u", "dt", "A", "B", "C", "D", "dt_bias", "z", "order")]
     doubled = [a.double() if a.dtype == torch.float32 else a for a in arguments]

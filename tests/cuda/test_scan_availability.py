@@ -1,4 +1,4 @@
-"""Where the GPU scans cannot run, one sentence says why and what would help."""
+"""If the GPU scans cannot run, one sentence gives the reason and a remedy."""
 
 import importlib.metadata
 import subprocess
@@ -19,7 +19,7 @@ from arm_cuda.triton import availability  # noqa: E402
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine that has all that the Triton scan asks for; a test takes one thing away."""
+    """A machine that meets all requirements of the Triton scan; each test removes one."""
     machine = SimpleNamespace(triton="3.7.1", cuda="13.0", present=True, capability=(9, 0), broken=None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(availability, "version", lambda name: machine.triton)
@@ -32,23 +32,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return machine
 
 
-def test_a_machine_with_all_it_needs_can_run_triton(gpu: SimpleNamespace) -> None:
+def test_a_machine_that_meets_all_requirements_can_run_triton(gpu: SimpleNamespace) -> None:
     assert availability.unusable("cuda") is None
 
 
-def test_a_processor_is_no_gpu(gpu: SimpleNamespace) -> None:
+def test_a_cpu_cannot_run_triton(gpu: SimpleNamespace) -> None:
     assert availability.unusable("cpu") == "its kernels run on NVIDIA GPUs"
 
 
-def test_a_gpu_too_old_is_named_with_what_it_has(gpu: SimpleNamespace) -> None:
+def test_a_gpu_that_is_too_old_is_named_with_its_compute_capability(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 0)
     expected = "needs compute capability 8.0 (Ampere) or newer; Tesla V100 has 7.0"
     assert availability.unusable("cuda") == expected
 
 
-def test_the_gpu_that_was_asked_for_is_the_one_that_is_probed(
-    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_requested_gpu_is_probed(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     probed = []
     monkeypatch.setattr(availability, "_broken", lambda device: probed.append(str(device)))
     monkeypatch.setattr(
@@ -62,7 +60,7 @@ def test_the_gpu_that_was_asked_for_is_the_one_that_is_probed(
     assert probed == ["cuda:1", "cuda:3", "cuda:0"]
 
 
-def test_the_engine_loads_numba_for_scans_on_the_cpu_alone(fresh_python: Callable[[str], str]) -> None:
+def test_the_engine_loads_numba_only_for_scans_on_the_cpu(fresh_python: Callable[[str], str]) -> None:
     """A machine whose scans run on its GPU needs no Numba."""
     printed = fresh_python(
         "import sys\nsys.modules['numba'] = None\n"
@@ -77,29 +75,31 @@ def test_the_engine_loads_numba_for_scans_on_the_cpu_alone(fresh_python: Callabl
     assert cpu == "Numba is not installed; run: pip install numba"
 
 
-def test_a_missing_gpu_is_said(gpu: SimpleNamespace) -> None:
+def test_a_missing_gpu_is_reported(gpu: SimpleNamespace) -> None:
     gpu.present = False
     assert availability.unusable("cuda") == "torch finds no NVIDIA GPU here"
 
 
-def test_a_torch_without_cuda_is_said(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_cuda_is_reported(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "is built without CUDA; install torch for CUDA" in str(availability.unusable("cuda"))
 
 
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.0", "3.0.0+git1234"])
-def test_a_triton_too_old_is_named(found: str, gpu: SimpleNamespace) -> None:
+def test_a_triton_that_is_too_old_is_named(found: str, gpu: SimpleNamespace) -> None:
     gpu.triton = found
     assert availability.unusable("cuda") == f"needs Triton 3.6 or newer, found {found}"
 
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.10.0", "4.0.0"])
-def test_newer_versions_of_triton_are_taken(found: str, gpu: SimpleNamespace) -> None:
+def test_newer_versions_of_triton_are_accepted(found: str, gpu: SimpleNamespace) -> None:
     gpu.triton = found
     assert availability.unusable("cuda") is None
 
 
-def test_a_missing_triton_says_what_to_install(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_about_missing_triton_says_what_to_install(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -107,13 +107,15 @@ def test_a_missing_triton_says_what_to_install(gpu: SimpleNamespace, monkeypatch
     assert availability.unusable("cuda") == "Triton is not installed; pip install 'triton>=3.6'"
 
 
-def test_the_interpreter_is_for_tests(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreter_is_refused_outside_of_tests(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     expected = "TRITON_INTERPRET is set, and Triton's interpreter is for tests; unset it"
     assert [availability.unusable(device) for device in ("cuda", "cpu")] == [expected] * 2
 
 
-def test_a_triton_that_cannot_compile_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_triton_that_cannot_compile_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual case: no C compiler. Found by running a kernel, not by importing Triton."""
 
     def broken(*args: object, **kwargs: object) -> None:
@@ -126,7 +128,7 @@ def test_a_triton_that_cannot_compile_says_so_in_one_line(monkeypatch: pytest.Mo
 
 
 def test_the_probe_itself_passes_where_kernels_run(device: str) -> None:
-    """So that the sentence it would give is about the machine and not about the probe."""
+    """A failure of the probe is then caused by the machine and not by the probe."""
     assert availability._broken.__wrapped__(torch.device(device)) is None
 
 
@@ -142,7 +144,7 @@ def test_auto_prefers_triton_then_mamba_ssm_then_the_loop(gpu: SimpleNamespace) 
         choose_scan(scan.scans("cuda"), "triton")
 
 
-def test_listing_the_scans_of_a_cpu_imports_no_triton(fresh_python: Callable[[str], str]) -> None:
+def test_listing_the_scans_of_a_cpu_does_not_import_triton(fresh_python: Callable[[str], str]) -> None:
     printed = fresh_python(
         "import sys; from arm_cuda.scan import scans; scans('cpu'); print('triton' in sys.modules)"
     )
@@ -160,7 +162,7 @@ def test_the_request_for_the_interpreter_reaches_no_other_process() -> None:
 
 @pytest.fixture
 def no_verdicts(gpu: SimpleNamespace) -> Any:
-    """What was found out about one stand-in does not hold for the next."""
+    """The result for one stand-in is not valid for the next."""
     mamba_ssm._scan_unusable.cache_clear()
     mamba_ssm._conv_unusable.cache_clear()
     yield
@@ -169,7 +171,7 @@ def no_verdicts(gpu: SimpleNamespace) -> Any:
 
 
 @pytest.mark.usefixtures("no_verdicts")
-def test_a_missing_mamba_ssm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_about_missing_mamba_ssm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mamba_ssm, "find_spec", lambda name: None)
     reason = mamba_ssm.unusable("cuda")
     assert reason is not None
@@ -178,7 +180,7 @@ def test_a_missing_mamba_ssm_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("no_verdicts")
-def test_a_mamba_ssm_that_imports_but_cannot_be_called_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mamba_ssm_that_imports_but_cannot_be_called_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*args: object, **kwargs: object) -> None:
         raise TypeError("'NoneType' object is not callable\nwhile scanning")
 

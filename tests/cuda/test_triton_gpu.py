@@ -1,4 +1,4 @@
-"""What only a GPU can show: full-sized shapes, half precision, memory, a training run, compute-sanitizer."""
+"""Tests that need a GPU: full-sized shapes, half precision, memory, a training run, compute-sanitizer."""
 
 import os
 import shutil
@@ -44,9 +44,9 @@ CASES = [
     (1, 1, 3001, 40, 16, 4),
 ]
 FLOAT32 = 3e-5
-"""Of each tensor's largest value, over up to 3001 tokens; see `test_triton_kernels.FLOAT32`."""
+"""Relative to each tensor's largest value, for up to 3001 tokens; see `test_triton_kernels.FLOAT32`."""
 CURVE = 2e-3
-"""Between the losses of two float32 runs, relative: rounding differs, and training amplifies it."""
+"""Relative tolerance for the losses of two float32 runs: training amplifies rounding differences."""
 
 
 @pytest.mark.gpu
@@ -62,7 +62,7 @@ def test_full_sized_shapes_match_the_float64_loop(case: tuple[int, ...], dtype: 
 
 
 @pytest.mark.gpu
-def test_auto_takes_triton_on_this_gpu() -> None:
+def test_auto_selects_triton_on_this_gpu() -> None:
     assert choose_scan(scans.scans("cuda"), "auto") == "triton"
 
 
@@ -93,8 +93,8 @@ def test_memory_stays_under_ten_volumes_of_the_activations() -> None:
 
 
 @pytest.mark.gpu
-def test_saved_states_may_lie_beyond_2_to_the_31_elements() -> None:
-    """The last channels of a long and wide scan with 64 states have the results of a narrow scan."""
+def test_saved_states_can_be_beyond_2_to_the_31_elements() -> None:
+    """The last channels of a long and wide scan with 64 states equal those of a narrow scan."""
     if torch.cuda.get_device_properties(0).total_memory < 40e9:
         pytest.skip("needs a GPU with 40 GB")
     length, channels, few = 2**14, 2**15, 32
@@ -165,7 +165,7 @@ def test_compiled_blocks_follow_the_same_losses() -> None:
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-def test_losses_of_two_cpu_scans_agree_as_the_gpu_must() -> None:
+def test_losses_of_two_cpu_scans_agree_within_the_gpu_tolerance() -> None:
     np.testing.assert_allclose(losses("cpu", "reference", 2), losses("cpu", "cpu", 2), rtol=CURVE)
 
 
@@ -197,7 +197,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
             "-c",
             SANITIZED,
         ],
-        # Without torch's cache each tensor has bounds of its own.
+        # Without torch's cache each tensor has its own bounds.
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,

@@ -26,11 +26,11 @@ from arm_cuda import scan as scans  # noqa: E402
 from arm_cuda.triton import launch, operators  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered in exp2:RuntimeWarning"  # NumPy in the interpreter; 1 / inf is what is meant
+    "ignore:overflow encountered in exp2:RuntimeWarning"  # NumPy in the interpreter; 1 / inf is intended
 )
 
 FLOAT32 = 2e-5 if torch.cuda.is_available() else 5e-6
-"""Of each tensor's largest value; a GPU's own exponential has 2 bits less than NumPy's, at every token."""
+"""Relative to each tensor's largest value; a GPU's exponential has 2 bits less than NumPy's."""
 
 # K, B, L, D, N, W: around the 16 tokens of a chunk, the 32 channels of a program, 1 to 4 warps, sizes of one.
 CASES = [
@@ -140,7 +140,7 @@ def test_b_and_c_are_read_from_tensors_of_different_widths(device: str) -> None:
 
 @pytest.mark.usefixtures("unwritten_is_nan", "short_chunks")
 @pytest.mark.parametrize("wanted", [*CONV, *SCAN])
-def test_a_tensor_that_alone_needs_a_gradient_gets_it(wanted: str, device: str) -> None:
+def test_a_single_tensor_that_needs_a_gradient_gets_it(wanted: str, device: str) -> None:
     values = inputs((2, 1, 3, 4, 8, 2), device=device)
     expected = run("triton", values)
     detached = {name: value.detach() for name, value in values.items()}
@@ -153,7 +153,7 @@ def test_a_tensor_that_alone_needs_a_gradient_gets_it(wanted: str, device: str) 
 
 
 def test_a_bfloat16_scan_sums_steps_that_bfloat16_would_lose(device: str) -> None:
-    """256 steps of 0.01 make 2.5; from 2 on, bfloat16 has no number that is 0.01 larger."""
+    """256 steps of 0.01 make 2.5; above 2, bfloat16 cannot represent a difference of 0.01."""
     values = inputs((1, 1, 256, 1, 8, 2), dtype=torch.bfloat16, device=device)
     values = {name: value.detach() for name, value in values.items()}
     for name, value in {"u": 1, "B": 1, "C": 1, "A": -0.01, "dt": -4.6, "D": 0, "dt_bias": 0, "z": 1}.items():
@@ -173,7 +173,7 @@ def test_saved_states_are_float32(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("length", [1, 3])
 def test_steps_past_the_last_token_do_not_overflow(length: int, device: str) -> None:
-    """A state of 3e38 at the last token is finite; with one more input it would not be."""
+    """A state of 3e38 at the last token is finite; another input would make it infinite."""
     values = inputs((1, 1, length, 32, 8, 2), device=device)
     values = {name: value.detach() for name, value in values.items()}
     constants = {
@@ -195,7 +195,7 @@ def test_steps_past_the_last_token_do_not_overflow(length: int, device: str) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter, and memory that is not touched")
-def test_saved_states_may_lie_beyond_2_to_the_31_elements(device: str) -> None:
+def test_saved_states_can_be_beyond_2_to_the_31_elements(device: str) -> None:
     """One program of a scan so wide that the states of its third chunk start at element 2^31."""
     directions, images, length, channels, states = 1, 1, 40, 2**24, 64
     wide = {
@@ -238,7 +238,7 @@ def test_saved_states_may_lie_beyond_2_to_the_31_elements(device: str) -> None:
 
 
 def virtual(*shape: int) -> Tensor:
-    """Zeros in memory that the system provides where it is touched."""
+    """Zeros in memory that the system only allocates when it is accessed."""
     size = 4 * math.prod(shape)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float32).view(shape)
@@ -265,8 +265,8 @@ def test_a_scan_without_gradients_gives_the_same_bits_and_keeps_no_states(
     assert kept == [[0, 0], [0, 0]]
 
 
-def test_an_expanded_gradient_is_taken(device: str) -> None:
-    """`sum().backward()` sends a gradient whose strides are 0."""
+def test_an_expanded_gradient_is_accepted(device: str) -> None:
+    """`sum().backward()` passes a gradient whose strides are 0."""
     values = inputs(CASES[2], device=device)
     tensors = [values[n] for n in SCAN]
     out = scans.selective_scan(*tensors, values["order"], impl="triton")
@@ -285,12 +285,12 @@ def test_an_empty_batch_gives_empty_results_and_no_gradients(device: str) -> Non
 def test_twenty_runs_give_the_same_bits(device: str) -> None:
     values = inputs(CASES[2] if device == "cpu" else (4, 8, 197, 192, 16, 4), device=device)
     first = run("triton", values)
-    for _ in range(1 if device == "cpu" else 19):  # the interpreter runs one program after the other
+    for _ in range(1 if device == "cpu" else 19):  # the interpreter runs one program at a time
         again = run("triton", values)
         assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
-# what the operators refuse
+# inputs that the operators refuse
 
 
 def call(
@@ -301,7 +301,7 @@ def call(
     return getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl=impl)
 
 
-def test_tensors_laid_out_as_accepted_ones_are_not_checked_again(
+def test_tensors_with_an_accepted_layout_are_not_checked_again(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checks take longer than a launch; another shape, type or stride is checked like the first."""
@@ -359,7 +359,7 @@ def test_a_wrong_shape_is_refused(device: str) -> None:
         call(inputs((1, 1, 0, 4, 16, 2), device=device))
 
 
-def test_scattered_memory_is_refused(device: str) -> None:
+def test_memory_that_is_not_contiguous_is_refused(device: str) -> None:
     values = inputs(CASES[2], device=device)
     with pytest.raises(ValueError, match=r"u: expected a contiguous tensor, found strides .* call .contig"):
         call(values, u=values["u"].mT.contiguous().mT)
@@ -374,7 +374,7 @@ def test_rows_too_far_apart_are_refused(device: str, monkeypatch: pytest.MonkeyP
         call(inputs(CASES[2], device=device), "directional_conv")
 
 
-def test_tensors_elsewhere_are_refused(device: str) -> None:
+def test_tensors_on_other_devices_are_refused(device: str) -> None:
     values = inputs(CASES[2], device=device)
     with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU, found meta; move the model"):
         call({name: value.to("meta") for name, value in values.items()})

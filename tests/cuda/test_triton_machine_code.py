@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, for GPUs that need not be here."""
+"""Registers and instructions of the Triton kernels, compiled without a GPU."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ LIMITS = {
     ("gate backward", 0): (56, 8),
 }
 NEWER_BACKWARD = {16: 580, 32: 760, 64: 760}
-"""From Triton 3.8 on, sums over lanes are additions of their own; its predecessors fused them."""
+"""From Triton 3.8 on, sums over lanes are separate additions; earlier versions fused them."""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_instructions_per_token_stay_within_the_table(table: list[dict[str, Any]
     assert [row for row in table if row["instructions"] > limits(row)[1]] == []
 
 
-def test_counts_would_notice_a_lost_loop(table: list[dict[str, Any]]) -> None:
-    """Each state alone takes five instructions forward and twelve backward."""
+def test_counts_detect_a_missing_loop(table: list[dict[str, Any]]) -> None:
+    """Each state takes five instructions forward and twelve backward."""
     for row in table:
         at_least = {"scan forward": 5, "scan backward": 12}.get(row["kernel"], 0)
         warps = max(1, row["states"] // 16)

@@ -1,4 +1,4 @@
-"""Planted mistakes in the Triton kernels: each one is noticed by the comparison with the float64 loop."""
+"""Planted mistakes in the Triton kernels: the comparison with the float64 loop detects each one."""
 
 import importlib.util
 import sys
@@ -17,10 +17,8 @@ from torch_scans import in_float64, inputs, run  # noqa: E402
 from arm_cuda.triton import launch  # noqa: E402
 
 pytestmark = [
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="plants mistakes in Triton's interpreter, where they harm no GPU"
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy on the NaN that some mistakes make
+    pytest.mark.skipif(torch.cuda.is_available(), reason="plants mistakes only in the interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, for the NaN that some mistakes cause
     pytest.mark.usefixtures("unwritten_is_nan", "short_chunks"),
 ]
 
@@ -44,7 +42,7 @@ class Mutation:
     new: str
     case: tuple[int, ...] = TINY
     every: bool = False
-    """Whether every place is changed, or the only one."""
+    """Whether every occurrence is changed, or the single one."""
 
 
 SCAN, CONV, GATE, MATHS = "scan_kernels", "conv_kernels", "gate_kernels", "arithmetic"
@@ -145,7 +143,7 @@ MUTATIONS = [
         breaks="D's share of u", module=SCAN, old="grad_drive * step + skip * dy", new="grad_drive * step"
     ),
     Mutation(
-        breaks="a tap's place",
+        breaks="the step of a weight",
         case=SMALL,
         module=CONV,
         old="at = step + (j - W + 1)",
@@ -155,8 +153,8 @@ MUTATIONS = [
     Mutation(
         breaks="tokens before the first",
         module=CONV,
-        old="mask=mask, other=0.0).to(tl.float32)\n        tap",
-        new="mask=mask, other=1.0).to(tl.float32)\n        tap",
+        old="mask=mask, other=0.0).to(tl.float32)\n        w",
+        new="mask=mask, other=1.0).to(tl.float32)\n        w",
     ),
     Mutation(
         breaks="the derivative of SiLU",
@@ -168,8 +166,8 @@ MUTATIONS = [
     Mutation(
         breaks="readers past the end",
         module=CONV,
-        old="mask=mask, other=0.0)\n            tap",
-        new="mask=mask, other=1.0)\n            tap",
+        old="mask=mask, other=0.0)\n            w",
+        new="mask=mask, other=1.0)\n            w",
     ),
     Mutation(
         breaks="the sum over tiles",
@@ -228,7 +226,7 @@ MUTATIONS = [
 
 
 def mutated(mutation: Mutation, folder: Path) -> ModuleType:
-    """The kernels' module with the mistake in it; Triton wants a file. Every read stays inside memory."""
+    """The kernels' module with the mistake, as a file for Triton. No mistake reads outside memory."""
     source = Path(launch.__file__).with_name(f"{mutation.module}.py").read_text()
     assert source.count(mutation.old) == 1 or (mutation.every and mutation.old in source), mutation.old
     path = folder / f"mutated_{mutation.module}.py"
@@ -246,7 +244,7 @@ def load(path: Path) -> ModuleType:
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest of all errors, each of its tensor's largest value; infinite for NaN."""
+    """The largest of all errors relative to the tensors' largest values; infinite for NaN."""
     errors = [
         ((value.double() - expected[name]).abs().max() / expected[name].abs().max()).item()
         for name, value in found.items()
@@ -257,18 +255,18 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     "case", [TINY, SMALL, LONG, TILES, IMAGES], ids=["tiny", "small", "long", "tiles", "images"]
 )
-def test_without_a_mistake_nothing_is_noticed(case: tuple[int, ...], device: str) -> None:
+def test_without_a_mistake_nothing_is_detected(case: tuple[int, ...], device: str) -> None:
     values = inputs(case, device=device)
     assert error(run("triton", values), run("reference", in_float64(values))) < TOLERANCE
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.breaks)
-def test_a_planted_mistake_is_noticed(
+def test_a_planted_mistake_is_detected(
     mutation: Mutation, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
     kernels = mutated(mutation, tmp_path)
-    if mutation.module == MATHS:  # the scan's kernels, with the mistake in what they import
+    if mutation.module == MATHS:  # the scan's kernels, with the mistake in a module that they import
         monkeypatch.setitem(sys.modules, "arm_cuda.triton.arithmetic", kernels)
         source = Path(launch.__file__).with_name(f"{SCAN}.py").read_text()
         (tmp_path / "scan_on_mutated.py").write_text(source)

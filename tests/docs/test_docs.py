@@ -1,4 +1,4 @@
-"""The Python blocks of the documentation run as they stand, one after the other in one namespace."""
+"""The Python blocks of the documentation run unchanged, in order and in one namespace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(name: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Photos of two classes, and a classifier of them where a run would be."""
+    """Photos of two classes, and a classifier of them in place of a run."""
     for split in ("train", "val"):
         for i, name in enumerate(("cat", "dog")):
             (tmp_path / f"photos/{split}/{name}").mkdir(parents=True)

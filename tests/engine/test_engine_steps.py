@@ -1,4 +1,4 @@
-"""What every engine computes and how it steps, each case on each engine that is installed."""
+"""The outputs and the training steps of every engine, each case on each installed engine."""
 
 import dataclasses
 import gc
@@ -28,7 +28,7 @@ from arm_core.model.spec import (
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TOLERANCE = 1e-5
-"""Of each tensor's largest value."""
+"""Tolerances relative to each tensor's largest value."""
 
 
 @pytest.fixture(params=[arm_cuda.backend, arm_mlx.backend], ids=lambda backend: backend.name)
@@ -74,7 +74,7 @@ def assert_equal(found: TrainingState, expected: TrainingState) -> None:
     assert not [name for name in b if not np.array_equal(a[name], b[name])]
 
 
-# what it computes
+# outputs
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def check_against_reference(backend: Any, spec: ModelSpec) -> None:
 def test_losses_are_computed_in_float32_from_bfloat16_outputs(
     backend: Any, pretrain_spec: PretrainSpec, classifier_spec: ClassifierSpec
 ) -> None:
-    """A loss rounded to bfloat16 on its way would be off by up to 4e-3."""
+    """A loss that is rounded to bfloat16 would have an error of up to 4e-3."""
     for spec in (pretrain_spec, classifier_spec):
         engine, data = make(backend, spec, precision=Precision.BFLOAT16), batch(spec)
         outputs = {n: value.astype(np.float64) for n, value in engine.forward(data.images).items()}
@@ -147,7 +147,7 @@ def test_losses_are_computed_in_float32_from_bfloat16_outputs(
         assert loss == pytest.approx(expected, rel=2e-6)
 
 
-# how it steps
+# training steps
 
 
 def test_a_step_follows_the_formula_of_the_settings(backend: Any, classifier_spec: ClassifierSpec) -> None:
@@ -180,7 +180,7 @@ def test_a_step_follows_the_formula_of_the_settings(backend: Any, classifier_spe
             assert_close(value, expected[name], f"{what} {name}")
 
 
-def test_micro_batches_make_the_step_of_one_large_batch(backend: Any, pretrain_spec: PretrainSpec) -> None:
+def test_micro_batches_give_the_step_of_one_large_batch(backend: Any, pretrain_spec: PretrainSpec) -> None:
     whole = batch(pretrain_spec)
     halves = [Batch(images=half) for half in np.split(whole.images, 2)]
     one, two = make(backend, pretrain_spec), make(backend, pretrain_spec)
@@ -189,7 +189,7 @@ def test_micro_batches_make_the_step_of_one_large_batch(backend: Any, pretrain_s
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for name, value in one.export_state().exp_avg.items():
-        if not name.endswith("attention.key_value.bias"):  # its key half has a gradient of 0: rounding alone
+        if not name.endswith("attention.key_value.bias"):  # its key half: only rounding errors
             assert_close(two.export_state().exp_avg[name], value, name)
 
 
@@ -294,7 +294,7 @@ def test_bfloat16_products_keep_float32_master_weights(backend: Any, pretrain_sp
 
 
 class ReadOnce(Mapping[str, np.ndarray]):
-    """Arrays as in a checkpoint file: shapes are known without reading; counts how often each is read."""
+    """Arrays as in a checkpoint file: shapes are known without reading. Counts the reads of each."""
 
     def __init__(self, arrays: dict[str, np.ndarray], reads: Counter[str]) -> None:
         self.tensors, self._reads = arrays, reads

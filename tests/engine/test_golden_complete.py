@@ -1,6 +1,6 @@
 """Every engine against the complete official data, element by element; needs its folder in ARM_GOLDEN.
 
-`test_golden_engines` does the same with what fits into tests/fixtures. This adds the classifier with mean
+`test_golden_engines` does the same with the data in tests/fixtures. This file adds the classifier with mean
 pooling, the trained checkpoints, steps of pretraining, sums of gradients, and losses with soft targets.
 """
 
@@ -44,7 +44,7 @@ TOLERANCE = {
     "gradient sums": 1e-4,
     "losses": 1e-6,
 }
-"""Of each tensor's largest value; of a norm; of a gradient's sum of magnitudes; of a loss."""
+"""Tolerances relative to each tensor's largest value, a norm, a gradient's sum of magnitudes, a loss."""
 
 WIDER = {
     **{("pretrain_strong", f"layers.{i}"): 3e-5 for i in (7, 9, 11)},
@@ -71,7 +71,7 @@ def whole(value: np.ndarray) -> Sample:
 
 @cache
 def data(name: str) -> tuple[Golden, dict[str, np.ndarray]]:
-    """A set, and everything else that its file holds."""
+    """A set, and everything else in its file."""
     stored = read(f"{name}_golden")
     plain = STRONG.get(name, name)
     if name in STRONG:
@@ -126,7 +126,7 @@ def test_outputs_and_gradients_match(name: str, backend: Any, device: str, scan:
 
 
 def sum_errors(official: Golden, stored: dict[str, Any], gradients: dict[str, Any]) -> dict[str, float]:
-    """Of every gradient's sum, relative to the sum of its magnitudes (at least 1e-6 of the largest)."""
+    """Errors of gradient sums, relative to the sum of magnitudes (at least 1e-6 of the largest)."""
     view = official_view(official.spec, gradients)
     size = {name: float(np.abs(view[name]).sum()) for name in official.gradient_norms}
     least = 1e-6 * max(size.values())

@@ -1,4 +1,4 @@
-"""Every engine, device and scan against what the official code computed: outputs, gradients, two steps."""
+"""Every engine, device and scan against the results of the official code: outputs, gradients, two steps."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SETS = ["pretrain_strong", "classifier_strong"]
 
 TOLERANCE = {"outputs": 1e-5, "gradients": 1e-4, "gradient norms": 1e-4}
-"""Of each tensor's largest value; of each norm."""
+"""Tolerances relative to each tensor's largest value and to each norm."""
 
 WIDER = {
     ("pretrain_strong", "layers.7"): 2e-5,
@@ -30,18 +30,18 @@ WIDER = {
     ("pretrain_strong", "taps_to_decoder"): 5e-5,
     ("pretrain_strong", "decoder_input"): 5e-5,
 }
-"""Outputs of this set multiply rounding errors from block to block, so that the official float32 numbers
-are themselves about a third of this away from float64; so is any other float32 computation."""
+"""In this set, rounding errors grow from block to block. The official float32 numbers differ from float64 by
+about a third of this tolerance, and so does any other float32 computation."""
 
 STORED = 2.4e-6
-"""Rounding of stored weights, of each tensor's largest value: 20 bits, and 22 for those at the start."""
+"""Rounding of stored weights, relative to each tensor's largest value: 20 bits, 22 for initial weights."""
 
 GRADIENT_NOISE = 1e-5
-"""Rounding of a float32 gradient's elements, of the tensor's largest; seen in updates: up to 6e-6."""
+"""Rounding of a float32 gradient's elements, relative to the tensor's largest; observed: up to 6e-6."""
 
 
 def engines() -> Iterator[Any]:
-    """Parameters (backend, device, scan): all that can run here, one device of each kind."""
+    """Parameters (backend, device, scan): all that can run here, with one device of each kind."""
     for backend in (arm_cuda.backend, arm_mlx.backend):
         if reason := backend.missing():
             yield pytest.param(backend, "", "", id=backend.name, marks=pytest.mark.skip(reason=reason))
@@ -82,7 +82,7 @@ def beyond_tolerance(name: str, data: Golden, outputs: dict[str, Any]) -> dict[s
 @pytest.mark.parametrize("name", SETS)
 def test_the_reference_reproduces_the_official_outputs(name: str) -> None:
     data, outputs = golden.load(name), exact(name)
-    assert set(data.expected) - set(outputs) <= {"loss"}  # it has no loss of a classifier
+    assert set(data.expected) - set(outputs) <= {"loss"}  # the reference has no classifier loss
     assert not beyond_tolerance(name, data, outputs)
 
 
@@ -113,7 +113,7 @@ def test_gradients_match(name: str, backend: Any, device: str, scan: str) -> Non
         assert not {key: error for key, error in errors.items() if not error < TOLERANCE[what]}
 
 
-def test_swapped_directions_would_be_noticed() -> None:
+def test_swapped_directions_are_detected() -> None:
     data = golden.load("classifier_strong")
     swapped = {
         key: value[[1, 0, 2, 3]] if key.endswith((".A_log", ".mixer.D")) else value
@@ -125,9 +125,9 @@ def test_swapped_directions_would_be_noticed() -> None:
 def take_steps(
     data: Steps, backend: Any, device: str, scan: str, *, clip: float | None = None, stored: float = STORED
 ) -> None:
-    """Repeat the official steps on an engine; loss, gradient norm, weights and EMA have to follow.
+    """Repeat the official steps on an engine; loss, gradient norm, weights and EMA must agree.
 
-    stored: rounding of the stored weights, of each tensor's largest value.
+    stored: rounding of the stored weights, relative to each tensor's largest value.
     """
     settings = OptimizerSettings(
         betas=data.betas,
@@ -158,16 +158,16 @@ def take_steps(
         bound = bound + sum(data.lr) * scales[name].flat[0] * update_noise([g[name] for g in gradients])
         ours, before = sampled(weights[name]), sampled(start[name])
         assert np.all(np.abs(ours - official.values) <= bound), name
-        # Five percent more learning rate would be noticed in every tensor.
+        # A learning rate that is five percent larger would be detected in every tensor.
         assert np.any(np.abs(before + 1.05 * (ours - before) - official.values) > bound), name
 
 
 def update_noise(gradients: list[np.ndarray]) -> np.ndarray:
-    """What rounding of the gradients (of each step) can do to a tensor's sampled weights, in learning rates.
+    """Bound on the effect of gradient rounding on a tensor's sampled weights, in units of the learning rate.
 
-    An AdamW step has the size of the learning rate, in a direction given by the gradient, so an error e in
-    a gradient g moves a weight by about lr * e / |g|, at most by 2 lr. Nothing is exempt: where a gradient
-    is all noise (as for key biases, which softmax ignores) this bound itself lets the weight go either way.
+    An AdamW step has the size of the learning rate and the direction of the gradient. An error e in a
+    gradient g therefore moves a weight by about lr * e / |g|, at most by 2 lr. No tensor is exempt: if a
+    gradient is only noise (as for key biases, which softmax ignores), the bound allows either direction.
     """
     relative = [np.abs(g).max() / np.maximum(np.abs(sampled(g)), 1e-30) for g in gradients]
     return np.minimum(GRADIENT_NOISE * np.max(relative, axis=0), 2.0)

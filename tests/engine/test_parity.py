@@ -1,4 +1,4 @@
-"""The same run on both engines: losses, weights, moments and EMA; and a run that changes engine."""
+"""The same run on both engines: losses, weights, moments and EMA; and a run that changes the engine."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ pytestmark = [
 STEPS, MICRO_BATCHES, IMAGES = 5, 2, 4
 LR = (2e-4, 4e-4, 1e-3, 9e-4, 6e-4)
 LOSS, WEIGHTS = 1e-4, 1e-3
-"""Relative tolerances: of a loss, and of each tensor's largest value."""
+"""Tolerances relative to the loss and to each tensor's largest value."""
 
 PRETRAINING = OptimizerSettings(clip=0.2, ema_decay=0.9)
 FINETUNING = OptimizerSettings(betas=(0.9, 0.999), layer_decay=0.65, clip=0.2, ema_decay=0.9)
@@ -66,10 +66,10 @@ def train(engine: Any, steps: range) -> list[float]:
 
 
 def without_key_biases(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All but the key half of the attention's biases.
+    """All tensors except the key half of the attention's biases.
 
-    A bias on the keys adds one number to all scores of a query, which softmax ignores: its gradient is 0, and
-    what Adam makes of the rounding errors that stand in its place is noise of the size of the learning rate.
+    A bias on the keys adds one number to all scores of a query, which softmax ignores. Its gradient is 0
+    except for rounding errors, and Adam turns these into noise of the size of the learning rate.
     """
     found = dict(arrays)
     for name in [name for name in found if name.endswith("attention.key_value.bias")]:
@@ -95,13 +95,13 @@ def test_both_engines_start_from_identical_bits(spec: ModelSpec) -> None:
 
 
 def test_five_steps_are_the_same_run_on_both_engines(spec: ModelSpec) -> None:
-    """With drop path, layer decay, clipping, EMA, soft targets, and two micro-batches to a step."""
+    """With drop path, layer decay, clipping, EMA, soft targets, and two micro-batches per step."""
     runs = []
     for backend in (arm_cuda.backend, arm_mlx.backend):
         e = engine(backend, spec)
         runs.append((train(e, range(STEPS)), e.export_state()))
     (losses, state), (other_losses, other_state) = runs
-    assert np.ptp(losses) > 10 * LOSS  # something happened
+    assert np.ptp(losses) > 10 * LOSS  # the weights have changed
     np.testing.assert_allclose(other_losses, losses, rtol=LOSS)
     assert_same(other_state, state, WEIGHTS)
 
@@ -111,7 +111,7 @@ def test_five_steps_are_the_same_run_on_both_engines(spec: ModelSpec) -> None:
     [(arm_cuda.backend, arm_mlx.backend), (arm_mlx.backend, arm_cuda.backend)],
     ids=["torch to mlx", "mlx to torch"],
 )
-def test_a_run_goes_on_in_the_other_engine(first: Any, second: Any, spec: ModelSpec) -> None:
+def test_a_run_can_be_resumed_on_the_other_engine(first: Any, second: Any, spec: ModelSpec) -> None:
     whole = engine(first, spec)
     losses = train(whole, range(STEPS))
 

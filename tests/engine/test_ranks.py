@@ -1,4 +1,4 @@
-"""Several ranks on the toy engine: shared batches, one decision for all, exact evaluation, clear ends."""
+"""Several ranks on the toy engine: shared batches, common decisions, exact evaluation, clear errors."""
 
 import os
 import signal
@@ -108,7 +108,7 @@ def assert_same_state(found, expected):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of one process that all others are held against."""
+    """The run of one process to which all others are compared."""
     path = tmp_path_factory.mktemp("whole") / "run"
     run_ranks(1, lambda ranks: train(path, ranks))
     return path
@@ -119,7 +119,7 @@ def test_ranks_learn_each_others_values_in_order():
     assert run_ranks(3, lambda ranks: agree(ranks, [None, "b", "c"][ranks.rank])) == ["b"] * 3
 
 
-def test_rank_0_alone_does_what_it_leads_and_all_get_the_result():
+def test_only_rank_0_does_the_work_and_all_ranks_get_the_result():
     done: list[int] = []
 
     def work(ranks):
@@ -130,7 +130,7 @@ def test_rank_0_alone_does_what_it_leads_and_all_get_the_result():
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-def test_an_error_of_one_rank_ends_a_common_block_on_all(failing):
+def test_an_error_on_one_rank_ends_a_common_block_on_all_ranks(failing):
     def work(ranks):
         with together(ranks):
             if ranks.rank == failing:
@@ -145,14 +145,14 @@ def test_an_error_of_one_rank_ends_a_common_block_on_all(failing):
     assert str(found[0]) == ("no such thing" if failing == 0 else "process 3 of 3: no such thing")
 
 
-def test_one_process_needs_no_agreement():
+def test_a_single_process_exchanges_nothing():
     with pytest.raises(KeyError), together(ALONE):
         raise KeyError("own")
     assert lead(ALONE, lambda: {1}) == {1}
 
 
-def test_all_ranks_stop_at_the_same_call_whoever_met_the_signal(monkeypatch):
-    monkeypatch.setattr(ranks_module, "PACE", 0.0)  # ask at every call
+def test_all_ranks_stop_at_the_same_call_whichever_rank_received_the_signal(monkeypatch):
+    monkeypatch.setattr(ranks_module, "PACE", 0.0)  # exchange at every call
 
     def work(ranks):
         calls = 0
@@ -164,7 +164,7 @@ def test_all_ranks_stop_at_the_same_call_whoever_met_the_signal(monkeypatch):
     assert run_ranks(3, work) == [(5, "SIGTERM")] * 3
 
 
-def test_ranks_ask_each_other_about_signals_now_and_then_only():
+def test_ranks_exchange_signals_only_from_time_to_time():
     def work(ranks):
         stop = StopTogether(ranks, lambda: None)
         for _ in range(4000):
@@ -177,7 +177,7 @@ def test_ranks_ask_each_other_about_signals_now_and_then_only():
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_the_micro_batches_of_every_update(world):
-    """Also if their number is not divisible by the ranks, and wherever the run is resumed."""
+    """Even if their number is not divisible by the ranks, and wherever the run is resumed."""
     spec = RECIPE.spec(4)
     alone = Plan(RECIPE, spec, TRAIN)
     for position in (0, 6, 12):
@@ -204,7 +204,7 @@ def test_more_ranks_than_micro_batches_are_refused_with_what_to_set():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_train_as_one_process_does_and_rank_0_alone_writes(tmp_path, whole, world):
+def test_ranks_train_like_one_process_and_only_rank_0_writes(tmp_path, whole, world):
     outcomes = run_ranks(world, lambda ranks: train(tmp_path / "run", ranks))
     assert [outcome.finished for outcome, _ in outcomes] == [True] * world
     found, expected = final(tmp_path / "run"), final(whole)
@@ -267,7 +267,7 @@ def test_evaluation_is_exact_and_the_same_from_any_number_of_ranks(world):
     assert len(calls) == world * rounds + 4  # all ranks take part in each round
 
 
-def test_a_number_that_is_none_stops_all_ranks_and_names_the_tensor(tmp_path):
+def test_a_value_that_is_not_finite_stops_all_ranks_and_names_the_tensor(tmp_path):
     found = run_ranks(2, lambda ranks: train(tmp_path, ranks, poisoned_steps=frozenset([4, 5, 6])))
     assert [type(error) for error in found] == [NonFiniteError] * 2
     assert {(error.step, error.tensor) for error in found} == {(4, "patch_embed.weight (gradient)")}
@@ -303,7 +303,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, error):
     assert final(tmp_path) is not None
 
 
-def test_all_ranks_refuse_a_folder_with_the_same_words_of_rank_0(tmp_path, whole):
+def test_all_ranks_refuse_a_folder_with_the_message_of_rank_0(tmp_path, whole):
     found = run_ranks(2, lambda ranks: start_run(whole, RECIPE, RECIPE.spec(4), ranks=ranks))
     assert isinstance(found[0], ValueError)
     assert isinstance(found[1], FailedElsewhere)
@@ -313,7 +313,7 @@ def test_all_ranks_refuse_a_folder_with_the_same_words_of_rank_0(tmp_path, whole
     assert [type(error) for error in found] == [ValueError, FailedElsewhere]
 
 
-def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):
+def test_out_of_memory_loses_no_step_and_the_message_says_what_fits(tmp_path):
     class Full(SharedToy):
         def train_step(self, batches, *, step, lr, total_micro_batches=None):
             if step == 5:
@@ -333,14 +333,14 @@ def test_no_room_on_the_device_costs_no_step_and_says_what_would_fit(tmp_path):
     assert final(tmp_path).progress.step == 4
 
 
-def test_no_room_for_what_the_model_says_fits_points_at_other_programs():
+def test_out_of_memory_with_images_that_should_fit_points_to_other_programs():
     assert "9 fit; is another process using the device?" in str(
         OutOfMemory("GPU", 1, (8, 4, 4, 3), fitting=9)
     )
     assert "choose a smaller batch" in str(OutOfMemory("GPU", 1, (8, 4, 4, 3)))
 
 
-def test_a_signal_to_one_process_still_ends_a_run_of_its_own(tmp_path):
+def test_a_signal_ends_the_run_of_a_single_process(tmp_path):
     """A single process exchanges nothing: the current step is the last."""
 
     class Interrupting(Observer):

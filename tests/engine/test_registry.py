@@ -1,4 +1,4 @@
-"""How a backend is found by name: aliases, `auto`, and what a user is told."""
+"""Finding a backend by name: aliases, `auto`, and the messages."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from arm_core.engine.registry import choose_backend, installed_backends, preferr
 
 
 class Fake:
-    """A backend that only records which device it was asked for."""
+    """A backend that only records the requested device."""
 
     def __init__(self, name: str, *devices: str, missing: str | None = None) -> None:
         self.name, self._devices, self._missing = name, list(devices), missing
@@ -38,7 +38,7 @@ class Fake:
 
 
 class Point:
-    """An entry point, under whatever name an older installation registered it."""
+    """An entry point, under any name that an older installation registered."""
 
     def __init__(self, name: str, backend: Fake) -> None:
         self.name, self._backend = name, backend
@@ -55,7 +55,7 @@ def register(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def test_backends_are_known_by_their_own_name_and_not_by_that_of_the_entry_point(register):
+def test_backends_have_their_own_name_and_not_that_of_the_entry_point(register):
     torch, mlx = Fake("torch", "cpu"), Fake("mlx", "cpu")
     register(mlx, torch)
     assert installed_backends() == {"mlx": mlx, "torch": torch}
@@ -74,7 +74,7 @@ def test_cuda_is_the_torch_engine_on_an_nvidia_gpu(register):
     assert torch.asked == ["cuda", "cuda", "cuda:1"]
 
 
-def test_cuda_is_refused_where_there_is_no_nvidia_gpu(register):
+def test_cuda_is_refused_without_an_nvidia_gpu(register):
     register(Fake("torch", "cpu"))
     expected = (
         "^backend 'cuda' cannot run here: it is the torch engine on an NVIDIA GPU, and no such device is "
@@ -108,7 +108,7 @@ def test_an_unknown_backend_is_refused_with_the_known_names(register):
         choose_backend("jax")
 
 
-def test_auto_takes_the_first_usable_backend_and_else_gives_every_reason(register):
+def test_auto_takes_the_first_usable_backend_or_lists_all_reasons(register):
     first, second = preferred_order()
     usable = Fake(second)
     register(Fake(first, missing="not installed"), usable)

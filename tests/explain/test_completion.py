@@ -1,4 +1,4 @@
-"""Predictions cluster by cluster, against the float64 reference and against their own definition."""
+"""Predictions cluster by cluster, against the float64 reference and their definition."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from arm_core.model.tokens import patch_order
 
 
 class Reference:
-    """An engine that is the float64 reference; it counts its passes."""
+    """The float64 reference as an engine; it counts its passes."""
 
     def __init__(self, spec, seed=3):
         self.spec, self.passes = spec, 0
@@ -29,7 +29,7 @@ class Reference:
 
 
 class Oracle:
-    """An engine that predicts the true patches of the images it was made for, whatever it is given."""
+    """An engine that predicts the true patches of fixed images, for any input."""
 
     def __init__(self, spec, images):
         self.spec, self.true = spec, images
@@ -99,7 +99,7 @@ def test_a_rollout_predicts_each_cluster_from_its_own_earlier_predictions(spec, 
 
 
 def test_a_rollout_with_nearest_statistics_ignores_the_true_pixels(spec, images):
-    """Whatever the image holds after the given clusters: no brightness or contrast leaks."""
+    """The brightness and contrast after the given clusters do not leak."""
     engine = Reference(spec)
     other = unfold_patches(images, spec.encoder.patch)
     other[:, clusters(spec)[3:].ravel()] = 5

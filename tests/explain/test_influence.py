@@ -1,4 +1,4 @@
-"""Influence maps against automatic differentiation of the mixer with its coefficients frozen."""
+"""Influence maps against automatic differentiation of the mixer with frozen coefficients."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def choose_backend_or_skip(name):
 
 
 def strong(spec, seed=0, scale=0.3):
-    """Parameters far from their initial values, so that a mistake shows."""
+    """Parameters far from their initial values, so that a mistake is visible."""
     rng = np.random.default_rng(seed)
     return {
         name: (value + scale * rng.standard_normal(value.shape)).astype(np.float32)
@@ -149,7 +149,7 @@ def test_maps_of_every_layer_equal_the_frozen_jacobian_by_autodiff_on_both_engin
 
 
 @cases
-def test_shares_of_tokens_and_of_the_bias_make_one(spec, backend):
+def test_shares_of_tokens_and_of_the_bias_add_up_to_one(spec, backend):
     parameters, images = strong(spec), images_for(spec, 2)
     found = influence(backend.create_engine(spec, TrainingState(parameters=parameters)), images, layers=[3])
     recorded = forward(spec, parameters, images)
@@ -214,20 +214,20 @@ def test_kernel_equals_the_loop_at_odd_sizes_and_extreme_steps(length, channels,
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
-def test_kernel_repeats_to_the_last_bit_on_any_number_of_threads():
+def test_kernel_is_bit_identical_for_any_number_of_threads():
     problem = kernel_problem(70, 130, 8)
     first = cpu_kernels.influence_map(**problem, threads=1)
     assert (first == cpu_kernels.influence_map(**problem, threads=2)).all()
 
 
-def test_kernel_moves_nothing_from_later_tokens_to_earlier_ones():
+def test_later_tokens_have_no_influence_on_earlier_ones_in_the_kernel():
     problem = kernel_problem(90, 5, 3)
     for k, found in enumerate(cpu_kernels.influence_map(**problem)):
         steps = problem["order"][k]
         assert (np.triu(found[np.ix_(steps, steps)], 1) == 0).all()
 
 
-def test_kernel_refuses_other_shapes_by_name():
+def test_kernel_refuses_wrong_shapes_by_name():
     problem = kernel_problem(9, 5, 3)
     with pytest.raises(ValueError, match=r"q: expected float32"):
         cpu_kernels.influence_map(**{**problem, "q": problem["q"][:, :4]})

@@ -7,7 +7,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 LIMIT = 300_000
 
 
-def test_the_picture_of_directions_is_what_its_script_makes_of_the_order_tables():
+def test_the_picture_of_directions_matches_the_order_tables():
     made = runpy.run_path(str(DOCS / "make_pictures.py"))["directions_picture"]()
     assert made == (DOCS / "directions.svg").read_text(encoding="utf-8"), "run python docs/make_pictures.py"
 

@@ -1,4 +1,4 @@
-"""Pages that run a model in the browser: their content, and what a headless Chromium makes of them."""
+"""Pages that run a model in the browser: their content, and their results in a headless Chromium."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def no_runtime(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_runtime(tmp_path):
-    """Files of the right names, for tests of the page's text."""
+    """Files with the right names, for tests of the page's text."""
     folder = tmp_path / "package"
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text('{"version": "9.9.9"}')
@@ -51,7 +51,7 @@ def fake_runtime(tmp_path):
 
 @pytest.fixture
 def browser():
-    """Skips where no Chromium or no runtime is installed."""
+    """Skips if no Chromium or no runtime is installed."""
     if reason := chromium.missing():
         pytest.skip(reason)
     try:
@@ -60,7 +60,7 @@ def browser():
         pytest.skip(f"needs onnxruntime-web: {error}")
 
 
-def test_a_page_is_one_file_that_requests_nothing(tmp_path, fake_runtime):
+def test_a_page_is_one_file_without_network_requests(tmp_path, fake_runtime):
     out = tmp_path / "page.html"
     words = ("--browser", out, "--runtime", fake_runtime, "--title", "Kinds & <more>")
     result = arm("export", model_folder(tmp_path / "model"), *words)
@@ -81,7 +81,7 @@ def test_a_page_is_one_file_that_requests_nothing(tmp_path, fake_runtime):
     assert out.read_text() == text  # the same model gives the same page
 
 
-def test_without_the_runtime_the_command_says_how_to_get_it(tmp_path, no_runtime):
+def test_without_the_runtime_the_message_says_how_to_get_it(tmp_path, no_runtime):
     result = arm("export", model_folder(tmp_path / "model"), tmp_path / "page.html")
     assert result.exit_code == 2
     assert "needs onnxruntime-web, which this installation does not contain" in result.output
@@ -97,7 +97,7 @@ def test_a_pretraining_model_gets_no_page(tmp_path, fake_runtime, pretrain_spec)
     assert "no classes to show in a page" in result.output
 
 
-def test_the_page_names_the_class_of_a_photo_as_the_model_does(tmp_path, browser):
+def test_the_page_gives_a_photo_the_same_class_as_the_model(tmp_path, browser):
     out = tmp_path / "page.html"
     assert arm("export", model_folder(tmp_path / "model"), out).exit_code == 0
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)

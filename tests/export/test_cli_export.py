@@ -1,4 +1,4 @@
-"""`arm export`: files, comparisons, and what it refuses."""
+"""`arm export`: files, comparisons, and refusals."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_a_file_of_another_spec_is_refused(tmp_path, model, pretrain_spec):
     assert "exported from another model; they differ in kind, " in result.output
 
 
-def test_an_existing_file_is_replaced_with_force_only(tmp_path, model):
+def test_an_existing_file_is_only_replaced_with_force(tmp_path, model):
     out = tmp_path / "model.onnx"
     out.write_text("mine")
     result = arm("export", model, out)

@@ -33,7 +33,7 @@ FLOAT32 = 1e-5
 
 
 def noisy_parameters(spec, seed=1):
-    """Initial values plus noise, so that no bias is 0, no norm trivial, and no direction like another."""
+    """Initial values plus noise, so that biases are not 0, norms are not trivial, and directions differ."""
     values = initial_parameters(spec, seed)
     for name, row in parameter_table(spec).items():
         noise = KeyedRng(seed, "noise", name).normal(row.size).reshape(row.shape)
@@ -170,7 +170,7 @@ def test_int8_weights_stay_close_and_shrink_the_file(tmp_path):
 
 
 PICTURES = [((24, 24), (40, 56)), ((24, 24), (97, 61)), ((24, 24), (12, 9)), ((12, 20), (60, 30))]
-"""Sizes of models, and of pictures that are larger, smaller, wide and tall."""
+"""Sizes of models, and of larger, smaller, wide and tall pictures."""
 
 
 @pytest.mark.parametrize(("size", "picture"), [*PICTURES, ((24, 24), (27, 27))], ids=str)
@@ -238,7 +238,7 @@ def test_the_file_is_plain_onnx_and_names_its_model(tmp_path, classifier_spec):
     assert (strings["history"], strings["license"]) == ('["made"]', "CC0-1.0")
 
 
-def test_constants_of_a_large_model_lie_beside_the_file(tmp_path, classifier_spec, monkeypatch):
+def test_constants_of_a_large_model_are_in_a_second_file(tmp_path, classifier_spec, monkeypatch):
     parameters, images = noisy_parameters(classifier_spec), normal_images(classifier_spec, 1)
     expected = written(tmp_path, classifier_spec, parameters).run(images)["logits"]
     monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
@@ -259,13 +259,13 @@ def test_other_operator_sets_are_refused(opset):
         OnnxOptions(opset=opset)
 
 
-def test_a_file_that_is_no_onnx_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_onnx_is_refused_by_name(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"model\.onnx: onnxruntime cannot load this file"):
         OnnxFile(tmp_path / "model.onnx")
 
 
-def test_an_onnx_file_of_somebody_else_is_refused(tmp_path):
+def test_an_onnx_file_of_another_program_is_refused(tmp_path):
     from onnx import TensorProto, helper
 
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")

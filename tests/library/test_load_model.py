@@ -24,7 +24,7 @@ from arm_core.model.spec import ClassifierSpec, EncoderSpec, Pooling
 ENGINES = [name for name in ("torch", "mlx") if installed_backends()[name].missing() is None]
 every_engine = pytest.mark.parametrize("backend", ENGINES)
 TOLERANCE = 1e-5
-"""Of each tensor's largest value, as for the engines."""
+"""Tolerances relative to each tensor's largest value, as for the engines."""
 
 
 def put(backend: str, images: np.ndarray) -> Any:
@@ -102,7 +102,7 @@ def test_a_preset_is_a_model_with_random_weights_from_its_seed(backend):
 
 
 @every_engine
-def test_blocks_come_out_as_feature_maps_without_the_class_token(backend, odd):
+def test_blocks_are_returned_as_feature_maps_without_the_class_token(backend, odd):
     folder, spec, images = odd
     model = arm_vision.load_model(folder, backend)
     values = initial_parameters(spec, 3)
@@ -129,7 +129,7 @@ def test_features_of_a_pretraining_model_are_those_of_all_patches_in_raster_orde
     images = np.random.default_rng(1).standard_normal((2, *spec.image_size, 3)).astype(np.float32)
     found = get(model.forward_features(put(backend, images)))
     assert found.shape == (2, spec.patches, spec.encoder.width)
-    # Causal: a change of the last cluster changes no features of the others.
+    # Causal: a change in the last cluster does not change the features of the others.
     from arm_core.model.tokens import patch_order
 
     last = patch_order(spec)[spec.tokens :]
@@ -145,7 +145,7 @@ def test_features_of_a_pretraining_model_are_those_of_all_patches_in_raster_orde
 
 
 @every_engine
-def test_another_image_size_resizes_the_position_table_as_the_converter_does(backend, odd):
+def test_another_image_size_resizes_the_position_table_like_the_converter(backend, odd):
     folder, spec, _ = odd
     size = (24, 56)
     images = np.random.default_rng(2).standard_normal((2, *size, 3)).astype(np.float32)
@@ -179,7 +179,7 @@ def test_a_saved_model_loads_on_every_engine_with_the_same_values(backend, odd, 
 
 
 @every_engine
-def test_a_new_head_has_the_classes_and_pooling_asked_for(backend, odd, tmp_path):
+def test_a_new_head_has_the_requested_classes_and_pooling(backend, odd, tmp_path):
     folder, _spec, images = odd
     model = arm_vision.load_model(folder, backend, classes=9)
     assert get(model(put(backend, images))).shape == (3, 9)
@@ -260,7 +260,7 @@ def test_unknown_sources_are_explained(backend, tmp_path):
 
 
 @every_engine
-def test_a_model_is_trained_through_its_own_framework(backend, odd):
+def test_a_model_can_be_trained_in_its_framework(backend, odd):
     folder, spec, images = odd
     model = arm_vision.load_model(folder, backend, drop_path_rate=0.2)
     names = set(parameter_table(spec))

@@ -34,7 +34,7 @@ def hub(tmp_path):
 
 
 def run(tmp_path, code: str, url: str, *, fails: bool = False) -> str:
-    """In a process of its own, since huggingface_hub reads its settings at import."""
+    """In a separate process, since huggingface_hub reads its settings at import."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": url,
@@ -59,11 +59,11 @@ def test_checkpoints_of_the_official_repository_are_listed_by_name(hub, tmp_path
     code = "print(json.dumps([[m.name, m.address] for m in arm_vision.list_models()]))"
     expected = [[f"{NAME}.pth", "hf://OliverRen/ARM/arm_b_finetune.pth"]]
     assert json.loads(run(tmp_path, code, hub.url)) == expected
-    # Without a network, the list seen last.
+    # Without a network, the last known list is used.
     assert json.loads(run(tmp_path, code, "http://127.0.0.1:9")) == expected
 
 
-def test_a_list_that_was_never_seen_needs_a_network(tmp_path):
+def test_the_first_list_needs_a_network(tmp_path):
     error = run(tmp_path, "arm_vision.list_models()", "http://127.0.0.1:9", fails=True)
     assert "ValueError: hf://OliverRen/ARM" in error.splitlines()[-1]
 

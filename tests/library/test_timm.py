@@ -1,4 +1,4 @@
-"""ARM models in timm, with the real timm; torchvision is stood in for where its wheel does not load."""
+"""ARM models in timm, with the real timm, and with a stand-in if torchvision's wheel does not load."""
 
 from __future__ import annotations
 

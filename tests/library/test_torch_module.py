@@ -1,4 +1,4 @@
-"""The torch library model under what torch offers: compile, export, transforms, copies, autocast, DDP."""
+"""The torch library model with torch's features: compile, export, transforms, copies, autocast, DDP."""
 
 from __future__ import annotations
 

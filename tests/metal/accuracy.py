@@ -1,4 +1,4 @@
-"""How far the kernels are from float64: results and all gradients, as shares of each tensor's largest value.
+"""Errors of the kernels against float64: results and all gradients, relative to each tensor's largest value.
 
 python tests/metal/accuracy.py      the table of docs/performance.md: on an Apple GPU, or emulated
 """
@@ -27,7 +27,7 @@ Found = tuple[mx.array, list[mx.array]]
 
 
 def rounded(values: Arrays, dtype: mx.Dtype) -> Arrays:
-    """The arrays as float32 after a passage through dtype, which is what the kernels read."""
+    """The arrays as float32 after rounding to dtype, which are the values that the kernels read."""
     return {
         name: np.asarray(mx.array(a).astype(dtype).astype(mx.float32)) if name in BY_TOKEN else a
         for name, a in values.items()
@@ -35,7 +35,7 @@ def rounded(values: Arrays, dtype: mx.Dtype) -> Arrays:
 
 
 def run(operator: str, values: Arrays, grad: np.ndarray, dtype: mx.Dtype) -> Found:
-    """Result and gradients of an operator of `arm_mlx.scan`, by the Metal kernels.
+    """Result and gradients of an operator of `arm_mlx.scan` with the Metal kernels.
 
     x and z are halves of wider arrays, as in the model.
     """
@@ -52,14 +52,14 @@ def run(operator: str, values: Arrays, grad: np.ndarray, dtype: mx.Dtype) -> Fou
 
 
 def half_of_wider(array: mx.array) -> mx.array:
-    """The same values, with others between the rows."""
+    """The same values, with other values between the rows."""
     wide = mx.concatenate([array, array + 1], axis=-1)
     mx.eval(wide)
     return mx.split(wide, 2, axis=-1)[0]
 
 
 def errors(case: Case, dtype: mx.Dtype, *, large_steps: bool = False) -> dict[str, float]:
-    """Largest error of every tensor over its largest value, by the names of COLUMNS; NaN if not finite."""
+    """Largest error of every tensor relative to its largest value, by COLUMNS name; NaN if not finite."""
     values = rounded(problems.inputs(case, large_steps=large_steps), dtype)
     found: dict[str, float] = {}
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The kernels on whatever can run them: an Apple GPU, or else the emulator."""
+"""Runs the kernels on an Apple GPU, or in the emulator if there is none."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for pytest's other import mode
 
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An `Emulator` that takes the place of Metal. Skips where it cannot run."""
+    """An `Emulator` in place of Metal. Skips the test if it cannot run."""
     if importlib.util.find_spec("mlx") is None:
         pytest.skip("needs MLX")
     from emulator import Emulator, missing
@@ -28,7 +28,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def metal(request: pytest.FixtureRequest) -> Any:
-    """None where the kernels run on an Apple GPU, else an `Emulator` that takes its place."""
+    """None if the kernels run on an Apple GPU, else an `Emulator` in its place."""
     if importlib.util.find_spec("mlx") is None:
         pytest.skip("needs MLX")
     import mlx.core as mx

@@ -1,10 +1,10 @@
-"""What the kernels cost: bytes from their arrays, instructions from clang's optimised code of their source.
+"""Cost of the kernels: bytes from their arrays, instructions from clang's optimised code of their source.
 
     python tests/metal/cost.py      the tables of docs/performance.md
 
-Apple's compiler is not at hand on Linux. clang shares its middle end, so what it leaves of a kernel's loop
-after inlining, unrolling and promotion to registers stands in for it; operations that only the GPU has
-remain calls and are counted as such.
+Apple's compiler is not available on Linux. clang shares its middle end, so clang's code of a kernel's loop
+after inlining, unrolling and promotion to registers is used instead. Operations that only the GPU has
+remain calls and are counted as calls.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CYCLES = {
     "barrier": 1,
     "free": 0,  # extensions, address arithmetic of a load, signs and absolute values of an operand
 }
-"""Cycles of a lane in each operation: assumed, for Apple publishes none; 1 is what microbenchmarks find for
-floating-point arithmetic, the others are careful guesses relative to it."""
+"""Assumed cycles of a lane in each operation, since Apple publishes none. 1 is the result of microbenchmarks
+for floating-point arithmetic; the others are conservative estimates relative to it."""
 
 ARITHMETIC = set(
     re.findall(
@@ -69,7 +69,7 @@ CALLS = {
 
 
 def kind(instruction: str) -> str:
-    """The key of CYCLES for a line of LLVM's intermediate language."""
+    """The key of CYCLES for a line of LLVM IR."""
     words = instruction.split(" = ", 1)[-1].split()
     opcode = words[1] if words[0] in ("tail", "musttail", "notail") else words[0]
     if opcode == "call":
@@ -90,13 +90,13 @@ class Code:
     """A compiled kernel."""
 
     blocks: dict[str, Counter[str]]
-    """Basic block -> how often each kind of instruction stands in it."""
+    """Basic block -> the number of instructions of each kind."""
     successors: dict[str, list[str]]
     stack_arrays: int
     """Local arrays that did not become registers."""
 
     def in_loops(self) -> Counter[str]:
-        """Instructions of all blocks that lie in a loop."""
+        """Instructions of all blocks inside a loop."""
         total: Counter[str] = Counter()
         for name in self.blocks:
             if name in self._reachable(name):
@@ -116,7 +116,7 @@ class Code:
 
 @cache
 def compiled(kernel: Launch) -> Code:
-    """The kernel as clang optimises it. Raises RuntimeError with clang's words."""
+    """The kernel after clang's optimisation. Raises RuntimeError with clang's message."""
     body = re.search(rf"^define [^\n]*{kernel.name}.*?^}}", optimised(kernel), re.MULTILINE | re.DOTALL)
     assert body, kernel.name
     blocks: dict[str, Counter[str]] = {}
@@ -133,9 +133,9 @@ def compiled(kernel: Launch) -> Code:
 
 @cache
 def optimised(kernel: Launch) -> str:
-    """The kernel in LLVM's intermediate language after clang's optimisation."""
+    """The kernel as LLVM IR after clang's optimisation."""
     command = [str(compiler()), "-std=c++17", "-O3", "-S", "-emit-llvm", "-fno-discard-value-names"]
-    # x86's vectors would only be in the way; products are fused where the source says so.
+    # No x86 vectors; products are fused only where the source says so.
     command += ["-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off", "-fno-exceptions", "-w"]
     command += [f"-I{HERE / 'include'}", "-x", "c++", "-", "-o", "-"]
     text = strict_program(kernel)
@@ -231,7 +231,7 @@ def work(shape: Shape, tuning: Tuning | None = None) -> dict[str, Work]:
             lanes = tuning.lanes if name.startswith("scan") else 1
             counts[name] = {k: v * lanes / turn[name] for k, v in code.in_loops().items()}
     if "scan_forward_saving" in codes:
-        # What saving adds runs once in a chunk, though its block stands in a loop of `lanes` tokens.
+        # The code for saving runs once in a chunk, although its block is in a loop of `lanes` tokens.
         plain, saving = codes["scan_forward"].in_loops(), codes["scan_forward_saving"].in_loops()
         more = {k: (saving[k] - plain[k]) * tuning.lanes / tuning.chunk for k in saving}
         counts["scan_forward_saving"] = {k: counts["scan_forward"].get(k, 0) + more[k] for k in saving}
@@ -240,7 +240,7 @@ def work(shape: Shape, tuning: Tuning | None = None) -> dict[str, Work]:
 
 
 FORWARD = ("conv_forward", "scan_forward_saving", "gate_forward", "gate_forward_saving")
-"""What runs forwards in training; of the two gates, a model launches one."""
+"""The forward kernels in training; a model launches one of the two gates."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Chip:
         return self.cores * 128 * self.ghz * 1e9
 
     def seconds(self, lane_cycles: float, size: float) -> float:
-        """The longer of computing and moving bytes."""
+        """The longer of the times for computing and for moving bytes."""
         return max(lane_cycles / self.lane_cycles_per_s, size / (self.gb_per_s * 1e9))
 
 
@@ -270,7 +270,7 @@ CHIPS = (
     Chip("M4 Max", 40, 1.6, 546),
     Chip("M5", 10, 1.6, 153),
 )
-"""The full chip of each name; clocks from the M3 on are estimates, and a floor moves with its clock."""
+"""The full chip of each name; clocks from the M3 on are estimates, and lower bounds scale with the clock."""
 SHAPES = {
     "pretraining": (pretrain_preset("base"), Shape(1, 128)),
     "finetuning": (classifier_preset("base"), Shape(4, 197)),

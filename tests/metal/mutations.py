@@ -1,4 +1,4 @@
-"""Mistakes that the tests must notice, planted in the kernels one at a time."""
+"""Mistakes that the tests must detect, planted in the kernels one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Mutation:
     old: str
     new: str
     equivalent: str = ""
-    """Why nothing changes, where nothing does."""
+    """The reason why the results do not change, if they do not."""
 
     def __str__(self) -> str:
         return f"{self.file}: {self.breaks}"
@@ -53,7 +53,7 @@ MUTATIONS = [
     Mutation(
         "one SIMD group does the work of another", "scan_setup", "* SIMDGROUPS + simd)", "* SIMDGROUPS)"
     ),
-    Mutation("decays 4e-5 off", "scan_setup", "1.44269504088896341f", "1.4427f"),
+    Mutation("decays with an error of 4e-5", "scan_setup", "1.44269504088896341f", "1.4427f"),
     # scan_forward.metal
     Mutation(
         "idle lanes leave before SIMD operations",
@@ -74,7 +74,7 @@ MUTATIONS = [
     ),
     Mutation("states are kept one place late", "scan_forward", "after / CHUNK - 1", "after / CHUNK"),
     Mutation("a state is kept after the last token", "scan_forward", "&& after < LENGTH", ""),
-    Mutation("a state is kept that nobody set", "scan_forward", "h[i] = 0.0f", ""),
+    Mutation("an uninitialised state is kept", "scan_forward", "h[i] = 0.0f", ""),
     # scan_backward.metal
     Mutation(
         "sums are read before all are written", "scan_backward", f"{BARRIER}\n  for (int e", "for (int e"
@@ -111,9 +111,9 @@ MUTATIONS = [
     Mutation(
         "threadgroups write to one place", "scan_backward", " + int(threadgroup_position_in_grid.x);", ";"
     ),
-    Mutation("one SIMD group's sums are left out", "scan_backward", "int w = 0;", "int w = 1;"),
+    Mutation("one SIMD group's sums are missing", "scan_backward", "int w = 0;", "int w = 1;"),
     Mutation(
-        "dt_bias' gradient of one lane alone",
+        "dt_bias' gradient of a single lane",
         "scan_backward",
         "grad_bias += metal::simd_shuffle_xor(grad_bias, ushort(m));",
         "",
@@ -128,12 +128,12 @@ MUTATIONS = [
     # conv_forward.metal
     Mutation("a run does not see the one before", "conv_forward", "t >= 0 ?", "t >= start ?"),
     Mutation(
-        "tokens as they lie, not along the order",
+        "tokens in memory order and not in scan order",
         "conv_forward",
         "own_x[token * stride]",
         "own_x[(first + i) * stride]",
     ),
-    Mutation("the last run goes on", "conv_forward", "if (first + i < LENGTH)", ""),
+    Mutation("the last run continues past the end", "conv_forward", "if (first + i < LENGTH)", ""),
     # conv_backward.metal
     Mutation(
         "a run does not see the one after", "conv_backward", "first < stop + CONV_WIDTH - 1", "first < stop"
@@ -150,8 +150,8 @@ MUTATIONS = [
         "sigmoid",
     ),
     # gate_forward.metal, gate_backward.metal
-    Mutation("z as if it lay in rows", "gate_forward", "int(z_strides[1])", "int(sizes.x)"),
-    Mutation("x as if it lay in rows", "conv_backward", "int(x_strides[1])", "CHANNELS"),
+    Mutation("z as if it were contiguous", "gate_forward", "int(z_strides[1])", "int(sizes.x)"),
+    Mutation("x as if it were contiguous", "conv_backward", "int(x_strides[1])", "CHANNELS"),
     Mutation("a sum instead of the mean", "gate_forward", "sum * (1.0f / float(DIRECTIONS))", "sum"),
     Mutation("one direction for all", "gate_forward", "y[uint(k) * size + i]", "y[i]"),
     Mutation("the mean is not kept", "gate_forward", "mean[i] = T(average);", ""),

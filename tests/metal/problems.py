@@ -14,7 +14,7 @@ from arm_core.model.reference.scan import F64, silu, softplus
 CONV = ("x", "weight", "bias")
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
 BY_TOKEN = {"x", "u", "dt", "B", "C", "z"}
-"""Arrays that may be of 16 bits; the others are float32 always."""
+"""Arrays that may have 16 bits; the others are always float32."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -34,9 +34,9 @@ class Case:
 
 
 def inputs(case: Case, *, large_steps: bool = False, seed: int = 3) -> Arrays:
-    """float32 arrays by name, and `order`; orders are permutations, ascending where there is but one.
+    """float32 arrays by name, and `order`; orders are permutations, ascending if there is only one.
 
-    Step sizes are those of a fresh model, 0.001 to 0.1; with `large_steps` they go from nothing to 20.
+    Step sizes are those of a fresh model, 0.001 to 0.1; with `large_steps` they range from 0 to 20.
     """
     rng = np.random.default_rng(seed)
     K, B, L, D, N = case.directions, case.batch, case.length, case.channels, case.states
@@ -71,7 +71,7 @@ def sigmoid(x: F64) -> F64:
 
 
 def conv(values: Arrays, grad: np.ndarray | None = None) -> tuple[F64, dict[str, F64]]:
-    """u of the directional convolution, and with its gradient those of x, weight and bias, in float64."""
+    """u of the directional convolution and, given its gradient, those of x, weight and bias, in float64."""
     x, weight, bias = (values[name].astype(np.float64) for name in CONV)
     width, length = weight.shape[-1], x.shape[1]
     u = np.empty((len(weight), *x.shape))
@@ -94,7 +94,7 @@ def conv(values: Arrays, grad: np.ndarray | None = None) -> tuple[F64, dict[str,
 
 
 def scan(values: Arrays, grad: np.ndarray | None = None) -> tuple[F64, dict[str, F64]]:
-    """Result of the selective scan, and with its gradient those of all inputs, in float64."""
+    """Result of the selective scan and, given its gradient, those of all inputs, in float64."""
     u, dt, A, B, C, D, dt_bias, z = (values[name].astype(np.float64) for name in SCAN)
     mean = np.zeros(z.shape)
     grads = {name: np.zeros(values[name].shape) for name in SCAN}

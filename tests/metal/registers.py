@@ -1,9 +1,9 @@
-"""Whether a kernel fits a register file: its code compiled for another GPU with SIMD groups of 32 lanes.
+"""Whether a kernel fits the registers: its code is compiled for another GPU with SIMD groups of 32 lanes.
 
-    python tests/metal/registers.py      registers and spills for the constants that are worth a thought
+    python tests/metal/registers.py      registers and spills for the constants worth considering
 
-Apple's GPUs have 128 registers of 32 bits for a lane; how many a kernel needs, only Apple's compiler knows.
-AMD's RDNA 3, which clang compiles for, stands in: limited to as many registers, it tells what it spills.
+Apple's GPUs have 128 registers of 32 bits per lane. Only Apple's compiler knows how many a kernel needs.
+AMD's RDNA 3, for which clang compiles, replaces it: with the same limit, clang reports the spills.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from emulator.strict import NEEDED, compiler
 from arm_mlx.metal.tuning import TABLE
 
 LIMIT = 124
-"""Four of the 128 are for what a compiler keeps to itself."""
+"""Four of the 128 are reserved for the compiler."""
 
 LAYOUT = (
     "e-p:64:64-p1:64:64-p2:32:32-p3:32:32-p4:64:64-p5:32:32-p6:32:32-p7:160:256:256:32-p8:128:128-"
@@ -56,7 +56,7 @@ class Fit:
 
 
 def fit(kernel: Launch, limit: int = LIMIT) -> Fit:
-    """The kernel with at most `limit` registers for a lane. Raises RuntimeError with clang's words."""
+    """The kernel with at most `limit` registers per lane. Raises RuntimeError with clang's message."""
     with tempfile.TemporaryDirectory() as folder:
         source, assembly = Path(folder, "kernel.ll"), Path(folder, "kernel.s")
         source.write_text(_for_amd(optimised(kernel), limit))
@@ -76,7 +76,7 @@ def fit(kernel: Launch, limit: int = LIMIT) -> Fit:
 
 
 def _for_amd(code: str, limit: int) -> str:
-    """LLVM's code for the host as a kernel for the GPU: its layout, its intrinsics, its attributes."""
+    """LLVM's code for the host, converted to a kernel for the GPU: layout, intrinsics, attributes."""
     changes = [
         (r"^declare .*metal.*$", ""),
         (r"^target datalayout.*$", f'target datalayout = "{LAYOUT}"'),

@@ -1,4 +1,4 @@
-"""benchmarks/metal.py: its peer computes the same, and it says where it cannot run."""
+"""benchmarks/metal.py: its peer computes the same, and it refuses to run without Metal."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def log_depth(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_the_log_depth_scan_is_the_scan(length: int, log_depth: Any) -> None:
+def test_the_log_depth_scan_equals_the_scan(length: int, log_depth: Any) -> None:
     values = problems.inputs(Case(directions=2, batch=2, length=length, channels=5, states=4))
     grad = np.random.default_rng(0).standard_normal(values["z"].shape).astype(np.float32)
     expected, grads = problems.scan(values, grad)

@@ -1,4 +1,4 @@
-"""What the kernels may cost; docs/performance.md has the figures."""
+"""Limits on the cost of the kernels; docs/performance.md has the figures."""
 
 import pytest
 
@@ -22,36 +22,36 @@ MOST = {
     "gate_forward": 40,
     "gate_backward": 47,
 }
-"""Lane-cycles for each token, channel and direction at 16 states: a little over what there is."""
+"""Lane-cycles for each token, channel and direction at 16 states, slightly above the current cost."""
 
 
-def test_no_kernel_costs_more_than_it_did() -> None:
+def test_no_kernel_costs_more_than_before() -> None:
     found = work(PRETRAINING)
     assert set(found) == set(MOST)
     for name, cost in found.items():
         assert 0.8 * MOST[name] < cost.lane_cycles < MOST[name], name
 
 
-def test_every_instruction_is_one_that_is_known() -> None:
+def test_every_instruction_is_known() -> None:
     for shape in (PRETRAINING, FINETUNING, Shape(1, 128, dtype=mx.bfloat16)):
         for name, cost in work(shape).items():
             assert set(cost.counts) <= set(CYCLES), name
     assert set(work(PRETRAINING)) | set(work(FINETUNING)) == set(sources.KERNELS)
 
 
-def test_an_exponential_for_each_state_forwards_and_two_backwards() -> None:
+def test_each_state_takes_one_exponential_forward_and_two_backward() -> None:
     found = work(PRETRAINING)
     assert found["scan_forward"].exponentials == 16 + 1  # one more for softplus
     assert found["scan_backward"].exponentials <= 2 * 16 + 1
 
 
-def test_gate_and_mean_are_paid_once_for_all_directions() -> None:
+def test_gate_and_mean_are_computed_once_for_all_directions() -> None:
     one, four = work(PRETRAINING), work(FINETUNING)
     assert 4 * four["gate_backward"].lane_cycles == pytest.approx(one["gate_backward"].lane_cycles, rel=0.1)
 
 
 def test_no_local_array_stays_in_memory() -> None:
-    """A shifted window became a memmove once, and with it an array that registers cannot hold."""
+    """A shifted window once became a memmove, and its array could not be kept in registers."""
     for name, cost in work(PRETRAINING).items():
         assert cost.code.stack_arrays == 0, name
 
@@ -69,7 +69,7 @@ def test_the_scan_fits_the_registers() -> None:
         assert found.code_bytes < 12 * 1024, name  # Apple's instruction cache
 
 
-def test_kinds_of_instructions_are_told_apart() -> None:
+def test_kinds_of_instructions_are_distinguished() -> None:
     assert kind("  %5 = fmul float %a, %b") == "arithmetic"
     assert kind("  %6 = tail call float @llvm.fma.f32(float %a, float %b, float %c)") == "arithmetic"
     assert kind("  %7 = tail call noundef float @_ZN5metal4exp2Ef(float noundef %a) #5") == "exp2"

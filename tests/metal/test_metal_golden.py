@@ -1,5 +1,5 @@
-"""The official code's numbers, computed on the emulated Metal kernels. On a Mac the same tests run outside
-this folder, with the real ones."""
+"""The official code's results, compared with the emulated Metal kernels. On a Mac, the same tests run outside
+this folder with the real kernels."""
 
 from dataclasses import replace
 from typing import Any

@@ -37,16 +37,16 @@ def test_values_and_gradients_are_those_of_float64(case: Case, large_steps: bool
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-def test_16_bit_arrays_lose_no_more_than_their_rounding(dtype: Any, metal: Any) -> None:
+def test_errors_of_16_bit_arrays_are_within_their_rounding(dtype: Any, metal: Any) -> None:
     check(CASES[2], dtype)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-def test_16_bit_results_are_those_of_float32_rounded_once(dtype: Any, metal: Any) -> None:
+def test_16_bit_results_are_float32_results_rounded_once(dtype: Any, metal: Any) -> None:
     """On the same inputs, bit for bit: nothing is rounded before the last store. Two threadgroups.
 
-    Left out are out and z's gradient, as y is stored in 16 bits before, and x's, which is summed over
-    directions.
+    The test skips out and z's gradient, since y is stored in 16 bits before, and x's gradient, which is
+    summed over directions.
     """
     values = rounded(problems.inputs(Case(length=21, channels=76, directions=2)), dtype)
     rng = np.random.default_rng(1)
@@ -62,12 +62,12 @@ def test_16_bit_results_are_those_of_float32_rounded_once(dtype: Any, metal: Any
 
 
 @pytest.mark.parametrize("states", [1, 2, 8, 32, 64])
-def test_every_size_of_state_is_right(states: int, metal: Any) -> None:
+def test_every_state_size_is_correct(states: int, metal: Any) -> None:
     check(Case(length=13, channels=40, directions=2, states=states), mx.float32)
 
 
 def test_vanishing_steps_keep_their_digits(metal: Any) -> None:
-    """softplus(-50) is 2e-22: 1 + e^x would lose all of it."""
+    """softplus(-50) is 2e-22: 1 + e^x would lose all of its digits."""
     case = Case(length=13, channels=40, directions=2)
     values = problems.inputs(case)
     values["dt"] = np.round(8 * values["dt"]) / 8 - np.float32(40)
@@ -78,7 +78,7 @@ def test_vanishing_steps_keep_their_digits(metal: Any) -> None:
         assert relative(a, b) < TOLERANCE[mx.float32], name
 
 
-def test_seven_directions_are_no_more_special_than_four(metal: Any) -> None:
+def test_seven_directions_work_like_four(metal: Any) -> None:
     check(Case(length=9, channels=8, directions=7), mx.float32)
 
 
@@ -91,7 +91,7 @@ def test_the_full_sweep(case: Case, dtype: Any, metal: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="takes minutes; set ARM_METAL_SWEEP=1")
-def test_thousands_of_tokens_are_no_worse(metal: Any) -> None:
+def test_thousands_of_tokens_have_the_same_accuracy(metal: Any) -> None:
     check(Case(length=4099, channels=16, directions=2), mx.float32)
 
 
@@ -107,7 +107,7 @@ def bits(case: Case) -> list[bytes]:
 
 def test_results_are_repeatable_to_the_last_bit(metal: Any) -> None:
     first = bits(CASES[2])
-    schedules = range(3)  # of the emulator; on a GPU nobody knows
+    schedules = range(3)  # of the emulator; on a GPU the schedule is unknown
     for schedule in schedules:
         if metal is not None:
             metal.schedule = type(metal.schedule)(schedule)
@@ -115,7 +115,7 @@ def test_results_are_repeatable_to_the_last_bit(metal: Any) -> None:
 
 
 def test_the_order_of_tokens_is_followed(metal: Any) -> None:
-    """Shuffling the tokens in memory and the order alike changes nothing but their places."""
+    """Shuffling the tokens in memory and the order in the same way only changes their positions."""
     case = Case(length=11, channels=8, directions=2, batch=2)
     values = problems.inputs(case)
     shuffle = np.random.default_rng(2).permutation(case.length)
@@ -130,7 +130,7 @@ def test_the_order_of_tokens_is_followed(metal: Any) -> None:
 
 @pytest.mark.parametrize("operator", COUNTERPARTS)
 def test_the_exact_gradients_follow_the_reference(operator: str) -> None:
-    """The yardstick itself: its values and slopes are those of arm_core's loop."""
+    """The exact values and slopes equal those of arm_core's loop."""
     from arm_core.model.reference import scan as reference
 
     names = CONV if operator == "directional_conv" else SCAN

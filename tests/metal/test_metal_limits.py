@@ -1,4 +1,4 @@
-"""What the Metal scan refuses, how its constants are chosen, and when `auto` takes it."""
+"""Refusals of the Metal scan, the choice of its constants, and when `auto` selects it."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ def call(case: Case, operator: str = "selective_scan") -> Any:
 
 
 @pytest.mark.parametrize("states", [3, 12, 48, 128])
-def test_a_state_size_that_the_kernels_lack_is_refused(states: int) -> None:
+def test_an_unsupported_state_size_is_refused(states: int) -> None:
     with pytest.raises(ValueError, match=f"state size of 1, 2, 4, 8, 16, 32 or 64, found {states}; choose"):
         call(Case(length=2, channels=8, states=states))
 
@@ -49,7 +49,7 @@ def test_constants_that_do_not_fit_are_refused(change: dict[str, int], message: 
 
 
 def test_arrays_that_32_bits_cannot_index_are_refused() -> None:
-    zeros = {n: mx.zeros((1,)) for n in ("u", "dt")}  # never looked into: the shapes are enough
+    zeros = {n: mx.zeros((1,)) for n in ("u", "dt")}  # the values are not read: the shapes are enough
     shapes = {"u": (4, 2**12, 2**10, 256), "dt": (4, 2**12, 2**10, 256)}
     big = [mx.broadcast_to(zeros[n], shapes[n]) for n in zeros]
     values = problems.inputs(Case(length=1, channels=1))
@@ -61,14 +61,14 @@ def test_arrays_that_32_bits_cannot_index_are_refused() -> None:
 
 
 @pytest.mark.parametrize("architecture", TABLE)
-def test_every_entry_of_the_table_is_filed_right_and_says_who_chose_it(architecture: str) -> None:
+def test_every_entry_of_the_table_is_valid_and_names_its_origin(architecture: str) -> None:
     for states, entry in TABLE[architecture].items():
         assert entry.states == states
         assert entry.chosen_by != Tuning.chosen_by
     assert set(TABLE["any"]) == set(tuning.STATES)
 
 
-def test_a_gpu_with_an_entry_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_an_entry_gets_this_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     own = replace(GOOD, simdgroups=2)
     monkeypatch.setitem(TABLE, "applegpu_x", {16: own})
     assert tuning_for(16, "applegpu_x") is own
@@ -104,7 +104,7 @@ def test_other_constants_give_the_same_results(changed: dict[str, int], emulator
 
 
 @pytest.mark.parametrize("states", [8, 16, 32, 64])
-def test_threadgroup_memory_is_what_the_table_promises(states: int, emulator: Any) -> None:
+def test_threadgroup_memory_matches_the_table(states: int, emulator: Any) -> None:
     entry = TABLE["any"][states]
     values = problems.inputs(Case(length=3, channels=entry.simdgroups * 32 // entry.lanes, states=states))
     u, *rest = (mx.array(values[name]) for name in (*SCAN, "order"))
@@ -112,7 +112,7 @@ def test_threadgroup_memory_is_what_the_table_promises(states: int, emulator: An
     assert max(emulator.threadgroup_bytes.values()) == entry.threadgroup_bytes
 
 
-def test_arrays_of_a_few_elements_lie_in_device_memory_like_all_others(emulator: Any) -> None:
+def test_arrays_of_a_few_elements_are_in_device_memory_like_all_others(emulator: Any) -> None:
     for operator in ("directional_conv", "selective_scan"):
         call(Case(length=1, channels=1, states=1, width=2), operator)
     for traced in emulator.launches:
@@ -127,7 +127,7 @@ def test_no_comment_reaches_mlx() -> None:
 
 
 @pytest.mark.parametrize(("available", "expected"), [(True, "metal"), (False, "reference")])
-def test_auto_takes_the_kernels_exactly_where_there_is_metal(
+def test_auto_selects_the_kernels_exactly_if_metal_is_available(
     available: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: available)

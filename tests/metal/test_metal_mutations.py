@@ -1,5 +1,5 @@
-"""Every planted mistake is noticed: by an error of the emulator, a wrong result, or one that depends on the
-schedule."""
+"""Every planted mistake is detected: by an error of the emulator, a wrong result, or a result that depends on
+the schedule."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,17 +24,17 @@ EXACT = {"directional_conv": problems.conv, "selective_scan": problems.scan}
 
 @pytest.fixture(autouse=True)
 def fresh_kernels() -> Iterator[None]:
-    """Kernels are loaded once in a process: forget those with mistakes."""
+    """Kernels are loaded once per process: discard those with mistakes."""
     sources.load.cache_clear()
     yield
     sources.load.cache_clear()
 
 
 def noticed(emulator: Any, operators: tuple[str, ...]) -> str:
-    """How a mistake shows, or nothing."""
+    """The effect of a mistake, or an empty string."""
     for operator in operators:
         first: list[bytes] = []
-        # With large steps as well: where softplus and sigmoid need their care.
+        # With large steps as well, which are critical for softplus and sigmoid.
         for values in (problems.inputs(CASE), problems.inputs(CASE, large_steps=True)):
             grad = np.random.default_rng(1).standard_normal(values["u"].shape).astype(np.float32)
             grad = grad if operator == "directional_conv" else grad[0]
@@ -47,7 +47,7 @@ def noticed(emulator: Any, operators: tuple[str, ...]) -> str:
                     return str(error)
                 for a, b in zip([result, *found], [expected, *grads.values()], strict=True):
                     if not relative(a, b) < TOLERANCE[mx.float32]:
-                        return f"off by {relative(a, b):.1e}"
+                        return f"error of {relative(a, b):.1e}"
                 bits = [np.asarray(a).tobytes() for a in (result, *found)]
                 if schedule is Schedule.ASCENDING:
                     first = bits
@@ -62,12 +62,12 @@ def operators_of(mutation: Mutation) -> tuple[str, ...]:
     return ("directional_conv",) if mutation.file.startswith("conv") else ("selective_scan",)
 
 
-def test_without_a_mistake_nothing_is_noticed(emulator: Any) -> None:
+def test_without_a_mistake_nothing_is_detected(emulator: Any) -> None:
     assert noticed(emulator, tuple(EXACT)) == ""
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_a_planted_mistake_is_noticed(
+def test_a_planted_mistake_is_detected(
     mutation: Mutation, emulator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = sources.text
@@ -80,4 +80,4 @@ def test_a_planted_mistake_is_noticed(
 
     monkeypatch.setattr(sources, "text", planted)
     found = noticed(emulator, operators_of(mutation))
-    assert bool(found) != bool(mutation.equivalent), found or "not noticed"
+    assert bool(found) != bool(mutation.equivalent), found or "not detected"

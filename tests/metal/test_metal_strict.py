@@ -1,4 +1,4 @@
-"""clang's strict reading of every kernel's generated source, in every type, and of planted mistakes."""
+"""clang's strict check of every kernel's generated source, in every type, and of planted mistakes."""
 
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,7 @@ def test_clang_accepts_other_state_sizes(states: int, emulator: Any) -> None:
         ("int skip = 0; grad_D += float(skip);", "shadow|redefinition"),
     ],
 )
-def test_clang_rejects_what_metal_would_reject(mistake: str, complaint: str, emulator: Any) -> None:
+def test_clang_rejects_code_that_metal_would_reject(mistake: str, complaint: str, emulator: Any) -> None:
     launch = generated(emulator, mx.float32)["scan_backward"]
     place = "float grad_D = 0.0f, grad_bias = 0.0f;"
     assert place in launch.source

@@ -1,4 +1,4 @@
-"""Models that train on the Metal kernels: emulated, traced where there is no Metal, real where there is."""
+"""Models that train on the Metal kernels: emulated or traced without Metal, real with Metal."""
 
 import json
 import tempfile
@@ -29,15 +29,15 @@ from arm_mlx.metal import launch  # noqa: E402
 from arm_mlx.model import build_model, soft_cross_entropy  # noqa: E402
 
 TOLERANCE = 1e-5
-"""Of each tensor's largest value."""
+"""Tolerances relative to each tensor's largest value."""
 SCANNED = {"conv_forward", "conv_backward", "scan_forward_saving", "scan_backward", "gate_backward"}
 STEP = {"pretrain": SCANNED | {"gate_forward"}, "classifier": SCANNED | {"gate_forward_saving"}}
-"""What a layer launches in a training step, once each: the mean of one direction needs no saving."""
+"""The kernels that a layer launches once in a training step; the mean of one direction is not saved."""
 
 
 @pytest.fixture
 def offered(metal: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The scan `metal` can be chosen, on the device that this returns."""
+    """Makes the scan `metal` usable; returns its device."""
     if metal is None:
         return "gpu"
     usable = replace(scans.IMPLEMENTATIONS["metal"], unusable=lambda device: None)
@@ -47,7 +47,7 @@ def offered(metal: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def launched(metal: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each kernel was put into a graph, on an Apple GPU or emulated."""
+    """The number of times each kernel was added to a graph, on an Apple GPU or emulated."""
     return count_launches(monkeypatch)
 
 
@@ -106,7 +106,7 @@ def test_a_model_trains_on_the_kernels_as_on_the_cpu_scan(
     states = {scan: engine.export_state().parameters for scan, engine in engines.items()}
     start = initial_parameters(spec, 3)
     for name, gradient in results["cpu"][1].items():
-        # AdamW's first step is the sign of a gradient: what is next to nothing may go either way.
+        # AdamW's first step is the sign of a gradient: tiny gradients can have either sign.
         clear = np.abs(gradient) > 1e-3 * np.abs(gradient).max()
         found, expected = ((states[scan][name] - start[name])[clear] for scan in ("metal", "cpu"))
         assert np.abs(found).max() > 0, name
@@ -116,8 +116,8 @@ def test_a_model_trains_on_the_kernels_as_on_the_cpu_scan(
 def kernels_in_graph(function: Callable[..., Any], *arrays: Any) -> int:
     """Metal kernels that the results of `function(*arrays)` depend on, without computing them.
 
-    Only while it exports a function does MLX put Metal kernels into a graph where there is no Metal; what
-    is exported here is not the function, which its exporter would refuse for its custom gradients.
+    Without Metal, MLX only adds Metal kernels to a graph while it exports a function. The exported function
+    is a different one, since the exporter refuses functions with custom gradients.
     """
     count = 0
 
@@ -135,7 +135,7 @@ def kernels_in_graph(function: Callable[..., Any], *arrays: Any) -> int:
 
 @pytest.fixture
 def on_gpu_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels go into graphs although there may be no Metal to run them."""
+    """Kernels are added to graphs even if there is no Metal to run them."""
     monkeypatch.setattr(launch, "execute", lambda kernel, **call: tuple(kernel(**call, stream=mx.gpu)))
 
 
@@ -162,7 +162,7 @@ def data(spec: ModelSpec) -> tuple[Any, Any]:
 
 @pytest.mark.usefixtures("on_gpu_stream")
 @pytest.mark.parametrize("stage", ["pretrain", "classifier"])
-def test_the_graph_of_a_training_step_holds_the_kernels_forwards_and_backwards(
+def test_the_graph_of_a_training_step_contains_the_forward_and_backward_kernels(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = request.getfixturevalue(f"{stage}_spec")
@@ -178,7 +178,7 @@ def test_the_graph_of_a_training_step_holds_the_kernels_forwards_and_backwards(
 def test_the_engines_step_up_to_its_update_is_one_graph_with_the_kernels(
     pretrain_spec: PretrainSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an Apple GPU compiles: loss, gradients, norm, new weights and moments."""
+    """The graph that an Apple GPU compiles: loss, gradients, norm, new weights and moments."""
     usable = replace(scans.IMPLEMENTATIONS["metal"], unusable=lambda device: None)
     monkeypatch.setitem(scans.IMPLEMENTATIONS, "metal", usable)
     engine = backend.create_engine(
@@ -187,7 +187,7 @@ def test_the_engines_step_up_to_its_update_is_one_graph_with_the_kernels(
         optimizer=OptimizerSettings(clip=3.0, ema_decay=0.9),
         options=EngineOptions(device="cpu", scan="metal", compile=Compile.MODEL),
     )
-    finish = engine._finish  # what the engine hands to mx.compile
+    finish = engine._finish  # the function that the engine passes to mx.compile
 
     def step(images: Any, now: Any) -> list[Any]:
         results = finish({"images": images}, mx.array(1.0), mx.zeros(()), {}, now)
@@ -238,7 +238,7 @@ def test_arm_pretrain_runs_on_the_kernels(
 
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(RECIPE)
-    # On a Mac, auto is what must choose them.
+    # On a Mac, auto must select them.
     choice = ["--scan", "metal", "--device", "cpu"] if offered == "cpu" else []
     result = CliRunner().invoke(main, ["pretrain", "tiny.toml", "--backend", "mlx", "--out", "run", *choice])
     assert result.exit_code == 0, result.output
@@ -308,7 +308,7 @@ def test_mixed_types_are_computed_in_the_wider_one(metal: Any) -> None:
     )
 
 
-def test_strided_views_are_read_right(metal: Any) -> None:
+def test_strided_views_are_read_correctly(metal: Any) -> None:
     """x and z as halves of one array, B and C of another, as in the model; the gradient a broadcast."""
     arrays, order = scan_inputs()
     wide = mx.concatenate([arrays[7], arrays[7] * 2], axis=-1)

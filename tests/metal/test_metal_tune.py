@@ -1,4 +1,4 @@
-"""The search for the kernels' constants, over what is worth a try."""
+"""The search for the kernels' constants."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The MLX engine by itself: what it refuses, which BLAS it finds."""
+"""The MLX engine: refusals, and the choice of its BLAS."""
 
 import ctypes.util
 import logging
@@ -40,10 +40,10 @@ def batch(spec: ModelSpec, images: int = 4, seed: int = 0) -> Batch:
     return Batch(images=pixels, targets=rng.dirichlet(np.ones(spec.classes), images).astype(np.float32))
 
 
-# what it refuses
+# refusals
 
 
-def test_auto_decides_once_and_never_stands_in_the_record(pretrain_spec: PretrainSpec) -> None:
+def test_auto_decides_once_and_is_never_recorded(pretrain_spec: PretrainSpec) -> None:
     engine = make(pretrain_spec, device="cpu")
     assert (engine.scan, engine.device) == ("cpu", "CPU")
 
@@ -65,7 +65,7 @@ def test_a_classifier_refuses_to_train_without_targets(classifier_spec: Classifi
         make(classifier_spec).loss_and_gradients(Batch(images=batch(classifier_spec).images))
 
 
-# which BLAS it finds, and what is missing
+# the choice of the BLAS, and missing parts
 
 
 def test_without_mlx_the_backend_says_what_to_install(
@@ -104,7 +104,7 @@ print(blas.load().library, blas.load().advice, devices, error < 1e-4, "openblas"
 
 
 @on_linux
-def test_openblas_is_loaded_before_mlx_where_the_system_has_it(fresh_python: Callable[[str], str]) -> None:
+def test_openblas_is_loaded_before_mlx_if_the_system_has_it(fresh_python: Callable[[str], str]) -> None:
     library, advice, _, right, mapped = fresh_python(PRODUCT).strip().split("|")
     assert right == "True"
     if name := ctypes.util.find_library("openblas"):
@@ -114,7 +114,7 @@ def test_openblas_is_loaded_before_mlx_where_the_system_has_it(fresh_python: Cal
 
 
 @on_linux
-def test_without_openblas_products_run_on_and_the_advice_says_what_to_install(
+def test_without_openblas_products_work_and_the_advice_says_what_to_install(
     fresh_python: Callable[[str], str],
 ) -> None:
     hidden = "import ctypes.util; ctypes.util.find_library = lambda name: None\n"

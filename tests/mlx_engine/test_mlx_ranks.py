@@ -1,4 +1,4 @@
-"""Several MLX processes over loopback: the same weights as one process, and clear words when one is gone."""
+"""Several MLX processes over loopback: the same weights as one process; clear messages if one is lost."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SPEC = ClassifierSpec(encoder=EncoderSpec(width=16, depth=2, patch=4, state=4), 
 OPTIMIZER = OptimizerSettings(clip=0.5, ema_decay=0.9)
 STEPS, IMAGES, LR = 3, 4, 1e-3
 TOLERANCE = 1e-5
-"""Of each tensor's largest value."""
+"""Tolerances relative to each tensor's largest value."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++, which MLX compiles with on a CPU"
@@ -59,7 +59,7 @@ def as_arrays(state: Any) -> dict[str, np.ndarray]:
 
 
 def work(folder: str, compiled: str) -> None:
-    """What each process does in the tests below: its share of every step."""
+    """The work of each process in the tests below: its share of every step."""
     ranks = backend.join("cpu")
     trained = engine(ranks=ranks, compiled=compiled)
     results = []
@@ -74,7 +74,7 @@ def work(folder: str, compiled: str) -> None:
 
 
 def outlive(folder: str, compiled: str) -> None:
-    """Rank 1 ends without a word; what rank 0 hears of it is printed."""
+    """Rank 1 exits without a message; rank 0 prints its error."""
     ranks = backend.join("cpu")
     trained = engine(ranks=ranks, compiled=compiled)
     if ranks.rank == 1:
@@ -90,7 +90,7 @@ def outlive(folder: str, compiled: str) -> None:
 
 
 def start(task: Callable[..., None], world: int, folder: Path, compiled: str = "none") -> list[str]:
-    """Run a function of this file in several processes that form a ring; what each printed."""
+    """Run a function of this file in several processes that form a ring; returns their outputs."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(world)]))
     command = [sys.executable, __file__, task.__name__, str(folder), compiled]
@@ -136,7 +136,7 @@ needs_ring = pytest.mark.skipif(
     [(2, "none"), (3, "none"), pytest.param(2, "model", marks=needs_compiler)],
     ids=["2 processes", "3 processes with unequal shares", "2 processes, compiled"],
 )
-def test_several_processes_train_as_one_with_the_larger_batch(
+def test_several_processes_train_like_one_with_the_larger_batch(
     world: int, compiled: str, tmp_path: Path
 ) -> None:
     alone = engine()
@@ -189,7 +189,7 @@ log_every = 1
 
 
 @needs_ring
-def test_arm_pretrain_under_mlx_launch_makes_the_run_of_one_process(tmp_path: Path) -> None:
+def test_arm_pretrain_under_mlx_launch_equals_the_run_of_one_process(tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.exists():
         pytest.skip(f"needs {launcher}, which comes with MLX")
@@ -198,7 +198,7 @@ def test_arm_pretrain_under_mlx_launch_makes_the_run_of_one_process(tmp_path: Pa
     arm = [sys.executable, "-c", start_arm, "pretrain", "tiny.toml", "--backend", "mlx"]
     arm += ["--device", "cpu", "--scan", "cpu", "--out"]
     port = str(min(free_ports(2)))
-    # The two dashes: mlx.launch would take --backend mlx for its own.
+    # The two dashes: otherwise mlx.launch would read --backend mlx as its own option.
     together = [str(launcher), "-n", "2", "--backend", "ring", "-p", port, "--", *arm]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -210,24 +210,24 @@ def test_arm_pretrain_under_mlx_launch_makes_the_run_of_one_process(tmp_path: Pa
         assert done.returncode == 0, done.stderr
         said.append(done.stdout + done.stderr)
     assert "scan cpu, 2 processes" in said[0]
-    assert said[0].count("finished after 3 steps") == 1, "rank 0 alone speaks"
+    assert said[0].count("finished after 3 steps") == 1, "only rank 0 prints"
     runs = [tmp_path / "two", tmp_path / "one"]
     rows = [list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())) for run in runs]
-    assert len(rows[0]) == 4, "three steps and an evaluation: rank 0 alone writes"
+    assert len(rows[0]) == 4, "three steps and an evaluation: only rank 0 writes"
     for found, expected in zip(*rows, strict=True):
         for name in found.keys() & {"loss", "grad_norm", "eval_loss"}:
             assert found[name] == pytest.approx(expected[name], rel=TOLERANCE)
     two, one = (as_arrays(load_checkpoint(run / "checkpoints" / "step-00000003").state) for run in runs)
     for name, value in one.items():
-        if not name.endswith("key_value.bias"):  # the keys' half has rounding errors for gradients
+        if not name.endswith("key_value.bias"):  # the gradients of the keys' half are rounding errors
             assert np.abs(two[name] - value).max() <= 10 * TOLERANCE * np.abs(value).max(), name
 
 
 @needs_ring
-def test_a_process_that_is_gone_ends_the_others_in_one_sentence(tmp_path: Path) -> None:
+def test_a_lost_process_ends_the_others_with_one_sentence(tmp_path: Path) -> None:
     printed, _ = start(outlive, 2, tmp_path)
     lines = printed.splitlines()
-    assert len(lines) == 2, "a step and an exchange of words both notice"
+    assert len(lines) == 2, "a step and an exchange of values both detect it"
     assert all(line.startswith("another process of the job has ended ([ring] ") for line in lines)
 
 
@@ -237,7 +237,7 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
     assert backend.join("cpu") is ALONE
 
 
-def test_auto_takes_mlx_under_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_mlx_under_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_RANK", "0")
     assert choose_backend("auto").name == "mlx"
 
@@ -251,7 +251,7 @@ def test_auto_takes_mlx_under_its_launcher(monkeypatch: pytest.MonkeyPatch) -> N
         ("one", '[["127.0.0.1:1"], ["127.0.0.1:2"]]', "MLX_RANK: expected a number below 2, found 'one'"),
     ],
 )
-def test_a_broken_description_of_the_job_is_refused(
+def test_an_invalid_description_of_the_job_is_refused(
     rank: str, hosts: str | None, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if hosts is not None:
@@ -262,7 +262,7 @@ def test_a_broken_description_of_the_job_is_refused(
         backend.join("cpu")
 
 
-def test_gradients_travel_in_few_pieces_that_keep_their_order() -> None:
+def test_gradients_are_sent_in_few_messages_that_keep_their_order() -> None:
     sizes = {"a": 3, "b": 5, "c": 20, "d": 1, "e": 9, "f": 2}
     assert list(distributed.pieces(sizes, 10)) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
     assert list(distributed.pieces({}, 10)) == []

@@ -15,7 +15,7 @@ mx = pytest.importorskip("mlx.core", reason="needs MLX")
 from arm_mlx import scan as scans  # noqa: E402
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-"""Of each tensor's largest value; bfloat16 results are rounded to 8 bits."""
+"""Tolerances relative to each tensor's largest value; bfloat16 results are rounded to 8 bits."""
 
 CONV = ("x", "weight", "bias")
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
@@ -41,7 +41,7 @@ def label(case: Case) -> str:
 
 
 def usable() -> list[str]:
-    """Scans that some device of this machine can run."""
+    """Scans that a device of this machine can run."""
     devices = ["gpu", "cpu"] if mx.metal.is_available() else ["cpu"]
     return [name for name in scans.IMPLEMENTATIONS if any(scans.scans(d)[name] is None for d in devices)]
 
@@ -63,7 +63,7 @@ def inputs(case: Case, regime: str = "mild") -> Arrays:
         "weight": normal(directions, channels, width),
         "bias": normal(directions, channels),
         "u": normal(directions, batch, length, channels),
-        # Eighths, as dt_bias: their sum is exact, so that softplus is what is judged.
+        # Eighths, like dt_bias: their sum is exact, so that the test measures softplus.
         "dt": np.round(8 * dt) / 8,
         "A": -np.exp(normal(directions, channels, states)),
         "B": normal(directions, batch, length, states),
@@ -76,7 +76,7 @@ def inputs(case: Case, regime: str = "mild") -> Arrays:
 
 
 def weights_of(shape: tuple[int, ...]) -> np.ndarray:
-    """What the results are summed with, to have one number to differentiate."""
+    """The weights of the results, for a scalar function to differentiate."""
     return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
 
 
@@ -232,8 +232,8 @@ def test_the_cpu_scan_refuses_to_be_compiled(operator: str) -> None:
         mx.compile(weighted(operator, values, "cpu"))(*(mx.array(values[n]) for n in OPERATORS[operator]))
 
 
-def test_training_through_the_cpu_scan_runs_its_own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel whose gradient is quietly taken from elsewhere would pass every comparison."""
+def test_training_through_the_cpu_scan_runs_its_backward_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose gradient silently comes from elsewhere would pass every comparison."""
     called = []
     for name in ("conv_forward", "conv_backward", "scan_forward", "scan_backward"):
         function = getattr(scans.cpu_kernels, name)
@@ -268,7 +268,7 @@ def test_a_shape_that_does_not_fit_is_refused_by_name(operator: str, impl: str) 
 
 
 @pytest.mark.parametrize("impl", usable())
-def test_a_scan_that_keeps_nothing_gives_the_same_and_refuses_gradients(impl: str) -> None:
+def test_a_scan_that_saves_nothing_gives_the_same_result_and_refuses_gradients(impl: str) -> None:
     values = inputs(CASES[2])
     arrays = [mx.array(values[name]) for name in (*SCAN, "order")]
     found = scans.selective_scan(*arrays, impl=impl, save_for_backward=False)

@@ -1,4 +1,4 @@
-"""MLX's training step: compiled or not, in place or not, in float32 and bfloat16, and what it costs."""
+"""MLX's training step: compiled or not, in place or not, in float32 and bfloat16, and its memory."""
 
 import dataclasses
 import gc
@@ -44,9 +44,9 @@ WIDER = dataclasses.replace(PRETRAINING, encoder=EncoderSpec(width=64, depth=6, 
 OPTIMIZER = OptimizerSettings(clip=0.3, ema_decay=0.9, layer_decay=0.8)
 
 STEP = 1e-5
-"""Compiled or in place against operation by operation: of each tensor's largest value."""
+"""Compiled or in place against operation by operation, relative to each tensor's largest value."""
 BFLOAT16 = 3e-2
-"""MLX against torch, both with bfloat16 products: the difference's L2 norm, of the gradient's."""
+"""MLX against torch, both with bfloat16 products: the difference's L2 norm relative to the gradient's."""
 
 
 def make(spec: ModelSpec, *, optimizer: OptimizerSettings = OPTIMIZER, **options: Any) -> Any:
@@ -56,7 +56,7 @@ def make(spec: ModelSpec, *, optimizer: OptimizerSettings = OPTIMIZER, **options
 
 
 def operation_by_operation(spec: ModelSpec) -> Any:
-    """The step as MLX runs it uncompiled, with the update in MLX's operations, too."""
+    """The uncompiled step, with the update in MLX's operations as well."""
     engine = make(spec)
     engine._update = update.update
     return engine
@@ -73,7 +73,7 @@ def batch(spec: ModelSpec, seed: int, images: int = 2) -> Batch:
 
 
 def arrays_of(state: TrainingState) -> dict[str, np.ndarray]:
-    """Every array of a state, but for the biases of keys, whose gradients are rounding errors alone."""
+    """Every array of a state except the biases of keys, whose gradients are rounding errors."""
     kinds = ("parameters", "exp_avg", "exp_avg_sq", "ema")
     found = {f"{kind} {name}": a for kind in kinds for name, a in getattr(state, kind).items()}
     return {name: a for name, a in found.items() if not name.endswith("key_value.bias")}
@@ -100,7 +100,7 @@ def active_memory() -> int:
 
 
 MICRO_BATCHES = (1, 1, 2, 1, 3)
-"""Of the steps in the comparisons."""
+"""Learning rates of the steps in the comparisons."""
 
 
 def train(engine: Any) -> list[tuple[float, float]]:
@@ -126,7 +126,7 @@ def test_the_compiled_step_equals_the_uncompiled_one(spec: ModelSpec) -> None:
 
 
 @needs_compiler
-def test_no_step_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_traced_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = 0
 
     def counting(*arguments: Any) -> Any:
@@ -156,8 +156,8 @@ def test_no_step_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_a_compiled_step_computes_nothing_before_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the call that starts the device left out, a step must not take memory until its result is read."""
+def test_a_compiled_step_computes_nothing_before_its_result_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the call that starts the device, a step must not take memory until its result is read."""
     spec = dataclasses.replace(CLASSIFIER, encoder=dataclasses.replace(ENCODER, width=96))
     engine = make(spec, compile=Compile.MODEL)
     weights = sum(value.nbytes for value in initial_parameters(spec, 3).values())
@@ -176,7 +176,7 @@ def test_a_compiled_step_computes_nothing_before_it_is_asked_to(monkeypatch: pyt
 @needs_compiler
 @pytest.mark.parametrize("kept", [False, True], ids=["as it is", "with the old state held elsewhere"])
 def test_a_compiled_step_needs_no_second_copy_of_the_state(kept: bool) -> None:
-    """Weights, moments and average are four times the weights; gradients and what they pass make two more."""
+    """Weights, moments and average take four times the weights; gradients and temporary arrays two more."""
     encoder = EncoderSpec(width=128, depth=12, patch=4, state=4)
     spec = ClassifierSpec(encoder=encoder, classes=4, image_size=(8, 8), scan_directions=DIRECTIONS[1])
     engine = make(spec, compile=Compile.MODEL)
@@ -223,7 +223,7 @@ def test_auto_compiles_the_whole_step_on_an_apple_gpu() -> None:
     np.testing.assert_allclose(train(engine), train(compared), rtol=10 * STEP)
 
 
-def test_what_mlx_does_not_compile_is_refused() -> None:
+def test_options_that_mlx_cannot_compile_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scan 'cpu' runs outside of MLX's graph; use --scan reference"):
         make(CLASSIFIER, compile=Compile.MODEL, scan="cpu")
     with pytest.raises(ValueError, match="expected model or none, found blocks"):
@@ -279,7 +279,7 @@ def test_the_gate_beside_the_cpu_scan_equals_the_plain_one() -> None:
         assert_close({"": np.array(x)}, {"": np.array(y)}, STEP)
 
 
-def test_gradients_of_weights_lie_as_the_weights_do() -> None:
+def test_gradients_of_weights_have_the_memory_layout_of_the_weights() -> None:
     """A transposed one would be copied before the update."""
     engine = make(PRETRAINING, scan="cpu")
     _, gradients = engine._micro_step(engine._put(batch(PRETRAINING, 0)), mx.array(1.0), mx.zeros(()), {})
@@ -309,7 +309,7 @@ def test_bfloat16_gradients_agree_with_those_of_torch(spec: ModelSpec) -> None:
             assert error < BFLOAT16, f"{name}: {error:.1e}"
 
 
-def test_bfloat16_leaves_the_scan_its_float32_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_keeps_the_float32_parameters_of_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     whole = layers.selective_scan
 
@@ -326,7 +326,7 @@ def test_bfloat16_leaves_the_scan_its_float32_parameters(monkeypatch: pytest.Mon
     assert {array.dtype for array in what_steps_change(engine).values()} == {mx.float32}
 
 
-# the guard
+# values that are not finite
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_bfloat16_leaves_the_scan_its_float32_parameters(monkeypatch: pytest.Mon
     ],
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_leaves_everything_as_it_was(options: dict[str, Any], bad: float) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(options: dict[str, Any], bad: float) -> None:
     engine = make(CLASSIFIER, **options)
     engine.train_step([batch(CLASSIFIER, 0)], step=1, lr=1e-3).result()
     before = arrays_of(engine.export_state())

@@ -1,4 +1,4 @@
-"""A process of an MLX job that loses the others ends, in a stated time, with an exit code that is not 0."""
+"""A process of an MLX job that loses the others ends within a time limit, with a nonzero exit code."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LINE = "Error: another process of the job does not answer; stopping\n"
 
 
 class Damaged(MlxRanks):
-    """Two ranks in one process; `damage` changes what the second one seems to send."""
+    """Two ranks in one process; `damage` changes the message of the second one."""
 
     def __init__(self, damage) -> None:
         self.rank, self.world = 0, 2
@@ -43,7 +43,7 @@ def change(call: int, column: int, value: int):
     return damage
 
 
-def test_sound_messages_of_two_ranks_are_returned():
+def test_valid_messages_of_two_ranks_are_returned():
     assert Damaged(lambda calls, rows: rows).gather({"a": 1}) == [{"a": 1}] * 2
 
 
@@ -53,7 +53,7 @@ def test_sound_messages_of_two_ranks_are_returned():
         change(1, 0, 7),  # the number of the exchange
         change(1, 1, -1),
         change(1, 1, MAX_TEXT + 1),
-        change(1, 1, 3),  # another size than the text has
+        change(1, 1, 3),  # a size that does not match the text
         change(1, 2, 12345),  # the checksum
         change(2, 0, 0),  # the text
         lambda calls, rows: np.zeros_like(rows),
@@ -98,7 +98,7 @@ def start(folder: Path, limit: str) -> list[subprocess.Popen[str]]:
 
 @needs_ring
 @pytest.mark.parametrize("signalled", [False, True])
-def test_waiting_for_a_process_that_does_not_answer_has_a_limit(tmp_path, signalled):
+def test_waiting_for_a_process_that_does_not_answer_has_a_time_limit(tmp_path, signalled):
     waiting, stopped = start(tmp_path, "600" if signalled else "2")
     try:
         assert stopped.stdout is not None

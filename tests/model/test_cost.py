@@ -1,4 +1,4 @@
-"""What `arm info` says a model costs, against the official counts and against torch."""
+"""The cost of a model in `arm info`, against the official counts and against torch."""
 
 import dataclasses
 
@@ -58,13 +58,13 @@ def matrix_products(model, images) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention goes uncounted
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention is not counted
         model(images)
     return counter.get_total_flops() // 2
 
 
 def kept_values(model, images) -> int:
-    """Values that autograd and the scan's kernel keep for the backward, weights apart."""
+    """Values that autograd and the scan's kernel keep for the backward pass, without weights."""
     import torch
 
     from arm_core import cpu_kernels
@@ -87,7 +87,7 @@ def kept_values(model, images) -> int:
     forward = cpu_kernels.scan_forward
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         patch.setattr(cpu_kernels, "scan_forward", scan_forward)
-        outputs = model(images)  # alive until the count: a freed storage's address may be used again
+        outputs = model(images)  # kept until the count: the address of a freed storage can be reused
         assert outputs
         return sum(kept.values()) + sum(states)
 

@@ -52,7 +52,7 @@ def test_initial_values_depend_only_on_seed_and_name():
 
 
 def test_initial_values_never_change():
-    """Literal values: a change here would start every seeded run elsewhere."""
+    """Literal values: a change here would change the start of every seeded run."""
     np.testing.assert_allclose(KeyedRng(0, "x").uniform(3), UNIFORM, rtol=0, atol=1e-12)
     np.testing.assert_allclose(KeyedRng(0, "x").normal(3), NORMAL, rtol=0, atol=1e-9)
 
@@ -99,7 +99,7 @@ def test_truncated_normals_keep_their_limit():
     assert abs(rng.mean()) < 0.05
 
 
-def test_weights_beyond_the_memory_of_the_machine_are_refused_before_they_are_made():
+def test_weights_beyond_the_memory_of_the_machine_are_refused_before_they_are_allocated():
     spec = ClassifierSpec(encoder=EncoderSpec(width=16384, depth=512), classes=2)
     with pytest.raises(
         ValueError, match=r"take [0-9,]+ GiB, more than the memory of this machine, [0-9,]+ GiB"

@@ -1,4 +1,4 @@
-"""Token orders, masks and position tables, held against their definitions written another way."""
+"""Token orders, masks and position tables, compared with a second form of their definitions."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_the_random_order_is_fixed_by_its_seed():
 EXPECTED_RANDOM = [0, 21, 2, 11, 20, 17, 9, 1]
 
 
-def test_the_encoder_misses_the_last_cluster_and_the_targets_miss_the_first():
+def test_the_encoder_omits_the_last_cluster_and_the_targets_omit_the_first():
     spec = pretrain()
     order = patch_order(spec)
     assert (encoder_patches(spec) == order[:-6]).all()

@@ -1,6 +1,6 @@
-"""Several torch processes train one model: what one process with the same global batch computes.
+"""Several torch processes train one model and compute the same as one process with the same global batch.
 
-gloo on the CPU; each job is started once and makes several runs, since starting it takes seconds.
+They use gloo on the CPU. Each job is started once and makes several runs, since starting it takes seconds.
 """
 
 import json
@@ -59,7 +59,7 @@ def runs(world, *tasks) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, one_torch_thread):
-    """Runs of one process, of 2, 3 and 4, and runs that were handed from one number to another."""
+    """Runs of 1, 2, 3 and 4 processes, and runs that were resumed with another number."""
     folder = tmp_path_factory.mktemp("runs")
 
     def path(name):
@@ -92,7 +92,7 @@ def final(run: Path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_processes_make_the_run_of_one(folder, name):
+def test_any_number_of_processes_gives_the_run_of_one(folder, name):
     found, expected = final(folder / name), final(folder / f"{name.split('-')[0]}-1")
     assert found.progress.step == expected.progress.step == 4
     assert found.progress.position == expected.progress.position == 24
@@ -106,7 +106,7 @@ def test_any_processes_make_the_run_of_one(folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_processes_log_the_rows_of_one_and_evaluate_exactly(folder, name):
+def test_any_number_of_processes_logs_the_same_rows_and_evaluates_exactly(folder, name):
     rows, wanted = (
         [{**row, "images_per_s": 0} for row in read_rows(folder / run / "metrics.jsonl")]
         for run in (name, f"{name.split('-')[0]}-1")
@@ -117,7 +117,7 @@ def test_any_processes_log_the_rows_of_one_and_evaluate_exactly(folder, name):
         assert row == pytest.approx(want, rel=1e-4)
 
 
-def test_checkpoints_have_the_same_files_whoever_wrote_them(folder):
+def test_checkpoints_have_the_same_files_for_any_number_of_processes(folder):
     def files(name):
         return {p.name: p.stat().st_size for p in final_folder(name).iterdir() if p.suffix == ".safetensors"}
 
@@ -129,7 +129,7 @@ def test_checkpoints_have_the_same_files_whoever_wrote_them(folder):
         assert files(name) == files(f"{name.split('-')[0]}-1")
 
 
-def test_a_run_says_how_many_processes_made_it(folder):
+def test_a_run_records_its_number_of_processes(folder):
     sessions = read_rows(folder / "finetune-2-3-shard" / "sessions.jsonl")
     assert [(row["step"], row["ranks"]) for row in sessions] == [(0, "2"), (2, "3")]
 
@@ -145,7 +145,7 @@ WORDS = ["pretrain", "pre.toml", "--data", "train", "--device", "cpu", "--thread
 TWO = ["--set", "training.accumulation=2"]
 
 
-def test_a_killed_process_ends_the_job_and_a_restart_goes_on(place):
+def test_a_killed_process_ends_the_job_and_a_restart_resumes_it(place):
     words = [*WORDS, *TWO, "--set", "training.save_every=1 step"]
     done = torchrun(2, "arm", *words, "--out", "run", restarts=1, cwd=place, KILL="1:3")
     assert done.returncode == 0, done.stderr[-5000:]
@@ -161,7 +161,7 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on(place):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
-def test_mistakes_under_torchrun_are_told_once(place):
+def test_mistakes_under_torchrun_are_reported_once(place):
     done = torchrun(2, "arm", *WORDS, "--out", "run", cwd=place)
     assert done.stderr.count("Error: training.accumulation: an update has 1 micro-batches") == 1
     assert done.stderr.count("Traceback") == 1  # torchrun's own

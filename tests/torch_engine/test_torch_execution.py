@@ -1,4 +1,4 @@
-"""Compiled blocks, blocks computed twice, an exhausted device: the same numbers, or one clear sentence."""
+"""Compiled blocks, recomputed blocks, out of memory: the same numbers, or one clear sentence."""
 
 import os
 import shutil
@@ -52,8 +52,8 @@ def assert_same_gradients(found, expected, tolerance):
         np.testing.assert_allclose(found[1][name], gradient, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def test_blocks_computed_twice_give_the_same_bits_and_keep_less(pretrain_spec):
-    """Drop path included: its factors come as data."""
+def test_recomputed_blocks_give_the_same_bits_and_keep_less(pretrain_spec):
+    """Includes drop path, whose factors are inputs."""
     plain, twice = make(pretrain_spec), make(pretrain_spec, recompute=True)
     data = batch(pretrain_spec, 3)
     assert_same_gradients(twice.loss_and_gradients(data), plain.loss_and_gradients(data), 0.0)
@@ -91,13 +91,13 @@ def test_compiled_blocks_give_the_same_gradients(recompute):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
 @pytest.mark.skipif("ARM_LONG_TESTS" not in os.environ, reason="compiles for a minute: set ARM_LONG_TESTS=1")
-def test_a_compiled_model_trains_as_one_that_is_not():
+def test_a_compiled_model_trains_like_an_uncompiled_one():
     plain, compiled = make(scan="reference"), make(scan="reference", compile=Compile.MODEL)
     for step in (1, 2):
         results = [engine.train_step([batch()], step=step, lr=1e-3).result() for engine in (plain, compiled)]
         assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
         assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-4)
-    # Another batch size needs no other compilation: passes without gradients run as written.
+    # Another batch size is not compiled again: passes without gradients are not compiled.
     images = batch(images=5).images
     np.testing.assert_allclose(compiled.forward(images)["loss"], plain.forward(images)["loss"], rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_a_compiled_model_trains_as_one_that_is_not():
         ("cpu", "reference", Compile.NONE),
     ],
 )
-def test_auto_compiles_the_blocks_where_triton_scans(device, scan, expected):
+def test_auto_compiles_the_blocks_with_the_triton_scan(device, scan, expected):
     assert choose_compile(EngineOptions(), scan, torch.device(device)) is expected
     none = EngineOptions(compile=Compile.NONE)
     assert choose_compile(none, scan, torch.device(device)) is Compile.NONE
@@ -127,12 +127,12 @@ def test_auto_compiles_the_blocks_where_triton_scans(device, scan, expected):
         ({"shard": True}, "--shard needs several processes; start them with torchrun"),
     ],
 )
-def test_what_cannot_be_combined_is_refused_in_one_sentence(options, sentence):
+def test_incompatible_options_are_refused_in_one_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         make(**options)
 
 
-def test_an_average_is_exchanged_with_the_weights_and_back():
+def test_an_average_is_swapped_with_the_weights_and_back():
     engine = make()
     engine.train_step([batch()], step=1, lr=1e-2).result()
     before = engine.export_state()
@@ -146,7 +146,7 @@ def test_an_average_is_exchanged_with_the_weights_and_back():
         np.testing.assert_array_equal(after.parameters[name], before.parameters[name])
 
 
-def test_an_exhausted_device_says_what_fits_and_the_state_stays(monkeypatch):
+def test_the_out_of_memory_message_says_what_fits_and_the_state_is_kept(monkeypatch):
     engine = make()
     before = engine.export_state()
     monkeypatch.setattr(engine, "_available", int(engine._memory.total(1) / 0.9) + 1)
@@ -169,7 +169,7 @@ def test_an_exhausted_device_says_what_fits_and_the_state_stays(monkeypatch):
     assert engine.train_step([batch()], step=1, lr=1e-3).result().finite
 
 
-def test_the_modelled_memory_falls_with_shards_and_recomputation(pretrain_spec):
+def test_the_modelled_memory_decreases_with_shards_and_recomputation(pretrain_spec):
     whole = step_memory(pretrain_spec, average=True)
     assert step_memory(pretrain_spec, average=True, shards=8).state == whole.state // 8
     assert step_memory(pretrain_spec, value_bytes=2).per_image == whole.per_image // 2
@@ -182,7 +182,7 @@ def test_the_modelled_memory_falls_with_shards_and_recomputation(pretrain_spec):
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_is_full_says_so_and_the_next_step_runs():
+def test_a_full_gpu_is_reported_and_the_next_step_runs():
     engine = make(device="cuda")
     torch.cuda.set_per_process_memory_fraction(0.002)
     try:

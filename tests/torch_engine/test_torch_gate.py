@@ -1,4 +1,4 @@
-"""What the CPU fuses, the gate of the MLP and a shared projection, against float64, alone and in torch."""
+"""The fused CPU functions against float64, alone and in torch: the MLP's gate, a shared projection."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from arm_core import cpu_kernels
 from arm_core.model.reference.scan import silu
 
 TOLERANCE = 5e-7
-"""Of each tensor's largest value; a float32 rounding is 6e-8."""
+"""Tolerances relative to each tensor's largest value; a float32 rounding is 6e-8."""
 SIZES = [(5,), (63,), (64,), (3, 5, 7), (1, 4096), (2, 4097), (3, 4, 1031)]  # around vectors and tasks
 
 
@@ -39,7 +39,7 @@ def test_value_and_gradients_agree_with_float64(shape: tuple[int, ...], scale: f
         assert worst(ours, expected) < TOLERANCE
 
 
-def test_torch_gates_the_same_with_gradients_in_every_precision() -> None:
+def test_the_gate_and_its_gradients_agree_in_torch_in_every_precision() -> None:
     torch = pytest.importorskip("torch")
     from arm_cuda.gate import swiglu
 
@@ -65,7 +65,7 @@ def test_torch_gates_the_same_with_gradients_in_every_precision() -> None:
             assert worst(ours.detach().double().numpy(), reference) < tolerance
 
 
-def test_torch_adds_both_gradients_of_what_is_projected_and_passed_on() -> None:
+def test_both_gradients_of_a_shared_input_are_added() -> None:
     torch = pytest.importorskip("torch")
     from arm_cuda.layers import project_and_pass
 
@@ -90,7 +90,7 @@ def test_torch_adds_both_gradients_of_what_is_projected_and_passed_on() -> None:
                 assert worst(value.detach().double().numpy(), expected[name]) < tolerance, name
 
 
-def test_a_nan_stays_where_it_is() -> None:
+def test_a_nan_stays_in_its_element() -> None:
     _, a, b = values((130,))
     a[17] = np.nan
     assert np.flatnonzero(np.isnan(cpu_kernels.swiglu_forward(a, b))).tolist() == [17]

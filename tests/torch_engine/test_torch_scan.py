@@ -134,7 +134,7 @@ def test_cpu_scan_uses_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch)
     set_threads = numba.set_num_threads
     monkeypatch.setattr(numba, "set_num_threads", lambda n: seen.append(n) or set_threads(n))
     run("cpu", inputs(CASES[2]))
-    assert seen[::2] == [1] * 4  # every second call puts the former number back
+    assert seen[::2] == [1] * 4  # every second call restores the number
 
 
 def test_cpu_backward_from_a_second_thread_gives_the_same_bits() -> None:

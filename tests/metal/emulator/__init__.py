@@ -1,15 +1,15 @@
-"""Runs MLX's Metal kernels on Linux, from the very source that MLX generates for Apple's compiler.
+"""Runs MLX's Metal kernels on Linux, from the source that MLX generates for Apple's compiler.
 
     emulator = Emulator()
     monkeypatch.setattr(launch, "execute", emulator.execute)
 
 Each call is traced for its source, compiled with g++ against a small `metal_stdlib`, and run with one fiber
-per GPU thread, in step at SIMD-group operations and barriers. A `KernelError` is raised for an access out of
-bounds, an element that nobody wrote, a barrier or SIMD-group operation that not all threads reach, and for
-more threads or threadgroup memory than Apple GPUs have. Uninitialised registers and threadgroup memory hold
-NaN or huge numbers, so that they show in the results.
+per GPU thread. Fibers are synchronised at SIMD-group operations and barriers. A `KernelError` is raised for
+an access out of bounds, an unwritten element, a barrier or SIMD-group operation that not all threads reach,
+and for more threads or threadgroup memory than Apple GPUs have. Uninitialised registers and threadgroup
+memory contain NaN or huge numbers, so that they are visible in the results.
 
-What it cannot tell: Apple's compiler and its registers, the accuracy of its exp2 and log, races within an
+It cannot check Apple's compiler and its registers, the accuracy of its exp2 and log, races within an
 operation of one SIMD group, and speed.
 """
 
@@ -43,7 +43,7 @@ STORED = {
 
 
 class KernelError(Exception):
-    """A kernel did what it must not do."""
+    """A kernel did something that is not allowed."""
 
 
 class Schedule(IntEnum):
@@ -64,25 +64,25 @@ class _Report(ctypes.Structure):
 
 @dataclass
 class Emulator:
-    """Runs kernel calls in one schedule, and remembers them."""
+    """Runs kernel calls in one schedule, and records them."""
 
     schedule: Schedule = Schedule.ASCENDING
     flags: tuple[str, ...] = ()
     """More options for g++."""
     launches: list[Launch] = field(default_factory=list)
     threadgroup_bytes: dict[str, int] = field(default_factory=dict)
-    """The most that a threadgroup declared, by kernel name."""
+    """The largest declared threadgroup memory, by kernel name."""
 
     def execute(self, kernel: Any, **call: Any) -> tuple[mx.array, ...]:
-        """What `kernel(**call)` would return on an Apple GPU. Raises KernelError."""
+        """The results of `kernel(**call)` on an Apple GPU. Raises KernelError."""
         launch = trace(kernel, **call)
         self.launches.append(launch)
         if (threads := prod(launch.threadgroup)) > MAX_THREADS:
             raise KernelError(
-                f"{launch.name}: {threads} threads in a threadgroup, {MAX_THREADS} are possible"
+                f"{launch.name}: {threads} threads in a threadgroup, expected at most {MAX_THREADS}"
             )
 
-        # Arrays end at a guard page in two schedules and begin at one in the third: both ways out are shut.
+        # Arrays end at a guard page in two schedules and begin at one in the third: both ends are checked.
         at_end = self.schedule is not Schedule.DESCENDING
         buffers = []
         for i, (array, asked) in enumerate(zip(call["inputs"], launch.asked, strict=True)):
@@ -129,15 +129,15 @@ class Emulator:
         self.threadgroup_bytes[launch.name] = most
         if most > MAX_THREADGROUP_BYTES:
             raise KernelError(
-                f"{launch.name}: {most} bytes of threadgroup memory, {MAX_THREADGROUP_BYTES} are there"
+                f"{launch.name}: {most} bytes of threadgroup memory, expected at most {MAX_THREADGROUP_BYTES}"
             )
 
 
 def _in_memory(values: np.ndarray) -> np.ndarray:
-    """The memory from a view's first element to its last, poison where the view has none."""
+    """The memory from a view's first element to its last, with poison between its elements."""
     if values.flags.c_contiguous:
         return values
-    assert min(values.strides) >= 0, "a view that runs backwards"
+    assert min(values.strides) >= 0, "a view with negative strides"
     last = sum((size - 1) * stride for size, stride in zip(values.shape, values.strides, strict=True))
     memory = np.full(last + values.itemsize, POISON, np.uint8).view(values.dtype)
     np.lib.stride_tricks.as_strided(memory, values.shape, values.strides)[...] = values

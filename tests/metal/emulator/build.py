@@ -18,13 +18,13 @@ from emulator.translate import HERE, program
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-w",
     "-ffp-contract=off",  # a fused product is one only where the source says fma
-    "-ftrivial-auto-var-init=pattern",  # uninitialised registers are huge numbers, not luck
+    "-ftrivial-auto-var-init=pattern",  # uninitialised registers are huge numbers and not random
     "-U_FORTIFY_SOURCE",  # its longjmp refuses to leave a fiber's stack
 )  # fmt: skip
 
 
 def missing() -> str | None:
-    """Why kernels cannot be emulated here, or None."""
+    """The reason why kernels cannot be emulated here, or None."""
     if platform.system() != "Linux":
         return "the Metal emulator needs Linux"
     if shutil.which("g++") is None:
@@ -41,7 +41,7 @@ def _folder() -> Path:
 
 @cache
 def build(launch: Launch, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The launch as a loaded library. Raises RuntimeError with g++'s words where it does not compile."""
+    """The launch as a loaded library. Raises RuntimeError with g++'s message if it does not compile."""
     options = [*FLAGS, *flags, *_native()]
     shim = (HERE / "include/metal_stdlib").read_text()
     runtime = _compiled((HERE / "runtime.cpp").read_text(), shim, [*options, "-c"], "o")
@@ -50,7 +50,7 @@ def build(launch: Launch, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def _compiled(text: str, shim: str, options: list[str], suffix: str) -> Path:
-    """The file that g++ makes of a text; `shim` is what the text includes."""
+    """The file that g++ compiles from a text; `shim` is the header that it includes."""
     key = hashlib.sha256("\0".join([text, shim, *options]).encode()).hexdigest()[:24]
     result = _folder() / f"{key}.{suffix}"
     if not result.exists():
@@ -66,7 +66,7 @@ def _compiled(text: str, shim: str, options: list[str], suffix: str) -> Path:
 
 
 def _native() -> list[str]:
-    """With a fused multiply-add in hardware an emulated one is no call into the C library."""
+    """With a hardware fused multiply-add, the emulated one does not call the C library."""
     return ["-mfma"] if platform.machine() == "x86_64" and " fma " in _cpuinfo() else []
 
 

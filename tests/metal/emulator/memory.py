@@ -11,7 +11,7 @@ PAGE = mmap.PAGESIZE
 GUARD = 64 * 2**20
 """Bytes of inaccessible memory on both sides; costs addresses, not memory."""
 POISON = 0xFF
-"""Fills every byte that nobody has written: NaN in each floating type, -1 in integers."""
+"""Fills every unwritten byte: NaN in each floating type, -1 in integers."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -23,7 +23,7 @@ def _protect(address: int, size: int, mode: int) -> None:
 class Buffer:
     """One array's memory: it ends where a guard page begins, or begins where one ends.
 
-    The rest of its pages is poisoned; `overrun()` tells whether it has been written to.
+    The rest of its pages is poisoned; `overrun()` returns whether it was written.
     """
 
     def __init__(self, name: str, content: np.ndarray | None, size: int, *, at_end: bool) -> None:
@@ -48,7 +48,7 @@ class Buffer:
         return np.frombuffer(ctypes.string_at(self.address, self.size), dtype).copy()
 
     def overrun(self) -> bool:
-        """Whether the slack beside the array was written."""
+        """Whether the unused memory beside the array was written."""
         before = ctypes.string_at(self.first_page, self.address - self.first_page)
         end = self.address + self.size
         after = ctypes.string_at(end, self.first_page + self._whole - end)

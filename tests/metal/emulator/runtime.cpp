@@ -1,4 +1,4 @@
-// Runs one kernel launch: threadgroups one after the other, one fiber per thread.
+// Runs one kernel launch: one threadgroup at a time, one fiber per thread.
 //
 // A fiber runs until a SIMD-group operation or a threadgroup barrier. A SIMD-group operation ends when all
 // 32 lanes have reached the same one; a barrier, when all threads of the threadgroup have reached the same
@@ -46,14 +46,14 @@ static std::vector<Fiber> fibers;
 static Fiber* current;
 static char* stacks = nullptr;
 static size_t stack_count = 0;
-static int operations[MAX_SIMDGROUPS];  // of each SIMD group so far; two sets of slots take turns
+static int operations[MAX_SIMDGROUPS];  // of each SIMD group so far; two sets of slots alternate
 static uint64_t slot_values[MAX_SIMDGROUPS][2][SIMD];
 static long threadgroup_number = 0;     // over all launches
 static size_t threadgroup_bytes;
 static Schedule schedule;
 static uint32_t random_state;
 
-// Switching between fibers: six saved registers, or ucontext elsewhere than on x86-64.
+// Switching between fibers: six saved registers on x86-64, ucontext elsewhere.
 #ifdef USE_UCONTEXT
 static ucontext_t scheduler;
 static void leave() { swapcontext(&current->context, &scheduler); }
@@ -158,7 +158,7 @@ static std::string divergence(const char* what, int line, const int* counts) {
   return text;
 }
 
-// Advance one SIMD group until all of its threads stand at a barrier or are done.
+// Advance one SIMD group until all of its threads are at a barrier or done.
 static std::string run_simdgroup(int first, int last, std::vector<int>& lanes) {
   for (;;) {
     arrange(lanes);

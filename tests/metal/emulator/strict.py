@@ -1,7 +1,7 @@
 """The strict pass: clang reads the generated source with address spaces as attributes and warnings as errors.
 
 Metal is C++14 with address spaces; g++ cannot tell `device` from `thread` memory, and does not mind a
-double literal, which Metal has not. clang can and does.
+double literal, which Metal does not have. clang can and does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEEDED = f"needs Linux and clang++ {OLDEST} or newer"
 
 @cache
 def compiler() -> str | None:
-    """The system's clang++, or None where there is none that is recent enough."""
+    """The system's clang++, or None if it is missing or too old."""
     if platform.system() != "Linux":
         return None  # Apple's clang numbers its versions otherwise and has one target
     names = ("clang++", *(f"clang++-{version}" for version in range(30, OLDEST - 1, -1)))
@@ -43,7 +43,7 @@ def compiler() -> str | None:
 
 
 def complaints(launch: Launch, standard: str = "c++14") -> str:
-    """What clang has against the source of a launch; empty where it has nothing."""
+    """The errors and warnings of clang for the source of a launch; empty if there are none."""
     command = [str(compiler()), f"-std={standard}", "-fsyntax-only", *WARNINGS, f"-I{HERE / 'include'}"]
     text = strict_program(launch)
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""What MLX would hand to Metal for a kernel call: its source, grid and threadgroup.
+"""The source, grid and threadgroup that MLX would pass to Metal for a kernel call.
 
-MLX's exporter traces a graph without running it, also where there is no Metal; a custom kernel stands in
-the trace with the source that MLX has generated for it.
+MLX's exporter traces a graph without running it, even without Metal. The trace of a custom kernel contains
+the source that MLX has generated for it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ INSTANTIATION = re.compile(r"\ntemplate \[\[host_name\(.*", re.DOTALL)
 
 
 def program(launch: Launch) -> str:
-    """C++ that runs the launch once linked with the runtime: the kernel, and its call for one thread."""
+    """C++ that runs the launch when linked with the runtime: the kernel, and its call for one thread."""
     body = INSTANTIATION.sub("", _with_threadgroup_variables(launch.source))
     calls = ", ".join(_argument(parameter) for parameter in _parameters(launch))
     return f"""#include <metal_stdlib>
@@ -50,7 +50,7 @@ def _parameters(launch: Launch) -> list[re.Match[str]]:
     signature = re.search(
         rf"\[\[kernel\]\] void {re.escape(launch.name)}\(\n(.*?)\) \{{\n", launch.source, re.S
     )
-    assert signature, "MLX writes the signature of a kernel in another form than expected"
+    assert signature, "MLX generates the signature of a kernel in an unexpected form"
     found = [PARAMETER.fullmatch(line.strip()) for line in signature[1].split(",\n")]
     return [match for match in found if match]
 
@@ -59,7 +59,7 @@ def _argument(parameter: re.Match[str]) -> str:
     if parameter["attribute"] != "buffer":
         return f"{POSITION}.{parameter['attribute']}"
     pointer = re.sub(r"\b(device|constant)\b ?", "", parameter["type"])
-    assert pointer.endswith("*"), f"{parameter[0]}: the kernels take arrays alone"
+    assert pointer.endswith("*"), f"{parameter[0]}: the kernels take only arrays"
     return f"reinterpret_cast<{pointer}>(buffers[{parameter['index']}])"
 
 
