@@ -12,10 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arm_core import cpu_kernels
-from arm_core.cpu_kernels.scan import CHUNK
-from arm_core.cpu_kernels.simd import LANES
-
 
 def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
     """Same as `arm_cuda.scan.directional_conv`, on the CPU."""
@@ -46,20 +42,27 @@ def _arrays(*tensors: Tensor) -> list[npt.NDArray[Any]]:
     return [t.detach().numpy() for t in tensors]
 
 
+def _kernels() -> Any:
+    """The kernels of the core; importing them imports Numba, which other scans do not need."""
+    from arm_core import cpu_kernels
+
+    return cpu_kernels
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
 
 @torch.library.custom_op("arm_cuda::cpu_conv", mutates_args=(), device_types="cpu")
 def conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-    return torch.from_numpy(cpu_kernels.conv_forward(*_arrays(x, weight, bias, order), threads=_threads()))
+    return torch.from_numpy(_kernels().conv_forward(*_arrays(x, weight, bias, order), threads=_threads()))
 
 
 @torch.library.custom_op("arm_cuda::cpu_conv_backward", mutates_args=(), device_types="cpu")
 def conv_backward(
     grad_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = cpu_kernels.conv_backward(*_arrays(grad_u, x, weight, bias, order), threads=_threads())
+    found = _kernels().conv_backward(*_arrays(grad_u, x, weight, bias, order), threads=_threads())
     grad_x, grad_weight, grad_bias = (torch.from_numpy(g).contiguous() for g in found)
     return grad_x, grad_weight, grad_bias
 
@@ -70,9 +73,7 @@ def scan(
     order: Tensor, save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     arrays = _arrays(u, dt, A, B, C, D, dt_bias, z, order)
-    out, residuals = cpu_kernels.scan_forward(
-        *arrays, save_for_backward=save_for_backward, threads=_threads()
-    )
+    out, residuals = _kernels().scan_forward(*arrays, save_for_backward=save_for_backward, threads=_threads())
     if residuals is None:
         return torch.from_numpy(out), u.new_empty(0), u.new_empty(0)
     return torch.from_numpy(out), torch.from_numpy(residuals.mean), torch.from_numpy(residuals.states)
@@ -84,8 +85,8 @@ def scan_backward(
     D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad, kept, states_, *arrays = _arrays(grad_out, mean, states, u, dt, A, B, C, D, dt_bias, z, order)
-    residuals = cpu_kernels.ScanResiduals(kept, states_)
-    found = cpu_kernels.scan_backward(grad, residuals, *arrays, threads=_threads())
+    residuals = _kernels().ScanResiduals(kept, states_)
+    found = _kernels().scan_backward(grad, residuals, *arrays, threads=_threads())
     du, ddt, dA, dB, dC, dD, dbias, dz = (torch.from_numpy(g).contiguous() for g in found)
     return du, ddt, dA, dB, dC, dD, dbias, dz
 
@@ -113,6 +114,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not save_for_backward:
         return _like(z), u.new_empty(0), u.new_empty(0)
+    from arm_core.cpu_kernels.scan import CHUNK
+    from arm_core.cpu_kernels.simd import LANES
+
     directions, batch, length, width = u.shape
     blocks, chunks = (width + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
     mean = u.new_empty((batch, length, blocks * LANES))
