@@ -1,8 +1,8 @@
 """A very small engine in NumPy, for tests of the training loop: exact AdamW on a linear model.
 
 It holds every parameter of the table, as a real engine does, but reads few of them: patches are
-embedded and averaged, and a head names the class (or, in pretraining, the features have to reproduce
-the mean of the image). The others only feel the weight decay.
+embedded and averaged, and a head predicts the class (or, in pretraining, the features reproduce
+the mean of the image). The others only change by weight decay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from arm_core.training.run_folder import RunFolder
 
 @dataclass
 class ToyStep:
-    """A finished step whose result is handed out on request; `asked` collects when that happens."""
+    """A finished step whose result is returned on request; `asked` records the requests."""
 
     step: int
     outcome: StepResult

@@ -1,7 +1,7 @@
-"""RandAugment (arXiv:1909.13719) as timm's `rand-m9-mstd0.5-inc1` means it.
+"""RandAugment (arXiv:1909.13719), the same as timm's `rand-m9-mstd0.5-inc1`.
 
-Two of fifteen operations per image, drawn with replacement, each skipped half of the time. A higher
-magnitude means a stronger change for every one of them ("increasing"). Geometric operations sample
+Two of fifteen operations are drawn per image, with replacement, and each is skipped half of the time. A
+higher magnitude means a stronger change for every operation ("increasing"). Geometric operations sample
 bicubically and fill with the mean colour.
 """
 
@@ -19,20 +19,20 @@ LEVELS = 10
 """Largest magnitude."""
 
 MAX_ROTATION, MAX_SHEAR, MAX_SHIFT = 30.0, 0.3, 0.45
-"""At the largest magnitude: degrees, slope, and part of the side."""
+"""Values at the largest magnitude: degrees, slope, and fraction of the side."""
 MAX_ENHANCE = 0.9
 """Largest change of an enhancement factor, whose neutral value is 1."""
 SOLARIZE_ADD_BELOW = 128
-"""Values under this grow in `solarize_add`."""
+"""`solarize_add` increases values below this."""
 
 Fill = tuple[int, int, int]
 Operation = Callable[[Image.Image, float, Fill], Image.Image]
-"""(image, strength, fill) -> image; strength is magnitude / 10, negated half of the time where `SIGNED`."""
+"""(image, strength, fill) -> image; strength is magnitude / 10, negated half of the time if `SIGNED`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """How often and how strongly; the defaults are those of official finetuning."""
+    """Number and strength of the operations; the defaults are those of official finetuning."""
 
     operations: int = 2
     """Operations drawn per image."""
@@ -41,7 +41,7 @@ class RandAugment:
     magnitude_std: float = 0.5
     """Standard deviation of the strength from one operation to the next."""
     probability: float = 0.5
-    """Of applying a drawn operation."""
+    """Probability of applying a drawn operation."""
 
     def __post_init__(self) -> None:
         check_whole("rand_augment", Range(low=1, high=100), operations=self.operations)
@@ -62,7 +62,7 @@ def rand_augment(
     rng: KeyedRng,
     trace: list[str] | None = None,
 ) -> Image.Image:
-    """Apply randomly drawn operations; `fill` is a colour of values 0..1. `trace` is told which."""
+    """Apply randomly drawn operations; `fill` is a colour of values 0..1. `trace` receives their names."""
     color = (round(255 * fill[0]), round(255 * fill[1]), round(255 * fill[2]))
     names = tuple(OPERATIONS)
     for name in [names[rng.below(len(names))] for _ in range(settings.operations)]:
@@ -168,7 +168,7 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": translate_x,
     "translate_y": translate_y,
 }
-"""All fifteen; their order is part of what a seed means."""
+"""All fifteen; the result of a seed depends on their order."""
 
 SIGNED = frozenset(
     (
@@ -183,4 +183,4 @@ SIGNED = frozenset(
         "translate_y",
     )
 )
-"""Operations that work both ways."""
+"""Operations that work in both directions."""

@@ -9,22 +9,22 @@ from enum import StrEnum
 from arm_core.data.decode import BadImage
 
 LIMIT = 0.01
-"""Part of the images that may be bad; a single one always may."""
+"""Largest fraction of bad images; a single one is always accepted."""
 
 
 class OnBadImage(StrEnum):
-    """What training does with an image that cannot be decoded."""
+    """How training treats an image that cannot be decoded."""
 
     FAIL = "fail"
-    """Save and stop, naming it."""
+    """Save and stop; the message names the image."""
     SKIP = "skip"
-    """Take the next image of the data instead, count and name it."""
+    """Use the next image of the data instead; count and name the bad one."""
 
 
 class BadImages:
     """The bad images of a data set of `total` images, for several threads.
 
-    known: sentences about those that were found before.
+    known: sentences about images that were found before.
     """
 
     def __init__(self, total: int, known: Iterable[str] = ()) -> None:
@@ -36,7 +36,7 @@ class BadImages:
         return len(self._known)
 
     def add(self, sentences: Iterable[str]) -> None:
-        """Note bad images; known ones count once. Raises BadImage where they become too many."""
+        """Note bad images; known ones count once. Raises BadImage if there are too many."""
         with self._lock:
             new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._known]
             self._known.update(dict.fromkeys(new))

@@ -1,4 +1,4 @@
-"""Looking for what is wrong or unusual with a data set, and what training does about it."""
+"""Finds broken and unusual images in a data set, and says how training treats them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CONSEQUENCES = {
     "grey": "the three channels are equal",
     "transparent": "transparent parts become white",
     "animation": "the first frame is used",
-    "EXIF rotation": "turned upright",
-    "duplicate": "counts as often as it is there",
+    "EXIF rotation": "rotated upright",
+    "duplicate": "counts once for each copy",
     "empty class folder": "stops training",
     "classes that differ by case": "are two classes; on some disks they are one folder",
     "skipped": "not read",
 }
-"""Kinds of findings, and what training does with each."""
+"""Kinds of findings, and how training treats each."""
 
 BAD = ("empty file", "cannot be decoded", "too large", "empty class folder")
 """Kinds that stop training."""
@@ -45,7 +45,7 @@ BAD = ("empty file", "cannot be decoded", "too large", "empty class folder")
 
 @dataclass
 class Report:
-    """What was found in a data set."""
+    """The findings in a data set."""
 
     images: int
     bytes: int = 0
@@ -64,9 +64,9 @@ class Report:
 
 
 def open_leniently(path: str, *, form: Format = Format.AUTO) -> tuple[ListedSource, Report]:
-    """The images at `path`, also where training would refuse them, with what opening them shows.
+    """The images at `path`, even if training would refuse them, and the findings of opening them.
 
-    Raises ValueError where the data cannot be opened at all.
+    Raises ValueError if the data cannot be opened at all.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -88,9 +88,9 @@ def check(
     workers: int = 1,
     checked: Callable[[int], None] | None = None,
 ) -> None:
-    """Read and decode every image, and add what is found to the report, in the order of the images.
+    """Read and decode every image, and add the findings to the report, in the order of the images.
 
-    `checked` is told of images as they are done.
+    `checked` is called with the number of checked images.
     """
     lock, hashes = threading.Lock(), dict[int, str]()
 
@@ -114,7 +114,7 @@ def check(
 
 
 def _open(path: str, form: Format) -> tuple[ListedSource, dict[str, int]]:
-    """The images without regard to labels, and how many each class has."""
+    """The images without labels, and the number of images in each class."""
     folder = Path(path)
     if folder.is_dir():
         source = open_images(path, form=form, labels=False)
@@ -139,7 +139,7 @@ def _open(path: str, form: Format) -> tuple[ListedSource, dict[str, int]]:
 
 
 def _look(source: ListedSource, index: int) -> tuple[list[str], int, str]:
-    """What is remarkable about an image, its bytes, and a hash of them."""
+    """The findings about an image, its number of bytes, and a hash of them."""
     try:
         content = source.read(index)
     except ValueError as error:
@@ -154,7 +154,7 @@ def _look(source: ListedSource, index: int) -> tuple[list[str], int, str]:
             to_rgb(image)
     except Exception as error:
         large = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
-        large = large or "are accepted" in str(error)
+        large = large or "pixels, expected" in str(error)
         return [f"{'too large' if large else 'cannot be decoded'}: {reason(error)}"], len(content), digest
     return kinds, len(content), digest
 

@@ -1,4 +1,4 @@
-"""Sources made of others: several as one, a part of one, and a split by names."""
+"""Sources made from other sources: several as one, a part of one, and a split by names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Joined(ListedSource):
-    """The images of several sources, one source after the other; classes are matched by name."""
+    """The images of several sources, in order; classes are matched by name."""
 
     def __init__(self, sources: Sequence[ListedSource]) -> None:
         self._sources = list(sources)
@@ -47,7 +47,7 @@ class Joined(ListedSource):
 
 
 class Subset(ListedSource):
-    """Some images of a source, in the order of `indices`; the classes stay."""
+    """Some images of a source, in the order of `indices`, with the same classes."""
 
     def __init__(self, source: ListedSource, indices: Indices) -> None:
         self._source, self._indices = source, indices
@@ -64,8 +64,8 @@ class Subset(ListedSource):
 def split(source: ListedSource, fraction: float) -> tuple[ListedSource, ListedSource]:
     """Images to train on, and about `fraction` of each class to evaluate on.
 
-    What goes where follows from hashes of the names (of the groups, where the source has some): the same
-    on every machine, and an image that is added later moves few others. Raises ValueError where a side
+    The split is determined by hashes of the names (of the groups, if the source has groups). It is the same
+    on every machine, and an image that is added later moves few others. Raises ValueError if one part
     would be empty.
     """
     held = np.zeros(len(source), bool)

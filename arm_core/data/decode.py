@@ -1,4 +1,4 @@
-"""From an encoded image to upright 8-bit RGB, with limits that hold before any pixel is decoded."""
+"""From an encoded image to upright 8-bit RGB; limits are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 Pixels = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""Parsers of Pillow that are tried, whatever a file is called. Others stay out: that of EPS starts
-Ghostscript, and nobody trains on most of them."""
+"""Pillow's parsers that are tried, for any file name. Others are excluded: the EPS parser starts
+Ghostscript, and most other formats are not used for training."""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit, 9459x9459; decoded, such an image takes 341 MiB."""
+"""Pillow's limit, 9459x9459; a decoded image of this size takes 341 MiB."""
 MAX_SIDES = 100
-"""Largest ratio of the sides: what is resized by its short side must not become a mile long."""
+"""Largest ratio of the sides: an image that is resized by its short side must not become too long."""
 
 BAND = 2**22
-"""Pixels converted at a time: the steps on the way to RGB take up to 16 bytes each."""
+"""Pixels converted at a time: the conversion to RGB takes up to 16 bytes per pixel."""
 
 
 class BadImage(ValueError):  # noqa: N818
@@ -36,7 +36,7 @@ def decode(
     shrink: from the upright (height, width) of the whole image, by what a JPEG file's sides may be divided
     while it is decoded: 1, 2, 4 or 8 (libjpeg then computes fewer pixels). Other images stay whole.
 
-    Raises BadImage, with `name`, for what is not a complete image, or is one beyond `MAX_PIXELS` or
+    Raises BadImage, with `name`, if this is not a complete image, or if it exceeds `MAX_PIXELS` or
     `MAX_SIDES`.
     """
     if isinstance(image, np.ndarray):
@@ -51,14 +51,14 @@ def decode(
             return to_rgb(upright(opened))
     except MemoryError:
         raise
-    except Exception as error:  # a broken file raises whatever its format's parser stumbled over
+    except Exception as error:  # a broken file can raise any error of its format's parser
         raise BadImage(f"{name}: cannot be decoded as an image ({reason(error)})") from error
 
 
 def open_image(image: bytes) -> Image.Image:
-    """The image with its header read and checked, its pixels not decoded."""
+    """The image with its header read and checked; its pixels are not decoded yet."""
     size = _webp_size(image)
-    if size is not None:  # Pillow's parser of WebP makes room for the pixels at once
+    if size is not None:  # Pillow's WebP parser allocates memory for the pixels immediately
         _check_size(*size)
     opened = Image.open(io.BytesIO(image), formats=FORMATS)
     _check_size(*opened.size)
@@ -66,20 +66,20 @@ def open_image(image: bytes) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """In words, why an image was refused."""
+    """The reason in words why an image was refused."""
     if isinstance(error, UnidentifiedImageError):
         return "not a known image format"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more than the {MAX_PIXELS} pixels that are accepted; resize it"
+        return f"more than {MAX_PIXELS} pixels; resize it"
     return str(error)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, at most {MAX_PIXELS} are accepted; resize it")
+        raise ValueError(f"{width}x{height} pixels, expected at most {MAX_PIXELS}; resize it")
     if max(width, height) > MAX_SIDES * min(width, height):
         raise ValueError(
-            f"{width}x{height} pixels, sides up to {MAX_SIDES}:1 are accepted; cut it into pieces"
+            f"{width}x{height} pixels, expected sides of at most {MAX_SIDES}:1; cut it into pieces"
         )
 
 
@@ -106,29 +106,29 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""The transpose operation that undoes each EXIF orientation."""
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none."""
+    """The EXIF orientation, 1 if there is none."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block says nothing about the pixels, which are whole
+    except Exception:  # the pixels can be intact even if the EXIF block is corrupt
         return 1
     return found if found in _UPRIGHT else 1
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it shown."""
+    """The image, rotated by its EXIF orientation."""
     turn = _UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode that has a known range; ValueError for others."""
+    """8-bit RGB from any mode with a known range; ValueError for others."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, also where Pillow widens it to 32 bits
+    if image.mode.startswith("I"):  # 16-bit grey, even if Pillow widens it to 32 bits
         return _by_bands(image, _high_byte)
     if image.has_transparency_data:
         return _by_bands(image, _on_white)
@@ -136,7 +136,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """`convert` of the image, a band of rows at a time, so that its intermediate steps stay small."""
+    """`convert` of the image, a band of rows at a time, so that intermediate arrays are small."""
     rows = max(1, BAND // image.width)
     if rows >= image.height:
         return convert(image)

@@ -1,7 +1,7 @@
-"""The built-in data set: handwritten digits, drawn anew on each visit.
+"""The built-in data set: handwritten digits, drawn differently on each visit.
 
-1797 digits of 8x8 pixels (source and licence: `assets/README.md`). A visit places one on a larger
-canvas with a small affine distortion, in dark ink on light or light on dark, over a soft gradient.
+1797 digits of 8x8 pixels (source and licence: `assets/README.md`). A visit places a digit on a
+larger canvas with a small affine distortion, in dark ink on light or light on dark, over a soft gradient.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ INK = 16
 """Largest value of the stored digits."""
 
 ROTATION, SHEAR, SHIFT = 15.0, 0.15, 0.08
-"""Largest distortion either way: degrees, slope, and parts of the canvas (its shorter side)."""
+"""Largest distortion in either direction: degrees, slope, and fractions of the canvas's shorter side."""
 SCALE = (0.75, 0.95)
-"""Side of the 8x8 square, as a part of the canvas."""
+"""Side of the 8x8 square, as a fraction of the canvas."""
 BACKGROUND, CONTRAST, GRADIENT = (0.15, 0.35), (0.45, 0.65), 0.1
 """Grey of the background (mirrored for dark ink), ink against it, and its largest slope per half canvas."""
 
 SPLIT_SEED = 0
-"""Decides which digit belongs to which split; changing it makes numbers incomparable."""
+"""Assigns digits to splits; results before and after a change are not comparable."""
 HELD_OUT = {"test": 40, "validation": 30}
-"""Digits per class in the splits that are not for training."""
+"""Digits per class in the validation and test splits."""
 
 
 class Split(StrEnum):
-    """Parts of the set; no digit is in two of them."""
+    """Parts of the set, which do not overlap."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -48,9 +48,9 @@ class Digits:
 
     split:  `train`, `validation` or `test`.
     size:   height and width of the canvas, pixels.
-    seed:   decides the distortions of the training split (by epoch and index) and the digits that
-            `labels_per_class` keeps. Validation and test look the same under every seed and epoch.
-    labels_per_class:  keep so many training digits per class; a smaller choice is part of a larger one.
+    seed:   determines the distortions of the training split (by epoch and index) and the digits that
+            `labels_per_class` keeps. Validation and test are the same for every seed and epoch.
+    labels_per_class:  number of training digits to keep per class; a smaller choice is part of a larger one.
 
     Items are (H, W, 3) grey pixels. Raises ValueError for an unknown split and a choice out of range.
     """
@@ -83,7 +83,7 @@ class Digits:
 
     @property
     def members(self) -> npt.NDArray[np.int64]:
-        """Number of each of this split's digits in the whole set, `(len,)`."""
+        """Indices of this split's digits in the whole set, `(len,)`."""
         return self._members
 
     def item(self, index: int, epoch: int = 0) -> Item:
@@ -108,7 +108,7 @@ def load_digits() -> tuple[Pixels, npt.NDArray[np.uint8]]:
 
 
 def split_members(split: Split) -> npt.NDArray[np.int64]:
-    """Numbers of the digits in a split, ascending."""
+    """Indices of the digits in a split, ascending."""
     labels = load_digits()[1]
     parts: dict[Split, list[npt.NDArray[np.int64]]] = {s: [] for s in Split}
     for digit in range(10):

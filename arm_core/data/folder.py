@@ -18,10 +18,10 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 class ImageFolder(ListedSource):
     """The images under a folder.
 
-    With `labels`, every sub-folder of `root` is a class and holds its images at any depth; `classes`
+    With `labels`, every sub-folder of `root` is a class and holds its images at any depth. `classes`
     fixes the class order (by default the sorted names) and refuses other sub-folders, so that the
-    labels of a validation folder mean what those of the training folder mean. Without `labels`, every
-    image under `root` counts and none has a class. Hidden files and folders are not listed; special files
+    labels of a validation folder have the same meaning as those of the training folder. Without `labels`,
+    every image under `root` is included, without a class. Hidden files and folders are skipped; special files
     and formats that are not read are skipped with a warning.
 
     Raises ValueError for a missing folder, one without images, a class without images, an unknown class.
@@ -39,14 +39,14 @@ class ImageFolder(ListedSource):
         names = _known(self._root, folders, classes) if labels else ("",)
         for name in names:
             before = len(found.images)
-            # A class that the caller named may be absent here.
+            # A class that the caller named may be missing here.
             if not labels or name in folders:
                 find_images(self._root, name, found)
             counts.append(len(found.images) - before)
         found.warn(self._root)
         if not found.images:
             raise ValueError(f"{self._root}: no images found ({looked_for()})")
-        # A class folder that is here may not be empty.
+        # An existing class folder must not be empty.
         for name, count in zip(names, counts, strict=True):
             if not count and name in folders:
                 raise ValueError(f"{self._root / name}: no images in this class folder ({looked_for()})")
@@ -72,7 +72,7 @@ def _class_folders(root: Path, found: Found) -> list[str]:
     if len(folders) > 1 and SPLITS.issuperset(name.lower() for name in folders):
         raise ValueError(
             f"{root}: holds the splits {', '.join(folders)}, not classes; "
-            f"name one of them, such as {root / folders[0]}"
+            f"pass one of them, such as {root / folders[0]}"
         )
     warn_of_case(str(root), folders)
     return folders

@@ -1,4 +1,4 @@
-"""What identifies a data set, so that a resumed run notices other images or classes."""
+"""Identifies a data set, so that a resumed run detects other images or classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arm_core.data.sources import ImageSource, ListedSource
 def identity(source: ImageSource) -> dict[str, Any]:
     """Classes in order, number of images, and a hash of their relative names and labels, as JSON values.
 
-    It does not depend on where the data lies. The hash is None for images that have no names (made up ones).
+    It does not depend on the location of the data. The hash is None for generated images, without names.
     """
     names = None
     if isinstance(source, ListedSource):
@@ -23,9 +23,9 @@ def identity(source: ImageSource) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[str | None, str | None]:
-    """How data differ from those recorded: in the classes (what labels mean), and in the images.
+    """Differences from the recorded data: in the classes (the meaning of labels), and in the images.
 
-    Each is a part of a sentence, or None where they agree.
+    Each is a part of a sentence, or None if there is no difference.
     """
     classes = images = None
     old, new = before.get("classes"), now["classes"]

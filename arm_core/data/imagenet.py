@@ -23,7 +23,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 def imagenet_names() -> tuple[str, ...]:
     """A short and unique name for each class (`tench`, ...), 1000.
 
-    The first word of the synset; where two classes share it, all its words and the synset.
+    The first word of the synset; if two classes share it, all its words and the synset.
     """
     short = [words.split(",")[0] for _, words in _rows()]
     count = Counter(short)

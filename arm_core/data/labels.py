@@ -1,4 +1,4 @@
-"""From labels as files give them (numbers or names) to indices into one order of classes."""
+"""From the labels in files (numbers or names) to indices into one order of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arm_core.data.sources import UNLABELLED
 Labels = npt.NDArray[np.int64]
 
 MAX_CLASSES = 10**6
-"""A label of this size is a mistake, and would make a table of names as long."""
+"""Larger labels are mistakes; the table of names would be too long."""
 
 
 def by_name(
@@ -39,7 +39,7 @@ def by_name(
 def by_number(
     where: str, labels: Labels, own: Sequence[str] | None, expected: Sequence[str] | None
 ) -> tuple[Labels, tuple[str, ...]]:
-    """Labels given as indices, into `own` names where the data has some.
+    """Labels given as indices, into `own` names if the data has names.
 
     With `expected`, named classes are looked up there, and unnamed ones are indices into it.
     Raises ValueError for a label without a class.
@@ -70,7 +70,7 @@ def not_among(classes: Sequence[str]) -> str:
 
 
 def warn_of_case(where: str, classes: Sequence[str]) -> None:
-    """Warn of two classes that differ by case only: on some disks they are one folder."""
+    """Warn of two classes that only differ by case: on some disks they are one folder."""
     seen: dict[str, str] = {}
     for name in classes:
         if (other := seen.setdefault(name.casefold(), name)) != name:

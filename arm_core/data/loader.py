@@ -1,8 +1,8 @@
-"""Batches in a fixed global order: which samples, drawn how, mixed how, follows from the position alone.
+"""Batches in a fixed global order: samples, augmentation and mixing depend only on the position.
 
-The position of a training run is one whole number, the micro-batches consumed by all ranks together.
-Batch `position` belongs to epoch `position // batches_per_epoch`; each epoch shuffles anew. Workers,
-ranks and the point of resuming change who makes a batch, never what is in it.
+The position of a training run is an integer, the number of micro-batches consumed by all ranks together.
+Batch `position` belongs to epoch `position // batches_per_epoch`; each epoch has its own order. Workers,
+ranks and the point of resuming decide which thread prepares a batch, but not its content.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatches:
-    """All micro-batches of a training run, by position; epochs follow each other without end."""
+    """All micro-batches of a training run, by position, over an unlimited number of epochs."""
 
     source: ImageSource
     transform: TrainTransform
@@ -120,10 +120,10 @@ class TrainBatches:
 class TrainLoader:
     """This rank's micro-batches from a position on: `start + rank`, `start + rank + world`, ...
 
-    Iterating yields `Batch`es without end, with `drop_path_scale` None. `workers` threads prepare them
-    ahead, `prefetch` each; 0 prepares each when it is asked for. Close the loader, or use it in a
-    `with` statement. Raises ValueError for data smaller than a batch, another number of classes than
-    the data has, or a broken image (naming it).
+    Iterating yields an endless sequence of `Batch`es, with `drop_path_scale` None. `workers` threads prepare
+    them ahead, `prefetch` each; with 0, each is prepared on request. Close the loader, or use it in a
+    `with` statement. Raises ValueError for data smaller than a batch, a wrong number of classes, or a
+    broken image (the message names it).
     """
 
     def __init__(
@@ -187,21 +187,21 @@ class EvalBatch(NamedTuple):
     images: Array
     """(B, H, W, 3) float32, normalised."""
     labels: npt.NDArray[np.int64]
-    """(B,); -1 where the source knows no class."""
+    """(B,); -1 if the source has no class."""
     indices: npt.NDArray[np.int64]
-    """(B,) numbers of the samples in the source."""
+    """(B,) indices of the samples in the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
-    """A source in batches, in order, the last one smaller; every sample once."""
+    """A source in batches, in order; the last one can be smaller. Every sample occurs once."""
 
     source: ImageSource
     transform: EvalTransform
     size: Size
     batch_size: int
     bad: BadImages | None = None
-    """Where bad images are noted and left out; None raises BadImage for them."""
+    """Records bad images, which are then skipped; None raises BadImage for them."""
 
     def __post_init__(self) -> None:
         _check_sizes(self.size, self.batch_size)
@@ -230,8 +230,8 @@ class EvalBatches:
 class EvalLoader:
     """This rank's share of a source: batches `rank`, `rank + world`, ...; over all ranks every sample once.
 
-    Each `for` loop is a new pass, with its own threads that end with it.
-    Raises ValueError for a broken image, naming it.
+    Each `for` loop is a new pass with its own threads, which end with the loop.
+    Raises ValueError for a broken image; the message names it.
     """
 
     def __init__(
@@ -259,16 +259,16 @@ class EvalLoader:
 
     @property
     def rounds(self) -> int:
-        """Batches of the rank that has most of them."""
+        """Largest number of batches of a rank."""
         return -(-len(self.batches) // self._world)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        workers = min(self._workers, len(self))  # no thread without a batch to make
+        workers = min(self._workers, len(self))  # no more threads than batches
         with Prefetcher(
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
         ) as prefetcher:
             for arrays in prefetcher:
-                if len(arrays["images"]):  # else all of them are bad
+                if len(arrays["images"]):  # otherwise all of them are bad
                     yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
 
 

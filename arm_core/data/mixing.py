@@ -1,4 +1,4 @@
-"""Mixup, CutMix and soft targets, per batch: pure functions of arrays, as timm defines them."""
+"""Mixup, CutMix and soft targets per batch: pure functions of arrays, as defined in timm."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Mixing:
     """Settings of a classifier's targets. Official finetuning: mixup 0.8, cutmix 1.0, smoothing 0.1."""
 
     mixup: float = 0.0
-    """Alpha of the Beta(alpha, alpha) that weighs two blended images; 0 for none."""
+    """Alpha of the Beta(alpha, alpha) for the weight of two blended images; 0 for none."""
     cutmix: float = 0.0
-    """Alpha of the Beta(alpha, alpha) that sizes a pasted rectangle; 0 for none."""
+    """Alpha of the Beta(alpha, alpha) for the size of a pasted rectangle; 0 for none."""
     cutmix_probability: float = 0.5
-    """Of choosing CutMix for a batch where both are on."""
+    """Probability of CutMix for a batch if both are enabled."""
     smoothing: float = 0.0
-    """Part of each target spread evenly over all classes."""
+    """Part of each target that is distributed evenly over all classes."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -44,16 +44,16 @@ OFFICIAL_MIXING = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What happens to one batch; image b is mixed with image B - 1 - b."""
+    """The mixing of one batch; image b is mixed with image B - 1 - b."""
 
     weight: float = 1.0
-    """Part of each image (and of its target) that stays its own."""
+    """Weight of each image (and of its target); its partner has the rest."""
     box: tuple[int, int, int, int] | None = None
     """Top, bottom, left, right of the rectangle that CutMix pastes; None blends whole images."""
 
 
 def draw_mix(settings: Mixing, size: tuple[int, int], rng: KeyedRng) -> Mix:
-    """Decide how a batch of images of `size` (height, width) is mixed."""
+    """Draw the mixing of a batch of images of `size` (height, width)."""
     if not settings.mixup and not settings.cutmix:
         return Mix()
     both = bool(settings.mixup and settings.cutmix)
@@ -64,13 +64,13 @@ def draw_mix(settings: Mixing, size: tuple[int, int], rng: KeyedRng) -> Mix:
     middle_y, middle_x = rng.below(size[0]), rng.below(size[1])
     top, bottom = max(middle_y - half_height, 0), min(middle_y + half_height, size[0])
     left, right = max(middle_x - half_width, 0), min(middle_x + half_width, size[1])
-    # The rectangle is cut off at the border, so the weight follows from what is left of it.
+    # The rectangle is clipped at the border, so the weight follows from its remaining area.
     pasted = (bottom - top) * (right - left) / (size[0] * size[1])
     return Mix(weight=1.0 - pasted, box=(top, bottom, left, right))
 
 
 def mix_images(images: Array, mix: Mix) -> Array:
-    """(B, H, W, 3) images, each mixed with its partner; the input is left as it is."""
+    """(B, H, W, 3) images, each mixed with its partner; the input is not changed."""
     if mix.weight == 1.0:
         return images
     if mix.box is None:
@@ -83,7 +83,7 @@ def mix_images(images: Array, mix: Mix) -> Array:
 
 
 def soft_targets(labels: Labels, classes: int, *, smoothing: float = 0.0, mix: Mix | None = None) -> Array:
-    """(B,) labels to (B, classes) probabilities: smoothed, then mixed like their images.
+    """(B,) labels to (B, classes) probabilities: smoothed, then mixed like the images.
 
     A smoothed target is smoothing / classes everywhere, plus 1 - smoothing at the label.
     """

@@ -1,4 +1,4 @@
-"""What a model knows of its images and classes beside its spec, and the function that prepares an image."""
+"""A model's image preprocessing and class names, and the function that prepares an image."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ModelConfig:
 
     transform: EvalTransform = field(default_factory=EvalTransform)
     classes: tuple[str, ...] = ()
-    """Names of classes in the order of the logits, as class folders are called; empty where not known."""
+    """Names of classes in the order of the logits, as in class folders; empty if not known."""
     class_names: tuple[str, ...] = ()
-    """Names for people, where they differ from `classes`."""
+    """Human-readable names, if they differ from `classes`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """All strings of the model's file."""
+    """All metadata of the model's file."""
 
     @staticmethod
     def of(metadata: Mapping[str, str], spec: ModelSpec) -> ModelConfig:
-        """Read a model file's metadata; ValueError where an entry is broken or does not fit the spec."""
+        """Read a model file's metadata; ValueError if an entry is invalid or does not fit the spec."""
         stored = read_json(metadata, EVAL_TRANSFORM, {})
         try:
             transform = EvalTransform(**stored)
@@ -65,7 +65,7 @@ class ModelConfig:
         return {**rest, EVAL_TRANSFORM: json.dumps(asdict(self.transform)), **named}
 
     def without_classes(self) -> ModelConfig:
-        """For a model with a new head."""
+        """The configuration for a model with a new head."""
         return replace(self, classes=(), class_names=())
 
     def describe(self, spec: ModelSpec) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class ImagePipeline(Generic[T]):
     """From one image to the input of a model: decode, resize, crop, normalize.
 
     Takes a path, the bytes of a file, a Pillow image, or uint8 pixels (H, W, 3).
-    Raises ValueError for what is not an image, naming the file.
+    Raises ValueError if this is not an image; the message names the file.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Opening images by path: what is there decides how they are read, unless a format is named."""
+"""Opens images by path; the format is detected unless it is given."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Format(StrEnum):
     ARROW = "arrow"
     """A folder that `datasets` saved."""
     TAR = "tar"
-    """WebDataset shards, or what `arm data pack` wrote."""
+    """WebDataset shards, or the output of `arm data pack`."""
 
 
 _SUFFIXES = {
@@ -61,8 +61,8 @@ def open_images(
     path: a folder, a file of a known kind, a pattern (`train-*.parquet`, `shard-{000..099}.tar`), several
     paths (`{/data/first,/data/second}`), or `hf://datasets/USER/NAME[@REVISION][/FOLDER]`, which is
     downloaded to the hub's cache.
-    labels: False for images without classes.  classes: the order of the classes, where one is fixed.
-    Raises ValueError where nothing is found, or it is not what its format expects.
+    labels: False for images without classes.  classes: the order of the classes, if it is fixed.
+    Raises ValueError if nothing is found, or if the data does not match its format.
     """
     found = [str(download(name)) if name.startswith(HUB) else name for name in expand(os.fspath(path))]
     files: list[Path] = []
@@ -86,7 +86,7 @@ def _open_folder(folder: Path, form: Format, labels: bool, classes: Sequence[str
     if form is Format.AUTO:
         form = _found(folder) if folder.is_dir() else Format.FOLDER
     if form is Format.FOLDER:
-        return ImageFolder(folder, labels=labels, classes=classes)  # which says what is missing
+        return ImageFolder(folder, labels=labels, classes=classes)  # raises the error about missing labels
     if form is Format.TABLE:
         raise ValueError(f"{folder}: expected a .csv, .tsv or .jsonl file, found a folder")
     return _open_files(_listed(folder, _ENDINGS[form]), form, labels, classes)
@@ -107,7 +107,7 @@ def _kind(file: Path) -> Format:
 
 
 def expand(path: str) -> list[str]:
-    """The paths that a pattern means, in order; a path that exists means itself."""
+    """The paths that match a pattern, in order; an existing path matches itself."""
     if Path(path).exists() or not (glob.has_magic(path) or "{" in path):
         return [path]
     found: list[str] = []
@@ -120,7 +120,7 @@ def expand(path: str) -> list[str]:
 
 
 def absolute(path: str) -> str:
-    """The same data named from any working directory."""
+    """A path to the same data from any working directory."""
     if Path(path).exists() or not path.startswith((HUB, "{")):
         return path if path.startswith(HUB) else os.path.abspath(path)  # noqa: PTH100
     return path if path.startswith(HUB) else together([absolute(name) for name in _braces(path)])
@@ -131,7 +131,9 @@ def together(paths: Sequence[str]) -> str:
     if len(paths) == 1:
         return paths[0]
     if bad := next((path for path in paths if set(path) & set("{},")), None):
-        raise ValueError(f"{bad}: several paths are joined with braces and commas, so they cannot hold any")
+        raise ValueError(
+            f"{bad}: several paths are joined with braces and commas, so no path can contain them"
+        )
     return "{" + ",".join(paths) + "}"
 
 
@@ -154,7 +156,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _found(folder: Path) -> Format:
-    """What a folder holds: other files count only beside neither images nor class folders."""
+    """The format of a folder; other files count only if there are neither images nor class folders."""
     names = sorted(entry.name for entry in os.scandir(folder) if not is_hidden(entry.name))
     if MANIFEST in names:
         return Format.TAR
@@ -172,7 +174,7 @@ def _found(folder: Path) -> Format:
 
 
 def _listed(folder: Path, ending: str) -> list[Path]:
-    """The files of a kind in a folder, or in its `data`; ValueError where they are of several splits."""
+    """The files of a kind in a folder or its sub-folder `data`; ValueError if there are several splits."""
     found = sorted(folder.glob(f"*{ending}")) or sorted((folder / "data").glob(f"*{ending}"))
     if not found:
         raise ValueError(f"{folder}: no {ending} files found")
@@ -180,7 +182,7 @@ def _listed(folder: Path, ending: str) -> list[Path]:
     known = [name for name in splits if name in ("train", "val", "valid", "validation", "test")]
     if len(known) > 1:
         example = found[0].parent / f"{known[0]}*{ending}"
-        raise ValueError(f"{folder}: holds the splits {', '.join(known)}; name one, such as '{example}'")
+        raise ValueError(f"{folder}: holds the splits {', '.join(known)}; pass one, such as '{example}'")
     return found
 
 

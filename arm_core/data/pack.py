@@ -1,8 +1,8 @@
-"""Packing images into tar shards that any tool reads, and that read faster than many small files.
+"""Packs images into tar shards, a common format that is faster to read than many small files.
 
-OUT/shard-00000.tar ...  WebDataset shards: `NAME.jpg`, and `NAME.cls` with the number of its class
+OUT/shard-00000.tar ...  WebDataset shards: `NAME.jpg`, and `NAME.cls` with the index of its class
 OUT/pack.json            classes, settings, and count, size and sha256 of each shard; written last
-OUT/partial.json         the same of the shards that are done, while packing; packing again continues there
+OUT/partial.json         the same for the finished shards during packing; a repeated call resumes from it
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PackSettings:
     size: int | None = None
     """Images whose short side is longer are resized to it, pixels; None keeps every file as it is."""
     quality: int = 95
-    """Of the JPEG files that resized images become."""
+    """JPEG quality of resized images."""
     shards: int | None = None
     """Number of tar files; None for one for each `IMAGES_PER_SHARD` images."""
 
@@ -62,11 +62,11 @@ def pack(
     workers: int = 1,
     packed: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write `source` to the folder `out`; returns the manifest. `packed` is told of images as they are done.
+    """Write `source` to the folder `out`; returns the manifest. `packed` is called with counts of images.
 
-    A second call with the same source and settings continues where the first one stopped. Every shard is
-    read again and compared with what was written. Raises ValueError for an image that cannot be decoded,
-    for a folder that holds something else, and for a shard that does not read as it was written.
+    A second call with the same source and settings resumes an interrupted one. Every shard is read again
+    and compared with the written data. Raises ValueError for an image that cannot be decoded, for a folder
+    with other contents, and for a shard that differs when it is read.
     """
     shards = min(settings.shards or -(-len(source) // IMAGES_PER_SHARD), len(source))
     task = {"format": 1, "settings": {**asdict(settings), "shards": shards}, "source": identity(source)}
@@ -112,7 +112,7 @@ def pack(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `pack` wrote about a folder; ValueError where it is not that."""
+    """The manifest of a packed folder; ValueError if `pack` did not write it."""
     manifest = read_json_file(folder / MANIFEST)
     classes = manifest.get("classes")
     if manifest.get("format") != 1 or not isinstance(classes, list):
@@ -146,7 +146,7 @@ def _same_file(path: Path, record: Mapping[str, Any]) -> bool:
 
 def _verify(path: Path, record: Mapping[str, Any]) -> None:
     if len(build_index(path).names) != record["images"] or _hash(path) != record["sha256"]:
-        raise ValueError(f"{path}: does not read as it was written; is the disk sound?")
+        raise ValueError(f"{path}: reading it gives other data than was written; check the disk")
 
 
 def _hash(path: Path) -> str:
@@ -185,7 +185,7 @@ def _write_shard(
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time, owner and mode fixed: the same images make the same shard
+    member = tarfile.TarInfo(name)  # fixed time, owner and mode: the same images give the same shard
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
 
@@ -219,7 +219,7 @@ def _suffix(name: str) -> str:
 
 
 def _keys(names: Sequence[str]) -> list[str]:
-    """Names of the samples: those of the files, where they are sound in a tar file, else numbers."""
+    """Names of the samples: those of the files if they are valid in a tar file, else numbers."""
     keys = [name.removesuffix(PurePosixPath(name).suffix) for name in names]
     sound = all(
         name.lower().endswith(IMAGE_SUFFIXES)

@@ -1,8 +1,8 @@
-"""Images in Hugging Face data sets: parquet files, and the Arrow files of a local `datasets` folder.
+"""Images in Hugging Face data sets: parquet files, and Arrow files of a local `datasets` folder.
 
-pyarrow reads them; it is an optional extra. A parquet file is compressed in groups of rows, and one image
-costs reading its whole group: fine in order, slow in random order (`arm data pack` converts once). Arrow
-files are mapped into memory, and read at random as fast as any other.
+They are read with pyarrow, an optional extra. A parquet file is compressed in groups of rows, and reading an
+image reads its whole group. This is fast in order and slow in random order (`arm data pack` converts the
+files once). Arrow files are memory-mapped, and random reads are as fast as for other formats.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from arm_core.data.sources import UNLABELLED, ListedSource
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
 CACHED_BYTES = 2**28
-"""Row groups kept for the next image."""
+"""Row groups that are kept in memory for the next images."""
 SLOW_GROUP_BYTES = 2**22
-"""A mean group of more bytes makes random order slow."""
+"""Larger row groups, in bytes on average, make random order slow."""
 
 
 class _Part(NamedTuple):
@@ -40,9 +40,9 @@ class _Part(NamedTuple):
 class HubImages(ListedSource):
     """The rows of `.parquet` or `.arrow` files, in order.
 
-    The image column holds encoded files, as bytes or as the struct `{bytes, path}` of `datasets`; the label
-    column numbers (with names in the file's metadata, perhaps) or names. Raises ValueError for other columns,
-    naming those that are there, and where pyarrow is not installed.
+    The image column holds encoded files, as bytes or as the struct `{bytes, path}` of `datasets`. The label
+    column holds numbers (optionally with names in the file's metadata) or names. Raises ValueError for other
+    columns, with a list of the existing ones, and if pyarrow is not installed.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HubImages(ListedSource):
         super().__init__(names, numbers, known)
 
     def _open(self, path: Path, before: Any) -> Any:
-        """Open a file and add its parts; returns its schema, which must be like that of the files before."""
+        """Open a file and add its parts; returns its schema, which must match that of earlier files."""
         import pyarrow
 
         try:
@@ -92,7 +92,9 @@ class HubImages(ListedSource):
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: cannot be read ({_first_line(error)})") from None
         if before is not None and schema.names != before.names:
-            raise ValueError(f"{path}: has the columns {', '.join(schema.names)}, other files others")
+            raise ValueError(
+                f"{path}: has the columns {', '.join(schema.names)}; other files have different columns"
+            )
         self._tables[path] = file
         self._parts += [_Part(path, i, rows) for i, rows in enumerate(counts)]
         return schema
@@ -130,7 +132,7 @@ class HubImages(ListedSource):
         return content
 
     def _column(self, part: int) -> Any:
-        """The images of a part: an Arrow array."""
+        """The images of a part, as an Arrow array."""
         path, number, _ = self._parts[part]
         if path.suffix != ".parquet":
             return self._tables[path][number].column(self._image)
@@ -153,7 +155,7 @@ class HubImages(ListedSource):
         size = sum(path.stat().st_size for path in paths) / max(1, len(self._parts))
         if paths[0].suffix == ".parquet" and len(self._parts) > 1 and size > SLOW_GROUP_BYTES:
             warnings.warn(
-                f"{where}: each image in random order costs reading {size / 2**20:.0f} MiB; "
+                f"{where}: in random order, {size / 2**20:.0f} MiB are read for each image; "
                 "convert it once with `arm data pack`",
                 stacklevel=4,
             )
@@ -164,7 +166,7 @@ def _require_pyarrow(path: Path) -> None:
         import pyarrow  # noqa: F401
     except ImportError:
         raise ValueError(
-            f"{path}: needs pyarrow to be read; install it with: pip install 'arm-vision[parquet]'"
+            f"{path}: reading it needs pyarrow; install it with: pip install 'arm-vision[parquet]'"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Making numbered sets of arrays: when they are asked for, or ahead of time in threads.
+"""Makes numbered sets of arrays, on request or ahead of time in threads.
 
-A `Maker` builds set number k from k alone, so it does not matter who builds it, or when. Pillow and NumPy
-release the interpreter lock while they decode, resize and compute; docs/performance.md has the figures.
+A `Maker` builds set number k only from k, so any thread can build it at any time. Pillow and NumPy release
+the interpreter lock while they decode, resize and compute; docs/performance.md has the figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Maker(Protocol):
-    """Sets of arrays by number; several threads may ask at the same time."""
+    """Sets of arrays by number; several threads may call it at the same time."""
 
     def __len__(self) -> int: ...
 
@@ -26,10 +26,10 @@ class Maker(Protocol):
 class Prefetcher:
     """Sets `start`, `start + step`, ... of a maker, in order; close it, or use it in a `with` statement.
 
-    workers:   threads that make them; 0 makes each in the caller's thread, when it is asked for.
-    prefetch:  sets that each thread makes ahead, the one that it works on included.
+    workers:   threads that make them; 0 makes each in the caller's thread, on request.
+    prefetch:  sets that each thread makes ahead, including the current one.
 
-    An error of the maker reaches the caller of `next` as it is, in the place of its set.
+    An error of the maker is raised unchanged by the `next` call for its set.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Prefetcher:
         if not self._pending:
             raise StopIteration
         arrays = self._pending.popleft().result()
-        self._fill()  # before the caller is busy with this set
+        self._fill()  # before the caller works on this set
         return arrays
 
     def _fill(self) -> None:
@@ -64,7 +64,7 @@ class Prefetcher:
             self._pending.append(self._threads.submit(self._maker.__getitem__, number))
 
     def close(self) -> None:
-        """Stop the threads, each after the set that it works on; nothing can be read afterwards."""
+        """Stop the threads, each after its current set; nothing can be read afterwards."""
         self._numbers = iter(range(0))
         self._pending.clear()
         if self._threads is not None:

@@ -1,7 +1,7 @@
-"""Images in tar files: WebDataset shards, packed data, archives of class folders; read at random.
+"""Images in tar files, read in random order: WebDataset shards, packed data, archives of class folders.
 
-An index of every shard (where each image begins) is built once, kept in the user's cache folder, and built
-again where the shard has another size or time. Nothing is unpacked.
+An index of every shard (the offset of each image) is built once and kept in the user's cache folder. It is
+built again if the size or time of the shard changes. Nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class Shard:
 
     names: list[str]
     offsets: npt.NDArray[np.int64]
-    """Where the bytes of each image begin."""
+    """Offset of the bytes of each image."""
     sizes: npt.NDArray[np.int64]
     labels: list[str]
-    """As text; empty where a sample has none."""
+    """Labels as text; empty if a sample has none."""
 
 
 class TarShards(ListedSource):
     """The images of tar files, in the order of the files and of their members.
 
     A sample is a name up to its first dot: an image, and its class as `.cls` (a number or a name) or as
-    the `label` of a `.json`. Where no sample has one, the folder of a member is its class.
+    the `label` of a `.json`. If no sample has one, the folder of a member is its class.
     `class_names` names the numbers; `classes` is the order that labels must have.
-    Raises ValueError for a file that is cut off, compressed, or holds no images.
+    Raises ValueError for a file that is truncated or compressed, or holds no images.
     """
 
     def __init__(
@@ -110,14 +110,14 @@ def _labels(
 
 
 def _indexed(path: Path) -> Shard:
-    """The index of a shard, from the cache where it is of this file."""
+    """The index of a shard, from the cache if it matches this file."""
     try:
         status = path.stat()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     key = json.dumps([VERSION, str(path.absolute()), status.st_size, status.st_mtime_ns])
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    with suppress(Exception):  # absent, or damaged: built again
+    with suppress(Exception):  # missing or corrupt: built again
         with np.load(cached, allow_pickle=False) as stored:
             shard = Shard(
                 stored["names"].tolist(), stored["offsets"], stored["sizes"], stored["labels"].tolist()
@@ -133,13 +133,13 @@ def _indexed(path: Path) -> Shard:
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: `$XDG_CACHE_HOME/arm-vision/shards`, by default below `~/.cache`."""
+    """Folder of the indices: `$XDG_CACHE_HOME/arm-vision/shards`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "arm-vision" / "shards"
 
 
 def build_index(path: Path) -> Shard:
-    """Read the headers of a tar file. ValueError where it is not one, is cut off, or holds no images."""
+    """Read the headers of a tar file. ValueError if it is not one, is truncated, or holds no images."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     with open_regular(path) as file:
@@ -180,7 +180,7 @@ def _add(
         if member.issparse() or member.size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: {name} is sparse or larger than {MAX_FILE_BYTES / 2**20:.0f} MiB")
         if key in images:
-            raise ValueError(f"{path}: two images are called {key.strip('/')}")
+            raise ValueError(f"{path}: two images have the name {key.strip('/')}")
         images[key] = (name, member.offset_data, member.size)
     elif suffix in LABEL_SUFFIXES and member.size <= MAX_LABEL_BYTES:
         stored = archive.extractfile(member)
@@ -206,5 +206,5 @@ def _reason(file: Any, error: str) -> str:
     file.seek(0)
     head = file.read(6)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):  # gzip, bzip2, xz, zstd
-        return "a compressed tar file cannot be read at random; decompress it"
+        return "a compressed tar file cannot be read in random order; decompress it"
     return "cut off" if "unexpected end" in error else f"not a valid tar file ({error})"

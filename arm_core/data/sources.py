@@ -1,7 +1,7 @@
-"""Where images come from: a source has a length, class names, and gives items by index.
+"""Sources of images: a source has a length, class names, and items by index.
 
-A source does nothing random that (its own seed, epoch, index) does not decide, and several threads may ask
-it for items at the same time.
+Items of a source depend only on (its seed, epoch, index), and several threads may read items at the same
+time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ UNLABELLED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One image as its source holds it."""
+    """One image of a source."""
 
     image: bytes | Pixels
     """An encoded file, or (H, W, 3) uint8 pixels."""
     label: int
     """Index into the source's `classes`, or `UNLABELLED`."""
     name: str
-    """For people: the file, or the set and the number in it."""
+    """Human-readable: the file, or the set and the index in it."""
 
 
 class ImageSource(Protocol):
-    """Images by number."""
+    """Images by index."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -44,15 +44,15 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, index: int, epoch: int = 0) -> Item:
-        """Image number `index`; a source that draws its images anew uses `epoch`, others ignore it."""
+        """Image number `index`; sources that redraw images in each epoch use `epoch`, others ignore it."""
 
 
 class ListedSource(ABC):
     """A source that knows the label and the name of every image without reading it.
 
-    labels: (images,) indices into `classes`, or `UNLABELLED`.  names: relative names, the same wherever
-    the data lies; they identify the images (`arm_core.data.identity`).  groups: by image, what must not be
-    split between training and validation; None where each image is its own.
+    labels: (images,) indices into `classes`, or `UNLABELLED`.  names: relative names, which do
+    not depend on the location; they identify the images (`arm_core.data.identity`).  groups: the group of
+    each image; a group is not split between training and validation. None if there are no groups.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class ListedSource(ABC):
         """The encoded image."""
 
     def where(self, index: int) -> str:
-        """For people: the image's file, or its place in one."""
+        """Human-readable: the image's file, or its position in one."""
         return self.names[index]
 
 
 class Synthetic:
-    """Soft random colour fields, for benchmarks and tests: image `index` follows from (seed, index)."""
+    """Soft random colour fields, for benchmarks and tests: image `index` depends on (seed, index)."""
 
     def __init__(
         self, count: int, image_size: tuple[int, int] = (64, 64), *, classes: int = 10, seed: int = 0
     ) -> None:
         if count < 1 or min(image_size) < 1 or classes < 0:
             raise ValueError(
-                f"synthetic images: nothing to make from {count} of size {image_size}, {classes} classes"
+                f"synthetic images: expected 1 or more, found {count} of size {image_size}, {classes} classes"
             )
         self._count, self._image_size, self._seed = count, image_size, seed
         self._classes = tuple(str(i) for i in range(classes))

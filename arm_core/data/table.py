@@ -26,8 +26,8 @@ GROUP_COLUMN = "group"
 class ImageTable(ListedSource):
     """The images that a file lists, in its order; paths are relative to the file's folder.
 
-    A `.csv` or `.tsv` file starts with a line of column names; a `.jsonl` file holds an object a line. One
-    column names the file (`PATH_COLUMNS`), one the class (`LABEL_COLUMNS`), and `group` is optional.
+    A `.csv` or `.tsv` file starts with a line of column names; a `.jsonl` file holds one object per line. One
+    column names the file (`PATH_COLUMNS`), one the class (`LABEL_COLUMNS`); `group` is optional.
     Raises ValueError for other columns, for files that do not exist, and for a class that `classes` lacks.
     """
 

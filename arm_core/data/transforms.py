@@ -1,7 +1,7 @@
 """From an encoded image to normalised pixels: pure functions of (image, settings, rng).
 
-Pillow resamples (its bicubic filter antialiases, as in the official recipes), NumPy does the rest.
-Sizes are (height, width) in pixels; images between the steps are Pillow's, 8-bit RGB.
+Pillow resamples (its bicubic filter antialiases, as in the official recipes); NumPy does the rest.
+Sizes are (height, width) in pixels; intermediate images are Pillow's, 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
 IMAGENET_STD: Color = (0.229, 0.224, 0.225)
 
 EVAL_FRACTION = 224 / 256
-"""Part of the resized image that the official evaluation keeps, for sizes up to `EVAL_MARGIN_LIMIT`."""
+"""Fraction of the resized image that the official evaluation keeps, for sizes up to `EVAL_MARGIN_LIMIT`."""
 EVAL_MARGIN_LIMIT = 224
 """Larger sizes are evaluated without a margin."""
 
 MAX_RESIZED = 2**23
-"""Pixels of a resized image whose centre is then cut; of a larger one only the centre is made."""
+"""Largest image, pixels, that is resized before cutting; of larger ones only the centre is computed."""
 
 CROP_TRIES = 10
 ERASE_TRIES = 10
 ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
-"""Erased part of the image, and its height over width."""
+"""Erased fraction of the image, and its height over width."""
 
 
 CROP_FRACTIONS = Range(low=0.05, high=1)
-"""Of a centre crop; the image is first resized to 1 / fraction of the crop."""
+"""Fractions of a centre crop; the image is first resized to 1 / fraction of the crop."""
 
 
 def _check_lengths(owner: str, settings: object, **lengths: int) -> None:
-    """Turn lists into tuples; ValueError names one of another length."""
+    """Convert lists to tuples; a ValueError names one with a wrong length."""
     for name, length in lengths.items():
         values = tuple(getattr(settings, name))
         if len(values) != length:
@@ -58,14 +58,14 @@ def _check_lengths(owner: str, settings: object, **lengths: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop and flip, then if wanted rand-augment, normalisation, and random erasing.
+    """Random crop and flip, optional RandAugment, normalisation, and random erasing.
 
     The defaults are those of official pretraining; `FINETUNE` holds those of finetuning. A
     `crop_scale` and `crop_ratio` of (1, 1) keep a square image whole.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the crop, as a part of the image."""
+    """Area of the crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop, before it is resized."""
     flip: float = 0.5
@@ -78,7 +78,7 @@ class TrainTransform:
     erase: float = 0.0
     """Probability that a rectangle is replaced by noise."""
     mean: Color = IMAGENET_MEAN
-    """Mean of the normalisation, red, green, blue, of values 0 to 1."""
+    """Mean of the normalisation, red, green, blue, for values from 0 to 1."""
     std: Color = IMAGENET_STD
     """Standard deviation of the normalisation, red, green, blue."""
 
@@ -102,7 +102,7 @@ class TrainTransform:
     def __call__(self, item: Item, size: Size, rng: KeyedRng, trace: list[str] | None = None) -> Array:
         """(H, W, 3) float32, normalised; BadImage names an item that cannot be decoded.
 
-        trace: is told in words what was drawn.
+        trace: receives a description of each random operation.
         """
         trace = [] if trace is None else trace
         image = self._crop(item, size, rng, trace)
@@ -147,7 +147,7 @@ class EvalTransform:
     """Resize, then cut the centre: the official evaluation, without randomness."""
 
     crop_fraction: float | None = None
-    """Side of the centre crop over that of the resized image; None for the official rule: 224/256 up
+    """Side of the centre crop relative to that of the resized image; None for the official rule: 224/256 up
     to 224 pixels, 1 above."""
     mean: Color = IMAGENET_MEAN
     std: Color = IMAGENET_STD
@@ -162,7 +162,7 @@ class EvalTransform:
         return normalize(image, self.mean, self.std)
 
     def fraction(self, size: Size) -> float:
-        """Side of the centre crop over that of the resized image, for images of this size."""
+        """Side of the centre crop relative to that of the resized image, for images of this size."""
         if self.crop_fraction is not None:
             return self.crop_fraction
         return EVAL_FRACTION if max(size) <= EVAL_MARGIN_LIMIT else 1.0
@@ -173,15 +173,15 @@ def random_resized_crop(
 ) -> Image.Image:
     """Cut a random rectangle and resize it (bicubic); the crop of Inception and of torchvision.
 
-    The area is uniform in `scale` and width / height log-uniform in `ratio`. Where ten draws do not fit
-    into the image, the largest centred rectangle whose ratio is allowed is taken.
+    The area is uniform in `scale` and width / height log-uniform in `ratio`. If ten draws do not fit
+    into the image, the largest centred rectangle with an allowed ratio is used.
     """
     left, top, width, height = crop_box((image.height, image.width), scale, ratio, rng)
     return resized_crop(image, (left, top, left + width, top + height), size)
 
 
 def resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: Size) -> Image.Image:
-    """The part within `box` (left, top, right, bottom), resized on its own (bicubic)."""
+    """The part within `box` (left, top, right, bottom), resized separately (bicubic)."""
     return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
@@ -205,7 +205,7 @@ def crop_box(
 def center_crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
     """Resize (bicubic) until the image just covers `size / fraction`, then cut `size` from its centre."""
     height, width = int(size[0] / fraction), int(size[1] / fraction)
-    if image.width * height >= image.height * width:  # the height is the tight side
+    if image.width * height >= image.height * width:  # the height limits the scale
         width = image.width * height // image.height
     else:
         height = image.height * width // image.width
@@ -214,7 +214,7 @@ def center_crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
     if width * height <= MAX_RESIZED:
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return resized.crop((left, top, right, bottom))
-    # The same resampling of the centre alone; not used for all, since a coefficient may round differently.
+    # The same resampling, only of the centre; not used always, since coefficients can round differently.
     x, y = image.width / width, image.height / height
     box = (left * x, top * y, right * x, bottom * y)
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
@@ -253,9 +253,9 @@ def random_erase(pixels: Array, rng: KeyedRng) -> None:
 
 
 def load_image(path: str | os.PathLike[str], size: Size, transform: EvalTransform | None = None) -> Array:
-    """One image file as a model sees it: (H, W, 3) float32, by the official evaluation unless told.
+    """One image file, prepared for a model: (H, W, 3) float32, by default with the official evaluation.
 
-    Raises ValueError, naming the file, if it is missing, unreadable or broken.
+    Raises ValueError, which names the file, if it is missing, unreadable or broken.
     """
     item = Item(image=read_file(Path(path)), label=-1, name=str(path))
     return (transform or EvalTransform())(item, size)

@@ -1,4 +1,4 @@
-"""Finding image files in folders and reading them, where folders and files may be hostile.
+"""Finds and reads image files in folders; folders and files may be hostile.
 
 Every command finds images with `find_images` and reads them with `read_file`: regular files only, opened
 without blocking, up to a size; each folder is visited once, so that cycles of links end.
@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = (
     ".avif",
     ".jp2",
 )
-"""Files that a folder offers as images, in any mixture of capitals."""
+"""Suffixes of image files, in upper or lower case."""
 
 UNREADABLE_SUFFIXES = (
     ".heic",
@@ -44,24 +44,24 @@ UNREADABLE_SUFFIXES = (
     ".exr",
     ".hdr",
 )
-"""Images that are counted and named, but not read."""
+"""Image formats that are reported but not read."""
 
 MAX_FILE_BYTES = 2**28
-"""Larger image files are refused: 256 MiB, more than an uncompressed image of the largest accepted size."""
+"""Larger image files are refused: 256 MiB, above the size of the largest accepted uncompressed image."""
 
 
 @dataclass
 class Found:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     images: list[str] = field(default_factory=list)
     """Sorted paths relative to the root, with `/`."""
     unreadable: Counter[str] = field(default_factory=Counter)
     """Files in image formats that are not read, by suffix."""
     special: list[str] = field(default_factory=list)
-    """FIFOs, sockets and devices with the suffix of an image; links to them and broken links, too."""
+    """FIFOs, sockets and devices with the suffix of an image, links to them, and broken links."""
     repeated: list[str] = field(default_factory=list)
-    """Folders that were visited before under another name: links, and cycles of links."""
+    """Folders that were already visited under another name: links, and cycles of links."""
 
     def warn(self, root: Path) -> None:
         """Report what was skipped."""
@@ -102,7 +102,7 @@ def find_images(root: Path, below: str = "", found: Found | None = None) -> Foun
             path = f"{folder}/{entry.name}" if folder else entry.name
             try:
                 status = entry.stat()
-            except OSError:  # a broken link, or gone meanwhile
+            except OSError:  # a broken link, or deleted meanwhile
                 if _is_image(entry.name):
                     found.special.append(path)
                 continue
@@ -121,7 +121,7 @@ def find_images(root: Path, below: str = "", found: Found | None = None) -> Foun
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """In the order of their names, so that it does not depend on the disk which link comes first."""
+    """Sorted by name, so that the order does not depend on the disk."""
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
@@ -148,8 +148,8 @@ def looked_for() -> str:
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of a regular file.
 
-    Raises ValueError, naming the file, where it cannot be read, is not a regular file (a FIFO is not waited
-    for), or has more than `limit` bytes.
+    Raises ValueError, which names the file, if it cannot be read, is not a regular file (a FIFO is not
+    waited for), or has more than `limit` bytes.
     """
     try:
         with open_regular(path, buffering=0) as file:
@@ -157,7 +157,9 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > limit:
-        raise ValueError(f"{path}: image files may have {limit / 2**20:.0f} MiB, this one is larger")
+        raise ValueError(
+            f"{path}: expected an image file of at most {limit / 2**20:.0f} MiB, found a larger one"
+        )
     return content
 
 

@@ -1,1 +1,1 @@
-"""What a model looks at and what it predicts, as arrays: influence maps, completions, features of patches."""
+"""Explanations of a model as arrays: influence maps, completions, features of patches."""

@@ -1,11 +1,11 @@
-"""What a pretraining model predicts, cluster by cluster, as pictures and errors.
+"""Predictions of a pretraining model, cluster by cluster, as pictures and errors.
 
-Two predictions of every image: from the true clusters before each cluster (one pass), and a rollout, which
-is given the first clusters and goes on from its own predictions (a pass for each further cluster).
-Predictions are causal, so what stands in later clusters never matters.
+Every image is predicted twice: from the true clusters before each cluster (one pass), and as a rollout, which
+starts from the first clusters and continues with its own predictions (a pass for each further cluster).
+Predictions are causal, so the content of later clusters has no effect.
 
 A model with normalised targets predicts each patch with mean 0 and variance 1. A picture needs a mean and a
-variance for each patch: `Statistics` says whose.
+variance for each patch; `Statistics` selects their source.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Integers = npt.NDArray[np.integer]
 
 
 class Statistics(StrEnum):
-    """Mean and variance that a normalised prediction is given in a rollout."""
+    """Mean and variance for a normalised prediction in a rollout."""
 
     NEAREST = "nearest"
-    """Those of the nearest patch in the clusters before: nothing of the true patch is used."""
+    """Those of the nearest patch in the clusters before; the true patch is not used."""
     TRUE = "true"
-    """Those of the true patch: the rollout is told brightness and contrast of what it should predict."""
+    """Those of the true patch: the rollout knows the brightness and contrast of its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +39,21 @@ class Completion:
     """Predictions for some images. B images, C clusters in the order of their prediction."""
 
     given: int
-    """Clusters that the rollout was given."""
+    """Number of given clusters in the rollout."""
     step_by_step: Array
     """(B, H, W, 3), normalised as the input: each cluster predicted from the true clusters before it. The
     first is the true one."""
     rollout: Array
-    """(B, H, W, 3): the given clusters, then each predicted from them and the predictions before it."""
+    """(B, H, W, 3): the given clusters, then predictions from them and the earlier predictions."""
     step_loss: Array
     """(B, C): mean squared error in the units of the training loss; NaN for the first cluster."""
     rollout_loss: Array
-    """(B, C), likewise; NaN for the given clusters."""
+    """(B, C), the same for the rollout; NaN for the given clusters."""
     step_pixels: Array
     """(B, C): root mean square error of the normalised pixels of `step_by_step`; NaN for the first
     cluster."""
     rollout_pixels: Array
-    """(B, C), likewise of `rollout`; NaN for the given clusters."""
+    """(B, C), the same for `rollout`; NaN for the given clusters."""
 
 
 def complete(
@@ -61,9 +61,9 @@ def complete(
 ) -> Completion:
     """Predict each cluster of normalised images (B, H, W, 3), step by step and as a rollout.
 
-    given: clusters that the rollout starts from, 1 to all but one.  statistics: of normalised targets in the
-    rollout; the step-by-step prediction always takes the true ones. Raises ValueError where the model is
-    not a pretraining model or `given` is out of range.
+    given: number of clusters at the start of the rollout, at most all except one.  statistics: for normalised
+    targets in the rollout; the step-by-step prediction always uses the true ones. Raises ValueError if the
+    model is not a pretraining model or `given` is out of range.
     """
     spec, statistics = engine.spec, Statistics(statistics)
     if not isinstance(spec, PretrainSpec):
@@ -122,7 +122,7 @@ def complete(
 
 
 def restore(spec: PretrainSpec, prediction: Floats, source: Floats) -> Array:
-    """Predicted values as pixels, with mean and variance of the source patches where targets are normalised.
+    """Predicted values as pixels, with mean and variance of the source patches if targets are normalised.
 
     prediction, source: (B, patches, values).
     """
@@ -133,7 +133,7 @@ def restore(spec: PretrainSpec, prediction: Floats, source: Floats) -> Array:
 
 
 def nearest(spec: PretrainSpec, patches: Integers, among: Integers) -> npt.NDArray[np.int32]:
-    """For each patch the nearest of the others in the grid, by Euclidean distance; the first of equals.
+    """The nearest other patch in the grid for each patch, by Euclidean distance; the first of equals.
 
     patches, among: raster indices. Returns raster indices in the shape of patches.
     """

@@ -14,14 +14,15 @@ from arm_core.explain.layout import token_patches
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 CLIP = 2.0
-"""Percent of the values at each end of a component that share the end's colour."""
+"""Percent of the values at each end of a component that are clipped to the end's colour."""
 
 
 def patch_features(engine: Engine, images: Array) -> Array:
-    """(B, patches read, D): what the last layer makes of each patch, after a LayerNorm.
+    """(B, patches read, D): the output of the last layer for each patch, after a LayerNorm.
 
-    The classifier's own last norm, or in pretraining a norm without weights: its last tap has weights made
-    for the decoder. Patches are in raster order, without the class token and, in pretraining, without the
+    This is the classifier's last norm, or in pretraining a norm without weights, since the weights of its
+    last tap are made for the decoder. Patches are in raster order, without the class token and, in
+    pretraining, without the
     last cluster (`read_patches`). images: (B, H, W, 3), normalised.
     """
     recorded, spec = engine.forward(images, intermediates=True), engine.spec
@@ -45,8 +46,8 @@ def read_patches(spec: ModelSpec) -> npt.NDArray[np.int32]:
 def component_colors(features: Array) -> Array:
     """(B, P, D) features -> (B, P, 3) colours in 0..1: the first three principal components of all patches.
 
-    Each component is scaled from its 2nd to its 98th percentile; of its two signs the one is taken whose
-    largest loading is positive. Components that do not vary are 0.5.
+    Each component is scaled from its 2nd to its 98th percentile. Its sign is chosen so that the largest
+    loading is positive. Constant components are 0.5.
     """
     flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
     centred = flat - flat.mean(0)
@@ -75,7 +76,7 @@ class Neighbour:
     similarity: float
     """Cosine, -1 to 1."""
     image: int
-    """Number of the image among all that were searched."""
+    """Index of the image among all searched images."""
     patch: int
     """Raster index."""
 
@@ -83,8 +84,7 @@ class Neighbour:
 def nearest_patches(
     engine: Engine, queries: Array, batches: Iterable[Array], *, count: int
 ) -> list[list[Neighbour]]:
-    """For each query the most similar patches of other images, at most one for each image, most similar
-    first.
+    """The most similar patches of other images for each query, at most one per image, most similar first.
 
     queries: (Q, D), rows of `patch_features`.  batches: normalised images (B, H, W, 3), read once.
     """

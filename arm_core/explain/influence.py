@@ -6,9 +6,9 @@ gate and the output projection (`arm_core.model.reference.influence` has the equ
 depend on the image are held at their values, so contributions add up exactly: over all s, the mean of the
 directions and the share of the convolution's bias make 1 for every t.
 
-Maps of single layers say nothing of what earlier layers moved. `Influence.rollout` multiplies the layers as
-attention rollout does (Abnar and Zuidema, arXiv:2005.00928): a heuristic. `gradient_times_input` freezes
-nothing and serves as a check of it.
+Maps of single layers do not show what earlier layers moved. `Influence.rollout` multiplies the layers like
+attention rollout (Abnar and Zuidema, arXiv:2005.00928), which is a heuristic. `gradient_times_input` freezes
+nothing and serves as a check.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class Influence:
     layers: tuple[int, ...]
     """Blocks, counted from 0 as in the names of parameters."""
     maps: F32
-    """(B, M, K, T, T): [..., t, s] is the influence of token s on token t if that direction were the only
+    """(B, M, K, T, T): [..., t, s] is the influence of token s on token t if this direction were the only
     one."""
     mixing: F32
     """(B, M, T): norm of the mixer's output over that norm plus the norm of the token it is added to."""
 
     @property
     def mean(self) -> F32:
-        """(B, M, T, T): the mean over the directions, which is what the mixer computes."""
+        """(B, M, T, T): the mean over the directions, which the mixer computes."""
         return np.asarray(self.maps.mean(2))
 
     def rollout(self) -> F32:
         """(B, T, T): share of each input token in each output token of the last layer; rows add up to 1.
 
-        Every layer mixes token t with weight `mixing` from the absolute values of its mean map, made to add
-        up to 1, and keeps the rest of t as it was; MLPs act on each token alone. Raises ValueError unless the
-        layers are all layers, or all up to one of them.
+        Every layer mixes token t with weight `mixing` from the absolute values of its mean map, normalised to
+        sum 1, and keeps the rest of t. MLPs act on each token separately. Raises ValueError unless the layers
+        are all layers from the first up to some layer.
         """
         if self.layers != tuple(range(len(self.layers))):
             raise ValueError(
@@ -75,15 +75,15 @@ class Influence:
 
 
 class Recorder(Protocol):
-    """What influence maps read: an engine, or a library model in its place."""
+    """Source of influence maps: an engine, or a library model in its place."""
 
     spec: ModelSpec
 
     def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
-        """As `Engine.forward`."""
+        """Same as `Engine.forward`."""
 
     def export_state(self) -> TrainingState:
-        """As `Engine.export_state`; only the parameters are read."""
+        """Same as `Engine.export_state`; only the parameters are read."""
 
 
 def influence(
@@ -96,7 +96,7 @@ def influence(
 ) -> Influence:
     """Influence maps of normalised images (B, H, W, 3).
 
-    layers: blocks from 0; None for all.  parameters: those of the engine, for callers that have them at hand.
+    layers: blocks from 0; None for all.  parameters: those of the engine, if the caller already has them.
     threads: of the CPU kernel.
     Time and memory: see `docs/explain.md`; L x L x D values are never stored. Raises ValueError for a layer
     that does not exist.
@@ -119,7 +119,7 @@ def influence(
 
 
 def check_layers(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """The layers that are meant, in ascending order."""
+    """The selected layers, in ascending order."""
     depth = spec.encoder.depth
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if wrong := [i for i in chosen if not 0 <= i < depth]:
@@ -128,7 +128,7 @@ def check_layers(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, ..
 
 
 class FrozenMixer:
-    """One mixer with its weights, in float32; token by token the same steps as the reference's `mixer`."""
+    """One mixer with its weights, in float32, with the same steps as the reference's `mixer`."""
 
     def __init__(
         self, spec: ModelSpec, parameters: Mapping[str, Array], layer: int, threads: int | None
@@ -143,7 +143,7 @@ class FrozenMixer:
 
     def influence(self, x: F32, output: F32, order: npt.NDArray[np.int32]) -> F32:
         """(K, T, T) from the block's input x and its mixer's output, both (T, D)."""
-        from arm_core import cpu_kernels  # waits for Numba
+        from arm_core import cpu_kernels  # loads Numba
 
         w, spec = self._w, self._spec
         centred = x - x.mean(-1, keepdims=True)
@@ -191,8 +191,8 @@ def _convolve(x: F32, weight: F32, bias: F32, order: npt.NDArray[np.int32]) -> F
 def gradient_times_input(engine: Engine, images: Array, *, token: Token = CLASS) -> F32:
     """(B, rows, columns): gradient of the answer times the normalised pixels, added up over each patch.
 
-    The answer is for `class` the logit of the likeliest class, and for a patch the last layer's output at
-    that patch along its own value, divided by its square: a share, like the influence. Nothing is frozen.
+    For `class`, the answer is the logit of the most likely class. For a patch, it is the last layer's output
+    at that patch along its own value, divided by its square: a share, like the influence. Nothing is frozen.
     images: (B, H, W, 3), normalised. Raises ValueError for a token that does not exist.
     """
     spec = engine.spec

@@ -1,4 +1,4 @@
-"""Where tokens are in the image: from values per token to values per patch, and from a name to tokens."""
+"""Positions of tokens in the image: from values per token to values per patch, and from a name to tokens."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def on_grid(spec: ModelSpec, values: Floats) -> npt.NDArray[np.float32]:
 
 
 def token_weights(spec: ModelSpec, token: Token) -> npt.NDArray[np.float32]:
-    """(T,) weights, sum 1, of the tokens that are meant.
+    """(T,) weights, sum 1, of the selected tokens.
 
-    `class` stands for what the class is read from: with mean pooling the two halves of the patches, each half
-    weighing the same, with class-token pooling the class token. A ValueError explains a token that does not
+    `class` selects the pooled tokens: with mean pooling the two halves of the patches, with equal weight for
+    each half; with class-token pooling the class token. A ValueError explains a token that does not
     exist in this model.
     """
     weights = np.zeros(spec.tokens, np.float32)

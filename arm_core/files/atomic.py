@@ -1,8 +1,8 @@
 """Atomic writes: files and folders are written under a temporary name, flushed and renamed.
 
-Nothing is ever written through a symbolic link: files are created anew (`O_CREAT | O_EXCL`), and a file
-that is extended in place is opened with `O_NOFOLLOW`. Temporary names are random where another process
-could write the same target.
+Nothing is written through a symbolic link: files are newly created (`O_CREAT | O_EXCL`), and a file that is
+extended in place is opened with `O_NOFOLLOW`. Temporary names are random if another process could write the
+same target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import BinaryIO
 def create_file(path: Path, *, buffering: int = -1) -> BinaryIO:
     """Create a file to write bytes to.
 
-    A file or link of that name is removed first; the target of a link stays as it is.
+    A file or link with this name is removed first; the target of a link is not changed.
     """
     path.unlink(missing_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -29,9 +29,9 @@ def create_file(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def open_in_place(path: Path, flags: int) -> int:
-    """Descriptor of a file that is kept and changed in place (a log, a lock), created where it is missing.
+    """Descriptor of a file that is kept and changed in place (a log, a lock); created if it is missing.
 
-    flags: `os.O_RDWR`, `os.O_WRONLY | os.O_APPEND`, ...  Raises ValueError where `path` is a symbolic
+    flags: `os.O_RDWR`, `os.O_WRONLY | os.O_APPEND`, ...  Raises ValueError if `path` is a symbolic
     link, a folder, a named pipe or a device.
     """
     extra = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -48,7 +48,7 @@ def open_in_place(path: Path, flags: int) -> int:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a text file, which is created where it is missing."""
+    """Append to a text file, which is created if it is missing."""
     with os.fdopen(open_in_place(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as file:
         file.write(text)
 
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file atomically, by way of `path` with the suffix `.tmp`.
+    """Replace a text file atomically, through `path` with the suffix `.tmp`.
 
     For files of a folder that one process at a time writes; a leftover draft is overwritten.
     """
@@ -76,13 +76,13 @@ def replace_text(path: Path, text: str) -> None:
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill; it is renamed to `target` when the block ends without an error.
 
-    replace: whether an existing folder is replaced; the caller has checked that it may be. Otherwise a
-    folder that appeared meanwhile is kept, and ValueError raised.
+    replace: whether an existing folder is replaced; the caller has checked that this is allowed. Otherwise a
+    folder that was created meanwhile is kept, and ValueError is raised.
     """
     made = _make_parents(target)
     draft = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
-        draft.mkdir()  # fails where the name exists, even as a link
+        draft.mkdir()  # fails if the name exists, even as a link
         try:
             with naming(target):
                 yield draft
@@ -100,7 +100,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def _put_folder(draft: Path, target: Path, replace: bool) -> None:
     if not replace or not target.exists():
         try:
-            draft.rename(target)  # fails where the target is a file, or a folder that is not empty
+            draft.rename(target)  # fails if the target is a file, or a folder that is not empty
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise ValueError(f"{target}: was created by another process; choose another name") from None
@@ -144,7 +144,7 @@ def new_file(target: Path, *, force: bool) -> Iterator[Path]:
 def _put_file(draft: Path, target: Path, force: bool) -> None:
     if not force:
         try:
-            os.link(draft, target)  # unlike a rename, fails where the target exists
+            os.link(draft, target)  # unlike a rename, this fails if the target exists
         except FileExistsError:
             raise ValueError(f"{target}: was created by another process; choose another name") from None
         except OSError:  # a file system without hard links
@@ -157,7 +157,7 @@ def _put_file(draft: Path, target: Path, force: bool) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name `path` in errors of the system that name no file, such as a full disk."""
+    """Add `path` to system errors that name no file, such as a full disk."""
     try:
         yield
     except OSError as error:

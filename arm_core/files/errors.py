@@ -1,4 +1,4 @@
-"""The error for bad files, and how text from files is shown."""
+"""The error for bad files, and the printing of text from files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MAX_MESSAGE = 1500
 
 
 class BadFileError(ValueError):
-    """A file that is damaged, hostile or of another format; the message names file, tensor and remedy.
+    """A file that is corrupt, hostile or of another format; the message names file, tensor and remedy.
 
-    Messages may quote the file, so control characters are escaped and long messages are cut.
+    Messages may quote the file, so control characters are escaped and long messages are truncated.
     """
 
     def __init__(self, message: str) -> None:
@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 
 def shown(text: str, limit: int = MAX_MESSAGE) -> str:
-    """`printable` text of at most about `limit` characters; the middle of longer text is left out."""
+    """`printable` text of at most about `limit` characters; the middle of longer text is omitted."""
     if len(text) > limit:
         text = f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
     return printable(text)
@@ -40,7 +40,7 @@ def shown(text: str, limit: int = MAX_MESSAGE) -> str:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn what hostile content can make Python raise into a BadFileError that names the file.
+    """Convert the errors that hostile content can cause in Python to a BadFileError that names the file.
 
     A safety net for the block that parses `path`: sizes are checked before memory is allocated, so
     running out of it is not expected.

@@ -1,4 +1,4 @@
-"""Keys of the metadata in safetensors headers, and how their JSON values are read.
+"""Keys of the metadata in safetensors headers, and reading of their JSON values.
 
 The model card is made from the same metadata. Values are strings; those below hold JSON unless noted.
 """
@@ -16,9 +16,9 @@ TRAINING_ARGS = "training_args"
 RESULTS = "results"
 """Object: measured results by name."""
 CLASSES = "classes"
-"""List: class names in the order of the logits, as class folders are called."""
+"""List: class names in the order of the logits, as in class folders."""
 CLASS_NAMES = "class_names"
-"""List: names of the same classes for people, where they differ."""
+"""List: human-readable names of the same classes, if they differ."""
 EVAL_TRANSFORM = "eval_transform"
 """Object: fields of `EvalTransform`, the preprocessing of images for evaluation."""
 QUANTIZATION = "quantization"
@@ -32,9 +32,9 @@ FRAMEWORK = "format"
 
 
 def read_json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
-    """The JSON value of a key, of the type of `default`; `default` where the key is missing.
+    """The JSON value of a key, of the type of `default`; `default` if the key is missing.
 
-    ValueError names the key where its value is not valid JSON or has another type.
+    A ValueError names the key if its value is not valid JSON or has another type.
     """
     try:
         value = json.loads(metadata[key]) if key in metadata else default

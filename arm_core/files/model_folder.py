@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{total:05d}.safetensors"
 CARD = "README.md"
 _OURS = re.compile(rf"{re.escape(CONFIG)}|{CARD}|model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-"""Names of the files in a model folder; `force` replaces folders with these files only."""
+"""Names of the files in a model folder; `force` only replaces folders with these files."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Model:
 
 def _loaded(tensor: Tensor) -> npt.NDArray[np.float32]:
     if isinstance(tensor, QuantizedTensor):
-        # It replaces the array: `np.asarray` gives its values, an engine may use its parts.
+        # It replaces the array: `np.asarray` returns its values, and an engine can use its parts.
         return cast(npt.NDArray[np.float32], tensor.parts())
     return np.asarray(tensor.read(), np.float32)
 
@@ -65,8 +65,8 @@ def _loaded(tensor: Tensor) -> npt.NDArray[np.float32]:
 def read_model(path: Path | str) -> Model:
     """Open a model folder; names and shapes are checked strictly, tensors are read later.
 
-    Raises ValueError where the folder is missing or holds no model, BadFileError (a ValueError) where a
-    file is damaged or belongs to another model.
+    Raises ValueError if the folder is missing or holds no model, BadFileError (a ValueError) if a file is
+    corrupt or belongs to another model.
     """
     folder = Path(path)
     if not folder.exists():
@@ -83,7 +83,7 @@ def checked_model(
     spec: ModelSpec, arrays: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> Model:
     """A `Model` from a spec and tensors found at `path`, after comparing them with the parameter table."""
-    check_parameters(spec, arrays, source=str(path))  # type: ignore[arg-type]  # reads shapes alone
+    check_parameters(spec, arrays, source=str(path))  # type: ignore[arg-type]  # only reads shapes
     for name, tensor in arrays.items():
         if tensor.dtype not in ("F32", "F16", "BF16"):
             raise BadFileError(f"{path}: {name}: expected F32, F16 or BF16, found {tensor.dtype}")
@@ -97,11 +97,11 @@ def read_config(folder: Path) -> ModelSpec:
 
 
 def parse_config(path: Path, text: bytes | str) -> ModelSpec:
-    """The spec in the JSON of a `config.json`; path: how errors name it."""
+    """The spec in the JSON of a `config.json`. path: its name in errors."""
     data = parse_json(path, text)
     try:
         return from_json(data)
-    except (ValueError, TypeError, ArithmeticError) as error:  # a foreign file can hold any value
+    except (ValueError, TypeError, ArithmeticError) as error:  # a foreign file can contain any value
         raise BadFileError(f"{path}: {error}") from None
 
 
@@ -136,7 +136,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _refuse_shared_shards(folder: Path, names: Iterable[str]) -> None:
-    """Refuse several names for one file, whose header would be read and kept once for each name."""
+    """Refuse several names for one file: its header would be read and kept once for each name."""
     seen: dict[tuple[int, int], str] = {}
     for name in names:
         try:
@@ -151,7 +151,7 @@ def _refuse_shared_shards(folder: Path, names: Iterable[str]) -> None:
 def _unquantized(
     folder: Path, stored: dict[str, Tensor], metadata: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the parameter table, from stored ones of which some may be quantized."""
+    """The tensors of the parameter table, from stored tensors that may be quantized."""
     if QUANTIZATION not in metadata:
         return stored, metadata
     bits = next((bits for bits in quantized.BITS if metadata[QUANTIZATION] == f"affine, {bits} bits"), None)
@@ -175,8 +175,8 @@ def write_model(
 
     arrays: by name, as arrays or as tensors read on demand; storage types are kept.
     metadata: strings for the header of the weights.  shard_size: maximum size of a file, bytes (a larger
-    tensor gets a file of its own); None for one file.  card: the text of `README.md`.
-    Raises ValueError where names or shapes differ from the spec, or the folder exists (unless `force` is
+    tensor gets its own file); None for one file.  card: the text of `README.md`.
+    Raises ValueError if names or shapes differ from the spec, or if the folder exists (unless `force` is
     set and it is a model folder).
     """
     target = Path(folder)
@@ -188,14 +188,16 @@ def write_model(
         write_text(draft / CONFIG, json.dumps(to_json(spec), indent=2) + "\n")
         if card is not None:
             write_text(draft / CARD, card)
-        check_new(target, force=force)  # once more: writing takes time, and others may write there
+        check_new(
+            target, force=force
+        )  # again: writing takes time, and another process may have written there
     return target
 
 
 def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, shard_size: int | None
 ) -> None:
-    """Write tensors as one file, or as shards with an index where they exceed `shard_size` bytes."""
+    """Write tensors as one file, or as shards with an index if they exceed `shard_size` bytes."""
     bits = {tensor.bits_each for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}
     if bits:
         assert len(bits) == 1, "a model is quantized with one number of bits"
@@ -223,16 +225,16 @@ def write_weights(
 
 
 def check_new(target: Path, *, force: bool) -> None:
-    """Raise ValueError where `target` exists, unless it is an empty folder.
+    """Raise ValueError if `target` exists, unless it is an empty folder.
 
-    force: accept a model folder too, provided that it holds nothing else.
+    force: also accept a model folder that contains nothing else.
     """
     if not target.name:
         raise ValueError(f"{target}: expected the name of a new folder")
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
-        raise ValueError(f"{target}: exists and is not a model folder; remove it yourself")
+        raise ValueError(f"{target}: exists and is not a model folder; remove it, or choose another folder")
     items = sorted(target.iterdir())
     if not items:
         return

@@ -2,8 +2,8 @@
 
     w[o, i] = scales[o, i // g] * q[o, i] + biases[o, i // g]          q: 0 .. 2^bits - 1
 
-A `Quantized` replaces a float32 array wherever one is read through `np.asarray`; an engine with quantized
-products uses its parts instead.
+A `Quantized` can replace a float32 array that is read through `np.asarray`. An engine with quantized products
+uses its parts instead.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _part(tensor: QuantizedTensor, name: str, shape: tuple[int, int], dtype: str
 
 
 def join(stored: Mapping[str, Tensor], bits: int, owner: str) -> dict[str, Tensor]:
-    """The inverse of `split`; owner: how errors name the file."""
+    """The inverse of `split`. owner: the name of the file in errors."""
     found = {name: tensor for name, tensor in stored.items() if not name.endswith((".scales", ".biases"))}
     for name, packed in found.items():
         if packed.dtype != "U32":

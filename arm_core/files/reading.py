@@ -1,4 +1,4 @@
-"""Reading files from unknown sources: regular files only, and never more bytes than expected."""
+"""Reads files from unknown sources: only regular files, and never more bytes than expected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_regular(path: Path | str, *, follow: bool = True, buffering: int = -1) 
 
     Named pipes, sockets, devices and folders raise BadFileError without being waited for or read.
     follow: whether `path` may be a symbolic link (the cache of the Hugging Face hub consists of links).
-    Raises OSError where the file is missing or unreadable.
+    Raises OSError if the file is missing or unreadable.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     if not follow and Path(path).is_symlink():
@@ -42,7 +42,7 @@ def open_regular(path: Path | str, *, follow: bool = True, buffering: int = -1) 
 
 
 def read_bounded(path: Path | str, limit: int, *, follow: bool = True) -> bytes:
-    """The content of a regular file of at most `limit` bytes; BadFileError where it is larger."""
+    """The content of a regular file of at most `limit` bytes; BadFileError if it is larger."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(limit + 1) if size <= limit else b""
@@ -52,7 +52,7 @@ def read_bounded(path: Path | str, limit: int, *, follow: bool = True) -> bytes:
 
 
 def read_text(path: Path | str, limit: int, *, follow: bool = True) -> str:
-    """The content of a UTF-8 text file of at most `limit` bytes; BadFileError where it is not UTF-8."""
+    """The content of a UTF-8 text file of at most `limit` bytes; BadFileError if it is not UTF-8."""
     try:
         return read_bounded(path, limit, follow=follow).decode()
     except UnicodeDecodeError as error:
@@ -65,7 +65,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path | str, text: bytes | str) -> dict[str, Any]:
-    """A JSON object in which no key appears twice; path: how errors name it."""
+    """A JSON object in which no key appears twice. path: its name in errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -4,7 +4,7 @@ A file is an 8-byte little-endian length, that many bytes of JSON
 `{"name": {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}`, and the tensors' bytes, which
 fill the rest without gaps.
 
-The library validates headers. What is done here, and why:
+The library validates headers. This module does the rest, for these reasons:
 
 - Reading tensors: the library's NumPy interface cannot return bfloat16, and its memory map would end the
   process (SIGBUS) if the file were cut off while in use. A `Tensor` has a shape, a type and the offset of
@@ -12,7 +12,7 @@ The library validates headers. What is done here, and why:
 - Writing: the library takes all tensors in memory at once, sorts them by name and follows symbolic links.
   Here they are computed and written one at a time, in the given order, to a new file that is flushed.
 
-`tests/files/test_safetensors.py` reads files of each with the other.
+`tests/files/test_safetensors.py` reads the files of the library with this module, and the reverse.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MAX_AXES = 32
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape and storage type of a tensor whose bytes are fetched on demand."""
+    """Shape and storage type of a tensor whose bytes are read on demand."""
 
     shape: Shape
     dtype: str
@@ -89,7 +89,7 @@ class Tensor:
         return bits.astype(np.float32) if self.dtype == "F16" else bits
 
     def map(self, shape: Shape, layout: Callable[[AnyArray], AnyArray]) -> Tensor:
-        """The same values in another layout, moved by `layout` when they are fetched."""
+        """The same values in another layout, converted by `layout` when they are read."""
         return Tensor(shape, self.dtype, lambda: layout(self.bits()))
 
     def cast(self, dtype: str) -> Tensor:
@@ -109,7 +109,7 @@ class Tensor:
 def encode(values: AnyArray, dtype: str) -> AnyArray:
     """Values in a float storage type, rounded to nearest: `DTYPES[dtype]`, bfloat16 as its bits.
 
-    Raises ValueError where a finite value does not fit the type (float16 ends at 65504).
+    Raises ValueError if a finite value does not fit the type (the limit of float16 is 65504).
     """
     if dtype == "BF16":
         return bfloat16.encode(values)
@@ -166,7 +166,7 @@ def _check_with_library(path: Path) -> None:
 
 
 def _tensor(path: Path, name: str, data: int, entry: dict[str, Any]) -> Tensor:
-    """The tensor of a header entry that the library has accepted; data: where the tensors begin, bytes."""
+    """The tensor of a header entry that the library has accepted; data: offset of the tensors, bytes."""
     dtype, shape, start = entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0]
     if dtype not in DTYPES:
         raise BadFileError(f"{path}: {name}: type {dtype} is not supported; known are {', '.join(DTYPES)}")
@@ -184,7 +184,7 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 
 
 def read_range(path: Path, name: str, start: int, dtype: np.dtype[Any], count: int) -> AnyArray:
-    """`count` values of `dtype` that begin at byte `start`."""
+    """`count` values of `dtype` from byte `start` on."""
     values = np.empty(count, dtype)
     with open_regular(path, buffering=0) as file:
         file.seek(start)
@@ -198,7 +198,7 @@ def read_range(path: Path, name: str, start: int, dtype: np.dtype[Any], count: i
 
 
 def as_tensors(arrays: Mapping[str, Tensor | AnyArray]) -> dict[str, Tensor]:
-    """Arrays and tensors alike as tensors."""
+    """Arrays and tensors as tensors."""
     return {name: value if isinstance(value, Tensor) else Tensor.of(value) for name, value in arrays.items()}
 
 
@@ -207,7 +207,7 @@ def write_tensors(
 ) -> None:
     """Write a new safetensors file, one tensor at a time, and flush it to the disk.
 
-    Wide types come first, so that every tensor is aligned; otherwise the order is kept, so equal content
+    Wide types are first, so that every tensor is aligned. Otherwise the order is kept, so that equal content
     gives equal bytes. For an atomic write, write to a draft (`arm_core.files.atomic`). Raises ValueError
     for metadata that is not Unicode.
     """

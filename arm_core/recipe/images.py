@@ -17,12 +17,12 @@ KINDS = ("folder", "digits", "synthetic")
 
 
 def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Images to train on, and those to evaluate on (None where the recipe names none).
+    """Images to train on, and images to evaluate on (None if the recipe names none).
 
     `folder` reads `data.path` and `data.eval_path` in any format: classes in finetuning, any images in
     pretraining. `digits` trains on the training split and evaluates on the validation split, so that the
-    test split stays unseen until `arm evaluate`. `synthetic` makes its images up.
-    Raises ValueError for an unknown kind, a missing path, and settings that another kind would read.
+    test split is unused until `arm evaluate`. `synthetic` generates its images.
+    Raises ValueError for an unknown kind, a missing path, and settings of another kind.
     """
     data, labelled = recipe.data, recipe.stage is Stage.FINETUNE
     if data.source not in KINDS:
@@ -43,7 +43,7 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     if data.path is None:
         raise ValueError("data.path: the recipe names no training images; pass --data PATH")
     if data.eval_path is not None and data.val_fraction is not None:
-        raise ValueError("data.val_fraction: data.eval_path names images to evaluate on already; drop one")
+        raise ValueError("data.val_fraction: data.eval_path already names images to evaluate on; drop one")
     train = open_images(data.path, form=data.format, labels=labelled)
     if data.val_fraction is not None:
         return split(train, data.val_fraction)

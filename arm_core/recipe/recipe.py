@@ -32,11 +32,11 @@ from arm_core.recipe.sections import (
 from arm_core.recipe.toml import assign, dump, field_types, from_table, read_value, to_table
 
 MAX_CHARACTERS, MAX_DOTS = 100_000, 100
-"""Of a recipe, and of one of its lines."""
+"""Largest numbers of characters of a recipe and of dots in one of its lines."""
 
 
 class Stage(StrEnum):
-    """What a run trains; also the name of the command."""
+    """The training stage of a run; also the name of the command."""
 
     PRETRAIN = "pretrain"
     FINETUNE = "finetune"
@@ -144,7 +144,8 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """The recipe with `section.key=value` assignments applied, in order, each typed as its field is.
 
     `none` unsets an optional setting; lists are written `0.2,1.0`, sizes `192x192` or `192`.
-    Raises ValueError on an unknown key (naming the nearest), an invalid value, or an invalid recipe.
+    Raises ValueError on an unknown key (the message names the most similar one), an invalid value, or an
+    invalid recipe.
     """
     table = to_table(recipe)
     for assignment in assignments:

@@ -50,7 +50,7 @@ class EncoderChoice:
     state: int | None = None
     """States per channel of the scan, N."""
     conv_width: int | None = None
-    """Taps of the depthwise convolution."""
+    """Width of the depthwise convolution, tokens."""
 
     def encoder(self) -> EncoderSpec:
         size = None if self.preset is None else preset(self.preset)
@@ -103,7 +103,7 @@ class ClassifierModel(EncoderChoice):
     directions: int | None = None
     """1, 2 or 4."""
     pooling: Pooling | None = None
-    """How tokens become one vector: their mean, or the class token."""
+    """Pooling of the tokens: their mean, or the class token."""
     head_std: float | None = None
     """Standard deviation of a new head's weights on a pretrained encoder; None for the official 2e-5.
     Training from scratch always uses `arm_core.model.parameters.HEAD_STD`."""
@@ -135,7 +135,7 @@ def _given(choice: EncoderChoice, cls: type[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where images come from."""
+    """Sources of the images."""
 
     source: str = "folder"
     """Name of the source: `folder` (images by class), `digits` (built in) or `synthetic`."""
@@ -144,9 +144,9 @@ class DataSettings:
     eval_path: str | None = None
     """Evaluation images, for the source `folder`; None for no evaluation."""
     format: Format = Format.AUTO
-    """How the images at `path` and `eval_path` are stored; `auto` looks."""
+    """How the images at `path` and `eval_path` are stored; `auto` detects it."""
     val_fraction: float | None = None
-    """Part of the images at `path` to evaluate on instead of training on them, where there is no
+    """Fraction of the images at `path` that is used for evaluation and not for training, without an
     `eval_path`; chosen by names (`arm_core.data.combine.split`)."""
     on_bad_image: OnBadImage = OnBadImage.FAIL
     """Whether an image that cannot be decoded stops training, or the next one takes its place."""
@@ -199,7 +199,7 @@ class TrainingSettings:
     precision: Precision = Precision.FLOAT32
     """Type of the matrix products: float32 or bfloat16."""
     seed: int = 0
-    """Seed of first weights, data order, augmentation, mixing and drop path."""
+    """Seed of initial weights, data order, augmentation, mixing and drop path."""
     log_every: int = 20
     """Steps between rows in `metrics.jsonl`."""
     save_every: Span = ONE_EPOCH
@@ -209,7 +209,7 @@ class TrainingSettings:
     keep_every: Span | None = None
     """Distance between checkpoints that are kept permanently; None for no such checkpoints."""
     evaluate_every: Span | None = None
-    """None for an evaluation at the end only."""
+    """Interval between evaluations; None for one at the end only."""
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -1,7 +1,7 @@
 """Frozen dataclasses to TOML and back, checked against their annotations.
 
 The fields of a settings class (a keyword-only dataclass) are ints, floats, booleans, strings, enums,
-`Span`s, tuples of those, other settings classes, or one of these or None. TOML has no null: a field that
+`Span`s, tuples of these, other settings classes, or an optional one of these. TOML has no null: a field that
 may be None has None as its default, and is omitted.
 """
 

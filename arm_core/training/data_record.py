@@ -1,4 +1,4 @@
-"""What a run records of its data in `RUN/data.json`: its images, its classes, and images that are bad."""
+"""The record of a run's data in `RUN/data.json`: its images, its classes, and bad images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from arm_core.training.run_folder import DATA, RunFolder
 
 
 class DataRecord:
-    """The data of a run, compared with what the run recorded when it was started or resumed before.
+    """The data of a run, compared with the record from when it was started or last resumed.
 
-    A run without a record (of an older version) is compared by the class names of its checkpoint alone.
-    accept: whether other images are recorded in place of the earlier ones, instead of a warning.
+    A run without a record (of an older version) is compared only by the class names of its checkpoint.
+    accept: whether other images are recorded in place of the earlier ones, without a warning.
     Raises ValueError for other classes, or classes in another order: the labels would change their meaning.
     """
 

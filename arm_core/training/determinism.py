@@ -1,4 +1,4 @@
-"""What a run fixes and records so that its bits do not depend on the machine's number of cores."""
+"""Settings that a run fixes and records, so that its bits do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DETERMINISTIC, THREADS = "deterministic", "threads"
 def pin(options: EngineOptions, recorded: Mapping[str, str]) -> EngineOptions:
     """Options of a deterministic run with a fixed number of CPU threads; other options are unchanged.
 
-    recorded: the record of the run's last session, empty for a new run. A deterministic run stays so, with
-    the number of threads that it was started with; ValueError if the options ask for another number.
+    recorded: the record of the run's last session, empty for a new run. A deterministic run stays so,
+    with the number of threads at its start; ValueError if the options request another number.
     """
     resumed = recorded.get(DETERMINISTIC) == str(True)
     if not (options.deterministic or resumed):

@@ -1,4 +1,4 @@
-"""Exact evaluation: every image once, a smaller last batch where needed, sums in float64."""
+"""Exact evaluation: every image once, a smaller last batch if needed, sums in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOP = 5
 
 
 class EvaluationStopped(Exception):  # noqa: N818
-    """An evaluation ended early because `stop` asked for it."""
+    """An evaluation ended early because `stop` requested it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """The best checkpoint has the highest: top-1 accuracy, or minus the loss in pretraining."""
+        """Score of a checkpoint, higher is better: top-1 accuracy, or minus the loss in pretraining."""
         return -self.loss if self.top1 is None else self.top1
 
 
@@ -54,7 +54,7 @@ def evaluate(
     """Run the engine's model over `batches` (an `EvalLoader`).
 
     seen: called with the number of images of each batch.  each: called with each batch of a classifier and
-    its logits, (B, classes).  stop: asked before each batch, at the same points
+    its logits, (B, classes).  stop: called before each batch, at the same points
     on all ranks; True ends the evaluation with EvaluationStopped.
     ranks: each passes its own batches and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
     fewer batches computes a dummy batch in the last round, since all ranks take part in a pass.
@@ -102,7 +102,7 @@ def cross_entropy(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[n
 
 
 def classes_before(logits: Array, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Number of classes ranked before the true one, `(B,)`: 0 where the true class is the most probable.
+    """Number of classes ranked before the true one, `(B,)`: 0 if the true class is the most probable.
 
     Of equal logits the class with the smaller index is ranked first; NaN is ranked before the true class.
     """

@@ -1,10 +1,10 @@
-"""What counts as a model on disk: a model folder, a run, or one checkpoint of a run.
+"""Models on disk: a model folder, a run, or one checkpoint of a run.
 
     MODEL/config.json                            a model folder
     RUN/checkpoints/step-00001000/               a run; its newest intact checkpoint is the model
     RUN/checkpoints/step-00001000/manifest.json  one checkpoint
 
-`open_folder` is the only place that tells them apart.
+`open_folder` is the only place that distinguishes them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class ModelSource:
     """An opened model; its tensors are read on demand."""
 
     model: Model
-    """Of a run: the model of its newest intact checkpoint."""
+    """The model; for a run, that of its newest intact checkpoint."""
     kind: str
-    """For people: `model folder`, `run, step-00001000` or `checkpoint step-00001000`."""
+    """Human-readable: `model folder`, `run, step-00001000` or `checkpoint step-00001000`."""
     average: dict[str, Tensor] | None = None
-    """The moving average of all weights (fixed tables from the model), where the run kept one."""
+    """The moving average of all weights (fixed tables from the model), if the run kept one."""
     run: Path | None = None
     """The folder of the run, unless this is a plain model folder."""
 
     def tensors(self, weights: Weights = Weights.RAW) -> dict[str, Tensor]:
-        """The chosen weights by name; ValueError where no average was kept."""
+        """The selected weights by name; ValueError if no average was kept."""
         if weights is Weights.RAW:
             return self.model.arrays
         if self.average is None:
@@ -55,7 +55,7 @@ class ModelSource:
         return self.average
 
     def load(self, weights: Weights = Weights.RAW) -> dict[str, Array]:
-        """The chosen weights as float32 arrays, those of a quantized model as `Quantized` matrices."""
+        """The selected weights as float32 arrays; `Quantized` matrices for a quantized model."""
         loaded = self.model.load() if weights is Weights.RAW else {}
         return loaded or {n: np.asarray(t.read(), np.float32) for n, t in self.tensors(weights).items()}
 
@@ -64,7 +64,7 @@ def open_folder(path: Path, *, warn: Warn) -> ModelSource:
     """Open a model folder, a run or a checkpoint; a checkpoint's files are compared with its manifest.
 
     warn: receives a sentence for each newer checkpoint of a run that is corrupt and skipped.
-    Raises ValueError where the folder holds no model, BadFileError (a ValueError) where it is damaged.
+    Raises ValueError if the folder holds no model, BadFileError (a ValueError) if it is corrupt.
     """
     folder, kind, run = path, "model folder", None
     if (path / FOLDER).is_dir():

@@ -13,7 +13,7 @@ from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ModelSpec
 
 PIXELS = "pixels of "
-"""How a description of image data begins."""
+"""Start of a description of image data."""
 FORWARD = (
     "tokens",
     "layers",
@@ -70,7 +70,7 @@ class NonFiniteError(ArithmeticError):
 def first_non_finite(engine: Engine, batches: Sequence[Batch], ranks: Ranks = ALONE) -> str | None:
     """The first non-finite tensor of a training step: images, weights, forward pass or gradients.
 
-    Checks in the order of the computation, which is repeated with the engine's present weights. The order
+    Checks in the order of the computation, which is repeated with the engine's current weights. The order
     does not depend on the engine. Each rank checks its own batches; all get the first result of any rank.
     """
     rounds = max(ranks.gather(len(batches)))
@@ -120,7 +120,7 @@ def _bad_gradient(engine: Engine, batches: Sequence[Batch]) -> str | None:
 
 
 def _moment(name: str, spec: ModelSpec) -> tuple[int, int, int]:
-    """When a tensor of the forward pass is computed, for sorting (`arm_core.model.reference.model`)."""
+    """Position of a tensor in the forward pass, for sorting (`arm_core.model.reference.model`)."""
     stem, _, rest = name.partition(".")
     number, _, part = rest.partition(".")
     stage = FORWARD.index(stem) if stem in FORWARD else len(FORWARD)

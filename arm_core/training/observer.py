@@ -1,4 +1,4 @@
-"""What a training loop reports: events to an `Observer`, and an `Outcome` at the end."""
+"""Reports of a training loop: events to an `Observer`, and an `Outcome` at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Observer:
     """Receives the events of a run; override what you need. A method should return quickly."""
 
     def started(self, trainer: Training) -> None:
-        """Before the first step; `trainer.step` and `trainer.plan.total_steps` are set."""
+        """Called before the first step; `trainer.step` and `trainer.plan.total_steps` are set."""
 
     def stepped(self, step: int, images: int) -> None:
         """Step number `step`, of `images` images, was passed to the engine."""
@@ -44,7 +44,7 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a call of `Trainer.train` ended."""
+    """The result of a call of `Trainer.train`."""
 
     step: int
     """Updates done in the whole run."""

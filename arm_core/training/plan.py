@@ -64,9 +64,9 @@ class Plan:
         )
         skip = recipe.data.on_bad_image is OnBadImage.SKIP
         self.bad_images = BadImages(len(source), known_bad) if skip else None
-        """Noted by the loaders of this plan, where the recipe skips such images."""
+        """Bad images found by the loaders of this plan, if the recipe skips them."""
         self.steps_per_epoch = Fraction(batches.batches_per_epoch, self._training.accumulation)
-        """Updates in one pass over the data; a fraction where an update spans two epochs."""
+        """Updates in one pass over the data; a fraction if an update spans two epochs."""
         length = self._training.length.steps(self.steps_per_epoch)
         self.total_steps = max(1, math.floor(length))
         warmup = recipe.schedule.warmup.steps(self.steps_per_epoch)
@@ -80,7 +80,7 @@ class Plan:
         )
 
     def lr(self, step: int) -> float:
-        """Learning rate of update number `step`, counted from 1: that of the time at which it begins."""
+        """Learning rate of update number `step`, counted from 1: the rate at the time when it begins."""
         return self._schedule.at(step - 1)
 
     def epoch(self, step: int) -> float:
@@ -93,7 +93,7 @@ class Plan:
         return step // steps > (step - 1) // steps
 
     def save_due(self, step: int) -> bool:
-        """Whether `step` is to be saved."""
+        """Whether a checkpoint is due at `step`."""
         return self.due(self._training.save_every, step) or self.kept(step)
 
     def kept(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a classifier predicts for each image, and what follows from it: intervals, classes, calibration."""
+"""A classifier's prediction for each image, and statistics: intervals, classes, calibration."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from arm_core.engine.ranks import Ranks
 Z95 = 1.959963984540054
 """Quantile of the normal distribution for a 95 % interval."""
 BINS = 15
-"""Of confidence, for the calibration error; as in arXiv:1706.04599."""
+"""Bins of confidence for the calibration error, as in arXiv:1706.04599."""
 CHUNK = 1000
-"""Images whose predictions ranks exchange at a time."""
+"""Number of images whose predictions ranks exchange at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Predictions:
     """One entry per image, in the order of the source."""
 
     indices: npt.NDArray[np.int64]
-    """Numbers of the images in the source."""
+    """Indices of the images in the source."""
     labels: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     """The most probable class."""
@@ -38,7 +38,7 @@ class Predictions:
 
 
 class Collector:
-    """Keeps what `evaluate` sees of a rank's images; pass it as `each`."""
+    """Collects the predictions for a rank's images; pass it to `evaluate` as `each`."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, float]] = []
@@ -46,13 +46,13 @@ class Collector:
     def __call__(self, batch: EvalBatch, logits: Array) -> None:
         shifted = logits.astype(np.float64)
         shifted -= shifted.max(-1, keepdims=True)
-        predicted = np.argmax(shifted, -1)  # of equal logits the class with the smaller index
+        predicted = np.argmax(shifted, -1)  # the class with the smaller index for equal logits
         confidence = 1.0 / np.exp(shifted).sum(-1)
         columns = (batch.indices, batch.labels, predicted, confidence)
         self._rows += zip(*(column.tolist() for column in columns), strict=True)
 
     def gather(self, ranks: Ranks) -> Predictions:
-        """The predictions of all ranks; each calls it at the same point."""
+        """The predictions of all ranks; all ranks call this at the same point."""
         rounds = max(ranks.gather(-(-len(self._rows) // CHUNK)))
         rows: list[tuple[int, int, int, float]] = []
         for i in range(rounds):
@@ -67,7 +67,7 @@ class Collector:
 
 
 def interval(part: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a part of `count` images (Wilson, 1927)."""
+    """The 95 % Wilson score interval of a fraction of `count` images (Wilson, 1927)."""
     square = Z95**2 / count
     centre = (part + square / 2) / (1 + square)
     half = Z95 / (1 + square) * math.sqrt(part * (1 - part) / count + square / (4 * count))

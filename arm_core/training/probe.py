@@ -1,4 +1,4 @@
-"""What frozen features know about classes: k nearest neighbours and a linear classifier."""
+"""Accuracy of frozen features: k nearest neighbours and a linear classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Labels = npt.NDArray[np.integer]
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))
 """Inverse regularization strengths C that a linear probe chooses from."""
 HELD_OUT = 0.2
-"""Part of the training set on which a linear probe chooses its strength."""
+"""Fraction of the training set on which a linear probe chooses its strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ProbeResult:
     correct: int
     total: int
     settings: dict[str, Any]
-    """How the probe was set, and what it chose."""
+    """The settings of the probe, and the values that it chose."""
 
 
 def knn_probe(
@@ -44,12 +44,12 @@ def knn_probe(
     k: int = 20,
     temperature: float = 0.07,
 ) -> ProbeResult:
-    """Weighted k nearest neighbours by cosine similarity, as DINO does (arXiv:2104.14294, section 4.1).
+    """Weighted k nearest neighbours by cosine similarity, as in DINO (arXiv:2104.14294, section 4.1).
 
     Each of the k nearest training features votes for its class with weight exp(similarity / temperature).
 
     train: (M, D), train_labels: (M,) whole numbers from 0.  test: (Q, D), test_labels: (Q,).
-    k: neighbours; at most M are used.  Raises ValueError where sizes do not fit.
+    k: neighbours; at most M are used.  Raises ValueError if sizes do not match.
     """
     _check(train, train_labels, test, test_labels)
     if k < 1 or temperature <= 0:
@@ -79,11 +79,11 @@ def linear_probe(
 ) -> ProbeResult:
     """L2-regularized logistic regression on standardized features (scikit-learn, lbfgs).
 
-    The strength is the one that does best on a fifth of the training set, drawn by class from `seed`; the
-    classifier is then fitted to the whole training set. Arguments as in `knn_probe`.
+    The strength is the best one on a fifth of the training set, drawn by class from `seed`. The classifier
+    is then fitted to the whole training set. Arguments as in `knn_probe`.
 
-    `settings` holds the chosen `C`, the accuracy of each C, and `at_edge` where it is the first or last.
-    Raises ValueError where sizes do not fit, a class has fewer than two features, or scikit-learn is missing.
+    `settings` holds the chosen `C`, the accuracy of each C, and `at_edge` if it is the first or last.
+    Raises ValueError if sizes do not match, a class has fewer than two features, or scikit-learn is missing.
     """
     _check(train, train_labels, test, test_labels)
     fit, held = _split(train_labels, seed)
@@ -91,7 +91,7 @@ def linear_probe(
         C: float((_fit(train[fit], train_labels[fit], C).predict(train[held]) == train_labels[held]).mean())
         for C in strengths
     }
-    best = max(strengths, key=lambda C: scores[C])  # the strongest regularization of equals
+    best = max(strengths, key=lambda C: scores[C])  # among equals, the strongest regularization
     predicted = _fit(train, train_labels, best).predict(test)
     return _result(
         int((predicted == test_labels).sum()),
@@ -103,7 +103,7 @@ def linear_probe(
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927): inside [0, 1], right also near its ends."""
+    """95 % confidence interval of a proportion (Wilson 1927): inside [0, 1], valid near its ends as well."""
     if not 0 <= correct <= total or total < 1:
         raise ValueError(
             f"interval: expected 0 <= correct <= total and total >= 1, found {correct} of {total}"

@@ -1,12 +1,12 @@
-"""Protocols of the robustness sets of ImageNet: which classes count, and what a correct answer is.
+"""Protocols of ImageNet's robustness sets: the classes that count, and the definition of a correct answer.
 
-Their images are in folders called like ImageNet's classes (WordNet ids), so the classes of a subset are those
-that the data has; no list of them is needed.
+Their images are in folders named like ImageNet's classes (WordNet ids). The classes of a subset are those in
+the data, so no list of them is needed.
 
 imagenet-a       arXiv:1907.07174; 200 classes, the other logits are ignored
 imagenet-r       arXiv:2006.16241; 200 classes, the other logits are ignored
 imagenet-sketch  arXiv:1905.13549; all classes
-imagenet-v2      arXiv:1902.10811; folders are called by the numbers of the classes
+imagenet-v2      arXiv:1902.10811; folders are named by the indices of the classes
 imagenet-real    arXiv:2006.07159; several right answers for an image, or none
 imagenet-c       arXiv:1903.12261; corruption/severity/class, the errors relative to AlexNet's
 """
@@ -30,7 +30,7 @@ from arm_core.training.predictions import Predictions
 
 
 class LabelSet(StrEnum):
-    """A set of images with a protocol of its own."""
+    """A set of images with its own protocol."""
 
     IMAGENET_A = "imagenet-a"
     IMAGENET_R = "imagenet-r"
@@ -105,7 +105,7 @@ def read_real_labels(path: Path) -> list[list[int]]:
 def real_correct(
     found: Predictions, source: ListedSource, labels: Sequence[Sequence[int]]
 ) -> npt.NDArray[np.bool_]:
-    """Whether each image's prediction is one of its labels; images without labels are left out.
+    """Whether each image's prediction is one of its labels; images without labels are skipped.
 
     Raises ValueError for an image whose name does not end in its number, `ILSVRC2012_val_00000001`.
     """
@@ -124,11 +124,11 @@ def real_correct(
 
 
 def corrupted_folders(root: Path) -> dict[str, list[Path]]:
-    """The folders of severities by corruption, of the corruptions that are there; all 15, for the mean."""
+    """The folders of severities by corruption, for the existing corruptions; the mean needs all 15."""
     found = {name: [root / name / severity for severity in SEVERITIES] for name in ALEXNET_ERRORS}
     found = {name: paths for name, paths in found.items() if paths[0].parent.is_dir()}
     if not found:
-        raise ValueError(f"{root}: expected folders called {', '.join(list(ALEXNET_ERRORS)[:3])}, ...")
+        raise ValueError(f"{root}: expected folders named {', '.join(list(ALEXNET_ERRORS)[:3])}, ...")
     missing = [path for paths in found.values() for path in paths if not path.is_dir()]
     if missing:
         raise ValueError(f"{missing[0]}: no such folder; each corruption has the severities 1 to 5")
@@ -138,7 +138,7 @@ def corrupted_folders(root: Path) -> dict[str, list[Path]]:
 def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     """mCE (arXiv:1903.12261, section 4.1) of errors by corruption, one for each severity.
 
-    Over the corruptions given; only over all 15 it is the published measure.
+    It is computed over the given corruptions; the published measure uses all 15.
     """
     ratios = [sum(row) / (len(row) * ALEXNET_ERRORS[name]) for name, row in errors.items()]
     return sum(ratios) / len(ratios)

@@ -168,7 +168,7 @@ def resume_run(
 ) -> RunFolder:
     """Open a run to resume it from its newest intact checkpoint.
 
-    overrides: changes to the recipe from now on (`arm_core.recipe.recipe`), stored in the run. The model,
+    overrides: changes to the recipe from here on (`arm_core.recipe.recipe`), stored in the run. The model,
     the seed and the composition of batches cannot change, since the position in the data depends on them.
     warn: called for corrupt checkpoints, invalid lines of metrics, and a recipe that differs from that of
     the newest checkpoint.
@@ -229,7 +229,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _encodable(text: str) -> str:
-    """The text, if it can be written as UTF-8. Paths cannot where the locale has no name for their bytes."""
+    """The text, if it can be written as UTF-8. Some paths cannot if the locale is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -38,14 +38,14 @@ from arm_core.training.signals import StopOnSignal
 
 
 class Trainer:
-    """Trains `engine` with the recipe of `run`, from the run's present step. It does not modify `run`.
+    """Trains `engine` with the recipe of `run`, from the run's current step. It does not modify `run`.
 
     run: from `start_run` or `resume_run`.  engine: created with the state to train from, which for a
     resumed run is `run.resumed.state`.
     train_source: images, with labels for a classifier.  eval_source: None for no evaluation.
     session: recorded about this session, for example backend and version.
     ranks: the job of this process, the same as of the engine and the run; all ranks train.
-    accept_changed_data: record other images than the run was started with, instead of a warning.
+    accept_changed_data: record images that differ from those at the start, without a warning.
 
     Raises ValueError if data, recipe and ranks do not match.
     """
@@ -139,7 +139,7 @@ class Trainer:
             self._data.write()
         self.observer.started(self)
         if self._saved_step < 0:
-            self._save()  # with the first weights, so that a run that is killed early can be resumed
+            self._save()  # with the initial weights, so that a run that is killed early can be resumed
 
     def _take_step(self, loader: Iterator[Batch]) -> None:
         batches, total = self.plan.next_batches(loader, self._position), self._training.accumulation
@@ -211,7 +211,7 @@ class Trainer:
         row["score"] = score
         self._data.note(self.plan.bad_images, self._ranks)
         self.run.append_metrics(row)
-        lead(self._ranks, self._prune)  # the best checkpoint may be another one now
+        lead(self._ranks, self._prune)  # the best checkpoint may have changed
         self.observer.logged(row)
         self._reset_clock()
 
@@ -233,7 +233,7 @@ class Trainer:
         return max(rows, key=lambda row: row["score"], default=None)
 
     def _save(self) -> Path:
-        """Save the present step, unless it was saved already, and remove old checkpoints."""
+        """Save the current step, unless it is already saved, and remove old checkpoints."""
         target = self.run.path / FOLDER / step_name(self.step)
         if self._saved_step == self.step:
             return target
@@ -304,7 +304,7 @@ class Trainer:
         return NonFiniteError(step, what, cause, names, last, self.run.resume_command)
 
     def _interrupted(self, error: BatchFailed | OutOfMemory, *, saved: str = "") -> Exception:
-        """The error, with what the user can do."""
+        """The error, with advice for the user."""
         if isinstance(error, BatchFailed):
             image = isinstance(error.__cause__, BadImage) and self.plan.bad_images is None
             skip = " --on-bad-image skip" if image else ""
@@ -332,5 +332,5 @@ class Trainer:
 
 
 def _named(prefix: str, found: Evaluation) -> dict[str, Any]:
-    """`eval_loss`, `eval_top1`, ...; without those that a pretraining model does not have."""
+    """`eval_loss`, `eval_top1`, ...; without the values that a pretraining model does not have."""
     return {f"{prefix}_{name}": value for name, value in asdict(found).items() if value is not None}

@@ -40,10 +40,10 @@ def to_classifier(
 
     From a pretraining model, as in the official finetuning: the one direction is copied to all, the
     position table is resized (bicubic) and given a row of zeros for the class token, and class token, last
-    norm and head are new, drawn from `seed`. From a classifier only the head is new (with `keep_head` not
-    even that) and the rest is kept, resized where the image size differs.
+    norm and head are new, drawn from `seed`. From a classifier only the head is new (with `keep_head`, it
+    is kept too) and the rest is kept, and resized if the image size differs.
 
-    Raises ValueError where the encoders differ or the source has no weights for a direction.
+    Raises ValueError if the encoders differ or the source has no weights for a direction.
     """
     pairs = {f.name: [getattr(s.encoder, f.name) for s in (spec, target)] for f in fields(EncoderSpec)}
     if different := ", ".join(f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b):

@@ -1,6 +1,6 @@
 """Opens model folders, runs, official checkpoints and exported files in one way.
 
-A `CheckpointSource` holds what a file says about itself, and its tensors unread. All commands of
+A `CheckpointSource` holds a file's description and its unread tensors. All commands of
 `arm convert` use it.
 """
 
@@ -63,30 +63,30 @@ class CheckpointSource:
 
     path: Path
     format: str
-    """For people: `model folder`, `run, ...`, `torch (zip)`, `torch (legacy)`, `safetensors`."""
+    """Human-readable: `model folder`, `run, ...`, `torch (zip)`, `torch (legacy)`, `safetensors`."""
     layout: Layout
     tensors: dict[str, Tensor]
     """By the file's own names, without a wrapper's prefix."""
     prefix: str = ""
     """The prefix that was removed from every name (`module.`, `model.`)."""
     average: dict[str, Tensor] | None = None
-    """The moving average of the weights, where the file holds one."""
+    """The moving average of the weights, if the file holds one."""
     spec: ModelSpec | None = None
-    """The specification, where the file states it."""
+    """The specification, if the file states it."""
     metadata: dict[str, str] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     """Training arguments of an official checkpoint."""
     entries: dict[str, Any] = field(default_factory=dict)
     """Other top-level entries of an official checkpoint: optimizer, epoch, scaler, ..."""
     run: Path | None = None
-    """The folder of the run, where this is one of its checkpoints."""
+    """The folder of the run, if this is one of its checkpoints."""
 
 
 def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
     """Open a model folder, run, checkpoint or file.
 
     warn: receives a sentence for each checkpoint of a run that is corrupt and skipped.
-    Raises ValueError, or BadFileError (a ValueError) where a file is damaged or of another format.
+    Raises ValueError, or BadFileError (a ValueError) if a file is corrupt or of another format.
     """
     path = hub.fetch(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     if not path.exists():
@@ -103,7 +103,7 @@ def open_checkpoint_source(name: Path | str, *, warn: Warn) -> CheckpointSource:
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
-    """Say what a file is that is not a checkpoint; start: its first bytes."""
+    """Describe a file that is not a checkpoint; start: its first bytes."""
     expected = "expected a .pth file of torch.save, a .safetensors file, a model folder or a run"
     if start[_TAR_OFFSET:] == _TAR:
         raise BadFileError(

@@ -1,4 +1,4 @@
-"""Describes a file from its header: kind, size, types, names, and what an import would do."""
+"""Describes a file from its header: kind, size, types, names, and the choices of an import."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Description:
 
     @property
     def size(self) -> str:
-        """The name of the preset of that size, or width and depth."""
+        """The name of the preset with this size, or width and depth."""
         if self.resolved is None:
             return "unknown"
         encoder = self.resolved.spec.encoder
@@ -42,7 +42,7 @@ class Description:
         return names[0] if names else f"width {encoder.width}, depth {encoder.depth}"
 
     def facts(self) -> dict[str, str]:
-        """Lines for people, by topic."""
+        """Human-readable lines, by topic."""
         source, resolved = self.source, self.resolved
         layout = f", {source.layout} names" if resolved else ""
         prefix = f", prefix {source.prefix!r}" if source.prefix else ""
@@ -95,7 +95,7 @@ def describe(source: CheckpointSource) -> Description:
 
 
 def differing_fields(first: ModelSpec, second: ModelSpec) -> str:
-    """The fields in which two specifications differ, with both values; empty where they are equal."""
+    """The fields in which two specifications differ, with both values; empty if they are equal."""
     a, b = (_fields(to_json(spec)) for spec in (first, second))
     if kind_of(first) != kind_of(second):
         return f"{kind_of(first)} and {kind_of(second)}"

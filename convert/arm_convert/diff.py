@@ -17,7 +17,7 @@ class Change:
 
     name: str
     largest: float
-    """Largest absolute difference; infinite where only one value is NaN."""
+    """Largest absolute difference; infinite if only one value is NaN."""
     relative: float
     """The same, relative to the largest value of the first."""
     changed: int
@@ -33,7 +33,7 @@ class Diff:
     only_second: list[str]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     types: dict[str, tuple[str, str]]
-    """Types that differ; the values are compared nevertheless."""
+    """Types that differ; the values are compared in any case."""
     changes: list[Change]
     """Largest relative difference first."""
     equal: int

@@ -1,4 +1,4 @@
-"""An exported file against the model that it came from: outputs, answers, latency, size."""
+"""Compares an exported file with its model: outputs, answers, latency, size."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class ExportedFile(Protocol):
     """Further facts for the report: size, nodes, seconds to load."""
 
     def run(self, images: npt.NDArray[Any]) -> dict[str, Array]:
-        """images: (B, H, W, 3), normalised float32, or uint8 where `raw_pixels`."""
+        """images: (B, H, W, 3), normalised float32, or uint8 with `raw_pixels`."""
         ...
 
 
 class ProgramBackend(Protocol):
-    """What the torch backend offers beyond `arm_core.engine.protocol.Backend`."""
+    """Functions of the torch backend beyond `arm_core.engine.protocol.Backend`."""
 
     def write_program(
         self, spec: ModelSpec, parameters: Mapping[str, Array], path: Path, **options: Any
@@ -61,20 +61,20 @@ class ProgramBackend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a file computes against what the model computes."""
+    """Results of a file compared with those of the model."""
 
     images: int
     differences: dict[str, float]
     """Largest difference of each output, relative to the model's largest value of it."""
     same_answers: float | None
-    """Part of the images that both give the same class; None without logits."""
+    """Fraction of the images with the same class from both; None without logits."""
     accuracy: tuple[float, float] | None
-    """Top-1 of the file and of the model, where the images have labels."""
+    """Top-1 accuracy of the file and of the model, if the images have labels."""
     latency: tuple[float, float]
     """Seconds for one image, median: the file's and the engine's."""
     precision: str
     tolerance: float
-    """Of the differences; infinite for an int8 file."""
+    """Tolerance of the differences; infinite for an int8 file."""
     facts: dict[str, Any]
 
     @property
@@ -84,11 +84,11 @@ class Comparison:
 
 
 def noise_images(spec: ModelSpec, count: int, seed: int = 0) -> list[Pixels]:
-    """Pictures without meaning, larger than the model's input and not square: the same on every machine."""
+    """Noise images, larger than the model's input and not square: identical on every machine."""
     height, width = spec.image_size
     shape = (height + height // 3 + 1, width + width // 2 + 2, 3)
     rng = KeyedRng(seed, "export")
-    # Coarse and fine noise, so that resizing matters and does not average everything to grey.
+    # Coarse and fine noise, so that resizing has an effect and does not average everything to grey.
     coarse = rng.uniform(count * 8 * 8 * 3).reshape(count, 8, 8, 3)
     rows, columns = (np.arange(side) * 8 // side for side in shape[:2])
     fine = rng.uniform(count * int(np.prod(shape))).reshape(count, *shape)
@@ -109,7 +109,7 @@ def compare(
 
     forward: the model's outputs for (B, H, W, 3) normalised images.  images: 8-bit RGB pictures of any
     size.  labels: their classes.
-    Raises ValueError where the file is not of a model with this spec.
+    Raises ValueError if the file's model has another spec.
     """
     if file.spec != spec:
         raise ValueError(
@@ -151,13 +151,13 @@ def _joined(results: Sequence[dict[str, Array]], name: str) -> Array:
 
 
 def _unequal(first: ModelSpec, second: ModelSpec) -> str:
-    """Names of what differs in two specs: `kind, image_size, encoder`."""
+    """Names of the fields that differ in two specs: `kind, image_size, encoder`."""
     a, b = to_json(first), to_json(second)
     return ", ".join(key for key in {**a, **b} if a.get(key) != b.get(key))
 
 
 def _difference(found: Array, expected: Array) -> float:
-    """NaN where either has one, so that a file that computes nothing is within no tolerance."""
+    """NaN if either has a NaN, so that NaN results are never within the tolerance."""
     largest = np.abs(expected.astype(np.float64)).max()
     return float(np.abs(found.astype(np.float64) - expected).max() / (largest or 1.0))
 

@@ -33,7 +33,7 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """The parts of an address; ValueError where it is not one."""
+    """The parts of an address; ValueError if it is not one."""
     match = _ADDRESS.fullmatch(text)
     if match is None or (match[3] and ".." in match[3].split("/")):
         raise ValueError(f"{text}: expected hf://user/name, hf://user/name@revision or hf://user/name/file")
@@ -82,7 +82,7 @@ def library() -> Any:
 
 @contextmanager
 def in_one_line(text: str) -> Iterator[None]:
-    """Turn the errors of the library and of its HTTP client, which have many classes, into ValueError."""
+    """Convert the errors of the library and of its HTTP client, which have many classes, to ValueError."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
 """Imports: from a `CheckpointSource` to the parameter table.
 
 `resolve` finds the specification, the tensors that belong to it and those that do not, and explains each
-choice. It reads names, shapes and the decoder's mask only. `import_model` then copies the tensors into a
+choice. It only reads names, shapes and the decoder's mask. `import_model` then copies the tensors into a
 model folder, one at a time.
 """
 
@@ -40,7 +40,7 @@ MAX_MASK = 2**30
 
 @dataclass(frozen=True)
 class Resolved:
-    """A source as a model of the parameter table, with an account of what was decided."""
+    """A source as a model of the parameter table, with a list of the choices."""
 
     spec: ModelSpec
     tensors: dict[str, Tensor]
@@ -63,7 +63,7 @@ def resolve(
     """Match a source with the parameter table.
 
     kind: `pretrain` or `classifier` to require that kind, else `auto`.  pooling, image_size: for official
-    files, whose tensors do not determine them.  Raises ValueError naming file, tensor, expected and found.
+    files, whose tensors do not determine them.  ValueErrors name file, tensor, expected and found.
     """
     tensors = source.tensors
     if weights is Weights.EMA:
@@ -111,7 +111,7 @@ def _resolve_official(
     parameters = parameter_table(spec)
     for row in rows:
         if not parameters[row.name].trainable and row.names[0] not in held:
-            # Computed when it is read: a hostile file could claim a size that no memory holds.
+            # Computed when it is read: a hostile file could claim a size beyond any memory.
             held[row.names[0]] = Tensor(row.foreign_shape, "F32", partial(_table, row, parameters[row.name]))
             choices.append(f"{row.names[0]}: missing in the file; computed, since it is a fixed table")
     canonical = to_canonical(rows, held)
@@ -196,15 +196,15 @@ _TOLD_ARGS = (
     *("weight_decay", "layer_decay", "clip_grad", "drop_path", "ema_decay"),
     *("aa", "reprob", "smoothing", "mixup", "cutmix"),
 )
-"""Training arguments for the model card; paths and machine settings are left out."""
+"""Training arguments for the model card, without paths and machine settings."""
 
 
 _ENTRIES = {Weights.RAW: "model", Weights.EMA: "ema"}
-"""How histories name the weights; equal models must keep giving equal files."""
+"""Names of the weights in histories; do not change them, since equal models must give equal files."""
 
 
 def _new_metadata(source: CheckpointSource, weights: Weights, spec: ModelSpec) -> dict[str, str]:
-    """Metadata of an official checkpoint: class names, and what its model card tells."""
+    """Metadata of an official checkpoint: class names, and the facts for its model card."""
     step = f"imported from {source.path.name} ({source.format}, weights: {_ENTRIES[weights]})"
     metadata = {HISTORY: json.dumps([step])}
     told = {k: source.args[k] for k in _TOLD_ARGS if k in source.args}
@@ -261,7 +261,7 @@ def _fetch_finite(tensor: Tensor, owner: str, reports: list[str], refuse: bool) 
     bits = tensor.bits()
     values = Tensor(tensor.shape, tensor.dtype, lambda: bits).read()
     with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()  # one quick pass: finite unless a value is not, or the sum overflows
+        total = values.sum()  # one fast pass: finite unless a value is not finite or the sum overflows
     if not np.isfinite(total) and (count := int(values.size - np.isfinite(values).sum())):
         report = f"{owner}: {count} of {values.size} values are NaN or infinite"
         if refuse:

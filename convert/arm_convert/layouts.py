@@ -50,7 +50,7 @@ class Row:
     name: str
     shape: Shape
     names: tuple[str, ...]
-    """Foreign names: one per direction where `stacked`, else one."""
+    """Foreign names: one per direction if `stacked`, else one."""
     stacked: bool
     layout: Layout
 
@@ -86,7 +86,7 @@ def differences(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> list[str]
 
 
 def to_canonical(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Foreign tensors by our names, fetched on demand; ValueError for a missing or misshaped one."""
+    """Foreign tensors by our names, read on demand; ValueError for a missing tensor or a wrong shape."""
     if problems := differences(rows, tensors):
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)
@@ -101,7 +101,7 @@ def _joined(row: Row, parts: list[Tensor]) -> Tensor:
 
 
 def to_foreign(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors by foreign names, fetched on demand."""
+    """Our tensors by foreign names, read on demand."""
     return {
         name: Tensor(row.foreign_shape, tensors[row.name].dtype, partial(_part, row, tensors[row.name], k))
         for row in rows

@@ -1,4 +1,4 @@
-"""From anything that a user calls a model to an engine's module: what `arm_vision.load_model` does."""
+"""From any source of a model to a module of an engine: `arm_vision.load_model`."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def load_model(
         `base` or `base-classifier` for a classifier with random weights, `base-pretrain` for a pretraining
         model.
     backend: `torch`, `mlx` or `auto`.  device, dtype: of that framework; None for its defaults.
-    weights: `raw`, or `ema` for the moving average where the source has one.
-    classes: number of classes of a preset (default 1000); for any other classifier a different number gives
-        it a new head.
+    weights: `raw`, or `ema` for the moving average if the source has one.
+    classes: number of classes of a preset (default 1000); any other classifier gets a new head if the
+        number differs.
     image_size: (H, W) or one number, pixels; position embeddings are resized (bicubic).
     dynamic_image_size: accept images of any multiple of the patch size (classifiers).
     drop_path_rate: stochastic depth in training mode.
     scan: scan implementation, as `arm doctor` lists them.  seed: of random weights.
 
     torch modules take images (B, 3, H, W), MLX modules (B, H, W, 3), normalized (`model.transform()`).
-    Raises ValueError where the source is not a model or the engine is not available.
+    Raises ValueError if the source is not a model or the engine is not available.
     """
     chosen = choose_backend(backend)
     spec, parameters, config = open_parameters(source, weights=weights, classes=classes, seed=seed)
@@ -87,7 +87,7 @@ def open_parameters(
 
 
 def _preset(name: str, classes: int | None) -> ModelSpec | None:
-    """The spec that a preset's name means, None for other names."""
+    """The spec of a preset's name, None for other names."""
     size, _, kind = name.partition("-")
     if size not in PRESETS or kind not in ("", "classifier", "pretrain"):
         return None

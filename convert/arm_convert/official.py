@@ -138,13 +138,13 @@ def official_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, 
 
 
 def canonical_view(spec: ModelSpec, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """The inverse of `official_view`; tensors without all their directions are left out."""
+    """The inverse of `official_view`; tensors without all their directions are skipped."""
     rows = [row for row in official_table(spec) if all(name in arrays for name in row.names)]
     return {row.name: row.join([np.asarray(arrays[name]) for name in row.names]) for row in rows}
 
 
 def from_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All official tensors of a model by our names, fetched on demand.
+    """All official tensors of a model by our names, read on demand.
 
     Raises ValueError for a missing tensor or a wrong shape; other tensors of the file are ignored.
     """
@@ -152,7 +152,7 @@ def from_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def to_official(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a model by official names, fetched on demand, including the mask buffer."""
+    """All tensors of a model by official names, read on demand, including the mask buffer."""
     found = to_foreign(official_table(spec), tensors)
     if isinstance(spec, PretrainSpec):
         found[MASK] = Tensor.of(official_mask(spec))
@@ -169,8 +169,8 @@ def spec_from_official(
     """The model that official names and shapes belong to.
 
     args: the checkpoint's training arguments, of which `global_pool` is used.  image_size, pooling:
-    settings that the weights do not determine.  Raises ValueError where these are not the names of an
-    official model, and names the architecture where it is known.
+    settings that the weights do not determine.  Raises ValueError if these are not the names of an
+    official model; the message names the architecture if it is known.
     """
     kind = kind_from_official(shapes)
     width, channels, patch, _ = _shape_of(shapes, "patch_embed.proj.weight", 4)

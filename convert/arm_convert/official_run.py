@@ -1,6 +1,6 @@
 """An official checkpoint as a run that can be resumed: AdamW's moments, the step, and the recipe.
 
-The official optimizer numbers its parameters by group and stores no names. The groups are rebuilt like in
+The official optimizer numbers its parameters by group and stores no names. The groups are rebuilt as in
 the official code, from the order of the state dict, and the shape of every moment is compared.
 """
 
@@ -55,7 +55,7 @@ class OptimizerState:
 
 
 def optimizer_state(source: CheckpointSource, spec: ModelSpec) -> OptimizerState:
-    """The optimizer state of an official checkpoint; ValueError where it does not match the model."""
+    """The optimizer state of an official checkpoint; ValueError if it does not match the model."""
     optimizer = source.entries.get("optimizer")
     if not isinstance(optimizer, dict):
         raise ValueError(f"{source.path}: has no optimizer state; import it without --with-optimizer")

@@ -41,7 +41,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Name:
-    """A name that the file may mention but not call, such as a storage type."""
+    """A name that the file may reference but not call, such as a storage type."""
 
     name: str
     value: object
@@ -85,7 +85,7 @@ def read_pickle(
 ) -> Any:
     """Read one pickle from the file's position; the file is left at its end.
 
-    source: how errors name the file.  known: the names that are allowed, as `module.name`.
+    source: name of the file in errors.  known: the names that are allowed, as `module.name`.
     persistent: returns the object of a persistent id.  Raises BadFileError for anything else, naming it.
     """
     try:
@@ -115,7 +115,7 @@ def _run(file: Readable, known: Mapping[str, Function | Name], persistent: Calla
         found = known.get(f"{module}.{name}") if isinstance(module, str) and isinstance(name, str) else None
         if found is None:
             raise _RefusedError(
-                f"the file asks for {_dotted(module, name)}, which no checkpoint needs: "
+                f"the file references {_dotted(module, name)}, which no checkpoint needs: "
                 "refused, and nothing was executed"
             )
         return found

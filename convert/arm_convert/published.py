@@ -1,4 +1,4 @@
-"""Published checkpoints by name: what the hub holds is found at run time and cached.
+"""Published checkpoints by name: the list comes from the hub at run time and is cached.
 
 The official weights are files of the Hugging Face repository `OliverRen/ARM`; `official/NAME` means the
 file NAME of it, with or without its suffix.
@@ -22,7 +22,7 @@ from arm_core.model.presets import PRESETS
 from arm_core.training.model_source import Weights
 
 REPOSITORIES = {"official": "OliverRen/ARM"}
-"""Where published checkpoints are, by the first part of their names."""
+"""Repositories of published checkpoints, by the first part of their names."""
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 """Files of a repository that are checkpoints."""
@@ -33,22 +33,22 @@ class Published:
     """A checkpoint on the hub."""
 
     name: str
-    """What commands take: `official/NAME`."""
+    """The name for commands: `official/NAME`."""
     address: str
     """`hf://user/name/file`."""
 
 
 def cache_folder() -> Path:
-    """Where lists and converted models are kept: `$ARM_VISION_CACHE`, else `~/.cache/arm-vision`."""
+    """Folder of lists and converted models: `$ARM_VISION_CACHE`, else `~/.cache/arm-vision`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ARM_VISION_CACHE") or Path(base) / "arm-vision")
 
 
 def list_models(*, refresh: bool = True) -> list[Published]:
-    """The published checkpoints, in the order of their names.
+    """The published checkpoints, sorted by name.
 
-    refresh: ask the hub; without a network, or False, the last list that was seen.
-    Raises ValueError where the hub cannot be reached and no list was ever seen.
+    refresh: contact the hub; without a network, or if False, the last known list is used.
+    Raises ValueError if the hub cannot be reached and no list is cached.
     """
     found: list[Published] = []
     for prefix, repository in REPOSITORIES.items():
@@ -62,7 +62,7 @@ def list_models(*, refresh: bool = True) -> list[Published]:
 
 
 def find_published(name: str) -> str | None:
-    """The hub address that a published name means, None for what is no such name.
+    """The hub address of a published name, None for other names.
 
     Raises ValueError for an unknown name below a known prefix, with near matches.
     """
@@ -85,7 +85,7 @@ def pull(name: str, out: str | Path | None = None, *, weights: str = "raw", forc
 
     name: a published name or `hf://user/name[@revision][/file]`.  out: the folder; None for a folder in the
     cache, which is reused.  An interrupted download is resumed. `hf_hub` verifies sizes and hashes.
-    Raises ValueError where the hub cannot be reached, and for what is not an ARM checkpoint.
+    Raises ValueError if the hub cannot be reached, and if this is not an ARM checkpoint.
     """
     address = find_published(name) or name
     if not address.startswith("hf://"):
@@ -94,7 +94,7 @@ def pull(name: str, out: str | Path | None = None, *, weights: str = "raw", forc
         )
     target = Path(out) if out is not None else _cached(address, weights)
     if out is None and target.exists() and not force:
-        read_model(target)  # raises where it is broken
+        read_model(target)  # raises an error if it is broken
         return target
     check_new(target, force=force)
     source = open_checkpoint_source(address, warn=lambda text: warnings.warn(text, stacklevel=3))
@@ -104,7 +104,7 @@ def pull(name: str, out: str | Path | None = None, *, weights: str = "raw", forc
 
 
 def known_names() -> list[str]:
-    """Presets, and the published checkpoints seen last; never asks the network."""
+    """Presets, and the last known published checkpoints; never uses the network."""
     try:
         return [*PRESETS, *(published.name for published in list_models(refresh=False))]
     except ValueError:
@@ -121,7 +121,7 @@ def _cached(address: str, weights: str) -> Path:
 
 
 def _files(prefix: str, repository: str, refresh: bool) -> list[str]:
-    """File names of a repository: from the hub, else as seen last."""
+    """File names of a repository: from the hub, or else the last known ones."""
     seen = cache_folder() / f"{prefix}.json"
     if refresh or not seen.exists():
         try:
@@ -130,7 +130,7 @@ def _files(prefix: str, repository: str, refresh: bool) -> list[str]:
             if not seen.exists():
                 raise
             warnings.warn(
-                f"{repository}: the hub cannot be reached; showing the list seen last", stacklevel=4
+                f"{repository}: the hub cannot be reached; showing the last known list", stacklevel=4
             )
         else:
             with new_file(seen, force=True) as draft:

@@ -11,7 +11,7 @@ from arm_core.model.spec import ClassifierSpec, ModelSpec
 
 QUANTIZED = ("in_proj.weight", "out_proj.weight", "mlp.w1.weight", "mlp.w2.weight", "mlp.w3.weight")
 """Suffixes of the quantized matrices, over 90 % of the base model. The parameters of the scan, the patch
-embedding and the head stay as they are: they are small and sensitive to rounding."""
+embedding and the head are not quantized: they are small and sensitive to rounding."""
 
 
 def quantize_model(
@@ -19,8 +19,8 @@ def quantize_model(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The model with its large matrices quantized on reading, and the names of the quantized matrices.
 
-    A matrix whose row length is not divisible by `group_size` is not quantized. Raises ValueError where no
-    matrix is, and for a pretraining model.
+    A matrix whose row length is not divisible by `group_size` is not quantized. Raises ValueError if no
+    matrix is quantized, and for a pretraining model.
     """
     if not isinstance(spec, ClassifierSpec):
         raise ValueError(

@@ -36,7 +36,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, s
 
 
 def _pickle(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
-    """Protocol 2, the one that `torch.save` uses."""
+    """Pickle protocol 2, the same as in `torch.save`."""
     model = b"".join(_text(name) + _tensor(key, t) for key, (name, t) in enumerate(tensors.items()))
     words = b"".join(_text(name) + _text(value) for name, value in about.items())
     return b"".join(

@@ -1,4 +1,4 @@
-"""Parity reports: whether two backends, or two models, compute the same from a fixed batch."""
+"""Parity reports: compare the results of two backends, or of two models, on a fixed batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Computed:
     outputs: Mapping[str, Floats]
     loss: float
     gradients: Mapping[str, Floats] | None
-    """None where the backend computes none."""
+    """None if the backend computes none."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def compare(first: Computed, second: Computed, *, scale: float = 1.0) -> list[Li
 
     def line(quantity: str, kind: str, a: Sequence[Any], b: Sequence[Any]) -> Line:
         pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, b, strict=True)]
-        # np.max, unlike max, propagates NaN, which is within no tolerance.
+        # np.max, unlike max, propagates NaN, which is never within the tolerance.
         absolute = np.array([np.abs(x - y).max() for x, y in pairs])
         largest = np.array([np.abs(x).max() for x, _ in pairs])
         floor = np.maximum(largest, FAINT * largest.max())
@@ -175,7 +175,7 @@ def verify(
     """One model through several backends, or two models through each backend.
 
     models: (label, spec, parameters), one or two of them.  scale: factor on `TOLERANCES`.
-    Raises ValueError where there is nothing to compare or the two models have different specifications.
+    Raises ValueError if there is nothing to compare or the two models have different specifications.
     """
     (label, spec, _), others = models[0], models[1:]
     backends = list(dict.fromkeys(backends))

@@ -1,7 +1,7 @@
 """The records of an uncompressed zip archive, as `torch.save` writes it.
 
 Python's `zipfile` reads the directory. `torch.save` stores records without compression, so a record is a
-range of bytes in the file. The checks that `zipfile` leaves to its caller are here: nothing is ever
+range of bytes in the file. The checks that `zipfile` leaves to its caller are here: nothing is
 decompressed, records do not overlap, names are unique and are never used as paths, and the directory has
 a bounded size.
 """
@@ -47,7 +47,7 @@ class _BoundedReads(io.BufferedReader):
 
 
 def read_directory(path: Path) -> dict[str, Record]:
-    """All records of the archive by name; BadFileError for anything `torch.save` would not write."""
+    """All records of the archive by name; BadFileError for anything that `torch.save` would not write."""
     with _BoundedReads(cast(io.RawIOBase, open_regular(path, buffering=0))) as file:
         try:
             with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Models made from models: classifier from pretraining model, new head, new size, new type, average."""
+"""Conversions of models: classifier from pretraining model, new head, new size, new type, average."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_position_table_is_the_official_expansions():
         spec, {**as_tensors(initial_parameters(spec, 0)), "pos_embed": table}, steps.spec, seed=0
     )
     ours, official = made["pos_embed"].read(), steps.parameters["pos_embed"]
-    assert np.abs(ours - official).max() < 1.5e-6  # 1e-6, and what the stored number is rounded by
+    assert np.abs(ours - official).max() < 1.5e-6  # 1e-6, plus the rounding of the stored number
     assert not ours[98].any()
 
 
@@ -126,7 +126,7 @@ def test_a_classifier_copies_the_trunk_to_every_direction(pretrained, tmp_path):
     assert np.array_equal(after["norm_f.weight"], np.ones(8))
 
 
-def test_new_parameters_come_from_the_seed_and_the_head_as_large_as_asked(pretrained, tmp_path):
+def test_new_parameters_come_from_the_seed_and_the_head_has_the_requested_size(pretrained, tmp_path):
     words = ("to-classifier", pretrained)
     for name, seed, std in (("a", 1, 0.02), ("b", 1, 0.02), ("c", 2, 0.02), ("d", 1, 0.04)):
         convert(*words, tmp_path / name, "--classes", 500, "--seed", seed, "--head-std", std)
@@ -138,7 +138,7 @@ def test_new_parameters_come_from_the_seed_and_the_head_as_large_as_asked(pretra
 
 
 @pytest.mark.parametrize("directions", [1, 2, 4])
-def test_directions_pooling_and_a_rectangle_are_as_asked(pretrained, tmp_path, directions):
+def test_directions_pooling_and_a_rectangular_size_can_be_chosen(pretrained, tmp_path, directions):
     out = tmp_path / "m"
     convert(
         "to-classifier",
@@ -157,13 +157,13 @@ def test_directions_pooling_and_a_rectangle_are_as_asked(pretrained, tmp_path, d
     assert (spec.directions, spec.pooling, spec.image_size) == (directions, "cls", (8, 20))
 
 
-def test_a_pretraining_model_needs_to_be_told_its_classes(pretrained, tmp_path):
+def test_a_pretraining_model_needs_a_number_of_classes(pretrained, tmp_path):
     result = convert("to-classifier", pretrained, tmp_path / "m")
     assert result.exit_code == 2
     assert "pass --classes N" in result.output
 
 
-def test_classes_on_a_classifier_replace_its_head_alone(finetuned, tmp_path):
+def test_new_classes_only_replace_the_head_of_a_classifier(finetuned, tmp_path):
     convert("to-classifier", finetuned, tmp_path / "m", "--classes", 3)
     before, model = read_model(finetuned).load(), read_model(tmp_path / "m")
     after = model.load()
@@ -237,7 +237,7 @@ def test_resizing_a_pretraining_model_computes_its_fixed_tables(pretrained, tmp_
     assert np.isfinite(forward(model.spec, after, images)["loss"])
 
 
-def test_a_size_that_does_not_fit_is_one_line(pretrained, tmp_path):
+def test_a_size_that_does_not_fit_is_refused_in_one_line(pretrained, tmp_path):
     for size, message in (
         ("25", "not divisible into patches of 4x4 pixels"),
         ("20", "is not divisible into clusters"),

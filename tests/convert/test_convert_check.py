@@ -1,4 +1,4 @@
-"""`arm convert verify` and `diff` notice what differs, and nothing else."""
+"""`arm convert verify` and `diff` detect all differences, and only differences."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def computed(name, gradients):
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 1.002])
 @pytest.mark.parametrize("name", ["head.bias", "head.weight"])
-def test_nan_and_a_wrong_gradient_of_a_small_tensor_are_noticed(broken, name):
+def test_nan_and_a_wrong_gradient_of_a_small_tensor_are_detected(broken, name):
     good = {"head.weight": np.full((2, 2), 1.0), "head.bias": np.full(2, 0.01)}
     bad = {key: value * (broken if key == name else 1) for key, value in good.items()}
     assert all(line.within for line in compare(computed("a", good), computed("b", good)))
@@ -90,7 +90,7 @@ def test_the_batch_is_the_same_everywhere():
     assert not np.array_equal(first.images, fixed_batch(foreign.CLASSIFIER, 2, 1).images)
 
 
-def test_there_must_be_something_to_compare():
+def test_a_call_with_nothing_to_compare_is_refused():
     models = [("m", foreign.PRETRAIN, strange(foreign.PRETRAIN))]
     with pytest.raises(ValueError, match="nothing to compare"):
         verify(models, ["reference"])
@@ -102,7 +102,7 @@ def test_there_must_be_something_to_compare():
         verify(models, ["reference", "tpu"])
 
 
-def test_the_command_prints_a_parity_report_and_its_exit_code_says_whether_it_holds(tmp_path):
+def test_the_command_prints_a_parity_report_and_sets_the_exit_code(tmp_path):
     first = strange(foreign.PRETRAIN)
     a = write_model(tmp_path / "a", foreign.PRETRAIN, first)
     write_model(tmp_path / "b", foreign.PRETRAIN, {**first, "prediction.bias": first["prediction.bias"] + 1})
@@ -119,7 +119,7 @@ def test_the_command_prints_a_parity_report_and_its_exit_code_says_whether_it_ho
     assert {line["quantity"]: line["within"] for line in data["lines"]}["decoder_input"] is True
 
 
-def test_all_usable_backends_take_part_by_default(tmp_path):
+def test_all_usable_backends_are_compared_by_default(tmp_path):
     folder = write_model(tmp_path / "a", foreign.CLASSIFIER, strange(foreign.CLASSIFIER))
     result = convert("verify", folder, "--no-gradients", "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output

@@ -62,7 +62,7 @@ WRAPPED = {
     "pickle": lambda data: foreign.zip_of(data, STORAGES),
     "header": lambda data: len(data).to_bytes(8, "little") + data + bytes(58),
 }
-"""Damage inside a file whose checksums and lengths are right, so that what lies behind them is reached."""
+"""Damage inside a file with correct checksums and lengths, so that the code behind them is reached."""
 
 INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"0", b"9", b"-", b'"', b"{", b"[", b"q", b"R", b".", b"(")
 
@@ -103,7 +103,7 @@ def mutated(seed: bytes, number: int) -> bytes:
 
 
 def try_to_read(path: Path) -> bool:
-    """Read everything in a file; False where it was refused with the typed error."""
+    """Read everything in a file; False if it was refused with the typed error."""
     try:
         source = open_checkpoint_source(path, warn=print)
         for tensor in (*source.tensors.values(), *(source.average or {}).values()):
@@ -151,7 +151,7 @@ def test_the_seeds_themselves_are_read(scratch, name):
 
 
 @pytest.mark.parametrize("name", list(SEEDS))
-def test_damaged_files_are_refused_with_the_typed_error_alone(scratch, name):
+def test_damaged_files_are_only_refused_with_the_typed_error(scratch, name):
     @fuzzed
     @given(numbers)
     def fuzz(number):
@@ -178,7 +178,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_damaged_model_folders_are_refused_with_the_typed_error_alone(folder, name):
+def test_damaged_model_folders_are_only_refused_with_the_typed_error(folder, name):
     seed = (folder / name).read_bytes()
 
     @fuzzed

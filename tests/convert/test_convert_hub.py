@@ -43,7 +43,7 @@ class StandIn:
             name = str(path.relative_to(source))
             if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
                 (cache / name).parent.mkdir(parents=True, exist_ok=True)
-                (cache / name).symlink_to(path)  # as the library's cache does
+                (cache / name).symlink_to(path)  # like the library's cache
         return str(cache)
 
     def hf_hub_download(self, repo_id, filename, *, revision=None):
@@ -100,7 +100,7 @@ def model(tmp_path):
     return write_model(tmp_path / "m", foreign.CLASSIFIER, initial_parameters(foreign.CLASSIFIER, 4))
 
 
-def test_what_is_pushed_comes_back_the_same(hub, model, tmp_path):
+def test_a_pushed_model_is_downloaded_unchanged(hub, model, tmp_path):
     result = convert("push", model, "hf://user/name", "--private", "--message", "First")
     assert result.exit_code == 0, result.output
     assert result.output.strip() == "https://hub/user/name/commit: First"
@@ -116,7 +116,7 @@ def test_what_is_pushed_comes_back_the_same(hub, model, tmp_path):
     assert all(np.array_equal(back[name], expected[name]) for name in expected)
 
 
-def test_a_revision_is_a_place_of_its_own(hub, model, tmp_path):
+def test_revisions_are_separate(hub, model, tmp_path):
     convert("push", model, "hf://user/name@v2")
     assert not list(hub.folder("user/name", "main").iterdir())
     assert convert("import", "hf://user/name", tmp_path / "a").exit_code == 2
@@ -142,7 +142,7 @@ def test_an_official_checkpoint_on_the_hub_is_one_file_of_a_repository(hub, tmp_
     assert read_model(tmp_path / "a").spec == foreign.PRETRAIN
 
 
-def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path):
+def test_a_missing_repository_is_reported_in_one_line(hub, tmp_path):
     result = convert("import", "hf://user/missing", tmp_path / "a")
     assert result.exit_code == 2
     assert result.output.strip() == "Error: hf://user/missing: no user/missing"
@@ -151,7 +151,7 @@ def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path):
 @pytest.mark.parametrize(
     "address", ["hf://name", "hf://a/b@c@d", "hf:///a/b", "hf://a/b/../../c", "hf://../b", "hf://a/.."]
 )
-def test_an_address_that_is_none_is_refused(address):
+def test_an_invalid_address_is_refused(address):
     with pytest.raises(ValueError, match="expected hf://user/name"):
         parse_address(address)
 

@@ -1,4 +1,4 @@
-"""Importing and exporting: every format in, every format out, nothing lost, nothing dropped unseen."""
+"""Importing and exporting every format: nothing is lost, and nothing is dropped without a message."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_official_checkpoint_imports_exactly(tmp_path, kind, make):
     assert "left out: 'epoch': 3" in result.output
 
 
-def test_the_average_is_imported_on_request_and_what_is_left_out_is_listed(tmp_path, official):
+def test_the_average_is_imported_on_request_and_omitted_contents_are_listed(tmp_path, official):
     first = convert("import", official, tmp_path / "m")
     assert "left out: the moving average of the weights" in first.output
     assert "left out: 'max_accuracy': 71.5" in first.output
@@ -53,7 +53,7 @@ def test_the_average_is_imported_on_request_and_what_is_left_out_is_listed(tmp_p
     assert "72.5" in (tmp_path / "e" / "README.md").read_text()
 
 
-def test_the_card_tells_the_training_but_no_paths(tmp_path, official):
+def test_the_card_describes_the_training_without_paths(tmp_path, official):
     convert("import", official, tmp_path / "m")
     card = (tmp_path / "m" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: arm-vision\n")
@@ -82,7 +82,7 @@ def test_pooling_is_chosen_and_the_reason_printed(tmp_path, args, option, poolin
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "_orig_mod.module."])
-def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, prefix):
+def test_the_prefix_of_a_wrapper_is_removed(tmp_path, prefix):
     state = {prefix + name: value for name, value in foreign.official_state(foreign.PRETRAIN, 3).items()}
     path = foreign.save(tmp_path / "x.pth", foreign.torch_zip({"state_dict": state}))
     result = convert("import", path, tmp_path / "m")
@@ -90,7 +90,7 @@ def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, prefix):
     assert read_model(tmp_path / "m").spec == foreign.PRETRAIN
 
 
-def test_a_prefix_that_only_some_names_carry_is_no_prefix():
+def test_a_prefix_of_only_some_names_is_not_removed():
     some = {name: Tensor.of(np.zeros(1, np.float32)) for name in ("module.a", "b")}
     assert strip_prefix(some) == (some, "")
 
@@ -176,7 +176,7 @@ def test_the_official_export_has_exactly_the_official_names_and_shapes(tmp_path,
     assert found == official_shapes(SPECS[kind])
 
 
-def test_the_official_export_refuses_what_the_official_code_cannot_build(tmp_path):
+def test_the_official_export_refuses_models_that_the_official_code_cannot_build(tmp_path):
     from dataclasses import replace
 
     two = replace(foreign.CLASSIFIER, scan_directions=DIRECTIONS[2])
@@ -196,14 +196,14 @@ def test_the_official_export_refuses_what_the_official_code_cannot_build(tmp_pat
         assert convert("export", folder, tmp_path / f"x{number}.safetensors", "--to", "mlx").exit_code == 0
 
 
-def test_the_official_base_names_are_the_ones_a_base_model_is_exported_with():
+def test_a_base_model_is_exported_with_the_official_names():
     from arm_core.model.presets import classifier_preset, pretrain_preset
 
     assert official_shapes(pretrain_preset("base")) == golden.official_names("pretrain")
     assert official_shapes(classifier_preset("base")) == golden.official_names("classifier")
 
 
-def test_a_large_model_is_cut_into_shards_and_read_back(tmp_path, official):
+def test_a_large_model_is_split_into_shards_and_read_back(tmp_path, official):
     assert convert("import", official, tmp_path / "m", "--shard-size", "20KB").exit_code == 0
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
     expected = initial_parameters(foreign.CLASSIFIER, 1)
@@ -216,8 +216,8 @@ def test_a_large_model_is_cut_into_shards_and_read_back(tmp_path, official):
 
 @pytest.mark.parametrize("make", [foreign.torch_zip, foreign.torch_legacy])
 @pytest.mark.parametrize("name", ["pretrain_strong", "classifier_strong"])
-def test_official_weights_in_a_pth_arrive_as_those_that_reproduce_the_official_outputs(tmp_path, name, make):
-    """`test_golden_engines` holds what both engines compute from these against the official numbers."""
+def test_imported_official_weights_reproduce_the_official_outputs(tmp_path, name, make):
+    """`test_golden_engines` compares the results of both engines on these weights with the official ones."""
     strong = golden.load(name)
     state = official_view(strong.spec, strong.parameters)
     if name == "pretrain_strong":
@@ -243,7 +243,7 @@ def test_official_weights_in_a_pth_arrive_as_those_that_reproduce_the_official_o
     ],
 )
 @pytest.mark.parametrize("weights", ["model", "ema"])
-def test_an_official_pth_goes_in_and_out_exactly(tmp_path, name, weights):
+def test_an_official_pth_is_imported_and_exported_exactly(tmp_path, name, weights):
     torch = pytest.importorskip("torch")
     path = golden.complete() / f"{name}.pth"
     content = torch.load(path, weights_only=False)

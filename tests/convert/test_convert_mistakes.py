@@ -58,14 +58,14 @@ def test_nan_weights_are_refused_by_name_or_reported(tmp_path):
     assert "head.bias: 1 of 3 values are NaN or infinite" in result.output
 
 
-def test_large_finite_weights_are_not_taken_for_infinite(tmp_path):
+def test_large_finite_weights_are_not_reported_as_infinite(tmp_path):
     content = foreign.checkpoint(foreign.CLASSIFIER, global_pool=True)
     content["model"]["head.bias"][:] = 3e38
     path = foreign.save(tmp_path / "x.pth", foreign.torch_zip(content))
     assert convert("import", path, tmp_path / "m").exit_code == 0
 
 
-def test_another_architecture_is_refused_with_the_key_that_told(tmp_path):
+def test_another_architecture_is_refused_with_the_key_that_identified_it(tmp_path):
     state = {
         "cls_token": np.zeros((1, 1, 8), np.float32),
         "blocks.0.attn.qkv.weight": np.zeros((3, 3), np.float32),
@@ -75,7 +75,7 @@ def test_another_architecture_is_refused_with_the_key_that_told(tmp_path):
     refused(tmp_path, result, r"x\.pth: .*a Vision Transformer: it has blocks\.0\.attn\.qkv\.weight")
 
 
-def test_a_missing_or_misshaped_tensor_is_named_with_what_was_expected(tmp_path):
+def test_a_missing_tensor_or_wrong_shape_is_named_with_the_expected_one(tmp_path):
     content = foreign.checkpoint(foreign.CLASSIFIER, global_pool=True)
     del content["model"]["layers.3.mixer.A_c_log"]
     content["model"]["norm_f.weight"] = np.ones(9, np.float32)
@@ -95,7 +95,7 @@ def test_a_model_of_the_other_kind_is_refused_on_request(tmp_path, official):
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "folder"])
-def test_a_source_that_is_not_there_or_is_no_model_is_refused(tmp_path, name):
+def test_a_source_that_is_missing_or_not_a_model_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     refused(tmp_path, convert("import", tmp_path / name, tmp_path / "m"), name)
 
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, official, comm
     refused(tmp_path, convert(*words[command]), "No space left on device")
 
 
-def test_folders_made_for_an_output_that_failed_are_removed(tmp_path):
+def test_folders_created_for_a_failed_output_are_removed(tmp_path):
     content = foreign.checkpoint(foreign.CLASSIFIER)
     content["model"]["head.bias"][0] = np.nan
     path = foreign.save(tmp_path / "x.pth", foreign.torch_zip(content))
@@ -148,7 +148,7 @@ def test_folders_made_for_an_output_that_failed_are_removed(tmp_path):
     assert convert("import", path, tmp_path / "a/b/m", "--allow-nonfinite").exit_code == 0
 
 
-def test_a_malicious_pickle_is_one_line_and_runs_nothing(tmp_path):
+def test_a_malicious_pickle_is_refused_in_one_line_and_runs_nothing(tmp_path):
     class Command:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'marker'}",)
@@ -166,7 +166,7 @@ def test_a_malicious_pickle_is_one_line_and_runs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints/step-00000004"])
-def test_a_run_gives_its_weights_or_their_average(tmp_path, place):
+def test_the_weights_of_a_run_or_their_average_are_imported(tmp_path, place):
     first, second = (initial_parameters(foreign.CLASSIFIER, seed) for seed in (1, 2))
     state = TrainingState(parameters=first, ema=second)
     progress = Progress(step=4, position=4, recipe="", engine={})
@@ -196,7 +196,7 @@ def test_a_pth_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypat
     refused(tmp_path, convert("export", folder, tmp_path / "m.pth", "--to", "official"), "No space left")
 
 
-def test_an_existing_output_is_replaced_on_request_only(tmp_path, official):
+def test_an_existing_output_is_only_replaced_on_request(tmp_path, official):
     folder = model_folder(tmp_path / "a", "pretrain")
     result = convert("import", official, folder)
     assert result.exit_code == 2
@@ -210,7 +210,7 @@ def test_an_existing_output_is_replaced_on_request_only(tmp_path, official):
     assert convert("export", folder, tmp_path / "x.pth", "--to", "torch", "--force").exit_code == 0
 
 
-def test_an_ending_that_a_format_has_not_is_refused(tmp_path):
+def test_an_unsupported_file_extension_is_refused(tmp_path):
     folder = model_folder(tmp_path / "a", "pretrain")
     result = convert("export", folder, tmp_path / "m.pth", "--to", "mlx")
     refused(tmp_path, result, r"expected a file name that ends in \.safetensors for mlx")
@@ -230,7 +230,7 @@ def test_control_characters_of_a_file_never_reach_the_terminal(tmp_path):
     assert "\x1b" not in result.output
 
 
-def test_resolving_reads_no_tensor_but_the_mask(tmp_path):
+def test_resolving_reads_no_tensor_except_the_mask(tmp_path):
     content = foreign.torch_zip(foreign.checkpoint(foreign.CLASSIFIER))
     path = foreign.save(tmp_path / "x.pth", content)
     source = open_checkpoint_source(path, warn=print)
@@ -238,7 +238,7 @@ def test_resolving_reads_no_tensor_but_the_mask(tmp_path):
     assert resolve(source, weights=Weights.RAW).spec.classes == 3
 
 
-def test_inspect_shows_what_would_be_imported(tmp_path, official):
+def test_inspect_shows_the_result_of_an_import(tmp_path, official):
     text = convert("inspect", official).output
     for part in (
         "torch (zip), official names",
@@ -254,7 +254,7 @@ def test_inspect_shows_what_would_be_imported(tmp_path, official):
     assert "head.weight" in convert("inspect", official, "--names").output
 
 
-def test_inspect_describes_a_file_that_is_no_model(tmp_path):
+def test_inspect_describes_a_file_that_is_not_a_model(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a.b": np.zeros((2, 3), np.float32)})
     result = convert("inspect", tmp_path / "x.safetensors")
     assert result.exit_code == 0
@@ -262,7 +262,7 @@ def test_inspect_describes_a_file_that_is_no_model(tmp_path):
     assert json.loads(convert("inspect", tmp_path / "x.safetensors", "--json").output)["problem"]
 
 
-def test_a_damaged_file_is_one_line(tmp_path, official):
+def test_a_corrupt_file_is_refused_in_one_line(tmp_path, official):
     for content in (official.read_bytes()[:-100], b"PK\3\4" + bytes(30)):
         path = foreign.save(tmp_path / "x.pth", content)
         for words in (
@@ -273,7 +273,7 @@ def test_a_damaged_file_is_one_line(tmp_path, official):
             refused(tmp_path, convert(*words), r"x\.pth")
 
 
-def test_a_self_description_that_lies_is_refused(tmp_path):
+def test_a_wrong_self_description_is_refused(tmp_path):
     folder = model_folder(tmp_path / "a", "classifier")
     model = read_model(folder)
     export_model(model.spec, model.arrays, {}, tmp_path / "x.safetensors", Format.MLX)

@@ -49,7 +49,7 @@ def test_official_weights_through_the_table_reproduce_the_official_outputs(name)
 
 
 @pytest.mark.parametrize("spec", [PRETRAIN, CLASSIFIER])
-def test_there_and_back_is_exact_in_both_directions(spec):
+def test_the_round_trip_is_exact_in_both_directions(spec):
     parameters = initial_parameters(spec, 1)
     official = official_view(spec, parameters)
     back = canonical_view(spec, official)
@@ -71,7 +71,7 @@ def test_the_patch_convolution_becomes_one_product_over_patches():
     assert np.allclose(ours @ patch.reshape(-1), np.einsum("dcij,ijc->d", kernel, patch), rtol=1e-5)
 
 
-def test_directions_find_their_suffix_by_name_not_by_place():
+def test_directions_find_their_suffix_by_name_and_not_by_position():
     order = (Direction.COLUMN, Direction.ROW_REVERSE)
     spec = ClassifierSpec(encoder=TINY, classes=3, image_size=(16, 16), scan_directions=order)
     D = np.arange(16, dtype=np.float32).reshape(2, 8)
@@ -115,6 +115,6 @@ def test_missing_and_misshaped_tensors_are_named():
         ([], "found 0 tensors like none"),
     ],
 )
-def test_another_architecture_is_refused_with_the_key_that_gave_it_away(names, message):
+def test_another_architecture_is_refused_with_the_key_that_identified_it(names, message):
     with pytest.raises(ValueError, match=message):
         spec_from_official(dict.fromkeys(names, (1,)))

@@ -1,4 +1,4 @@
-"""Quantized classifiers: MLX's own format, run by MLX as it is and by every other engine as float32."""
+"""Quantized classifiers in MLX's format: MLX runs them directly, every other engine as float32."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def matrix(seed=0):
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_values_are_off_by_no_more_than_a_step_and_the_largest_by_nothing(bits, group_size):
+def test_rounding_errors_are_at_most_one_step_and_zero_for_the_largest_value(bits, group_size):
     values = matrix()
     made = quantize(values, bits, group_size)
     assert (made.shape, made.group_size) == (values.shape, group_size)
@@ -67,7 +67,7 @@ def test_values_are_off_by_no_more_than_a_step_and_the_largest_by_nothing(bits, 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_parts_are_those_that_mlx_makes_and_reads(bits, group_size):
+def test_the_parts_are_those_that_mlx_writes_and_reads(bits, group_size):
     mx = pytest.importorskip("mlx.core")
     values = matrix(1)
     ours = quantize(values, bits, group_size)
@@ -78,7 +78,7 @@ def test_the_parts_are_those_that_mlx_makes_and_reads(bits, group_size):
     assert np.allclose(np.array(restored), np.asarray(ours), atol=1e-6)
 
 
-def test_a_quantized_model_reads_back_as_what_was_stored(tmp_path):
+def test_a_quantized_model_reads_back_with_the_stored_values(tmp_path):
     tensors, done = quantize_model(SPEC, as_tensors(strange()), bits=4, group_size=32)
     assert len(done) == 2 * 4  # in_proj, out_proj, w1, w2: w3 has rows of 85
     write_model(tmp_path / "q", SPEC, tensors, metadata={"k": "v"}, shard_size=20_000)
@@ -105,7 +105,7 @@ def test_the_command_reports_size_and_change(model, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-def test_every_engine_computes_what_the_reference_makes_of_the_rounded_values(quantized, backend):
+def test_every_engine_computes_the_results_of_the_reference_on_the_rounded_values(quantized, backend):
     model = read_model(quantized)
     images = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
     engine = installed_backends()[backend].create_engine(SPEC, TrainingState(parameters=model.load()))
@@ -165,7 +165,7 @@ def test_other_conversions_take_the_rounded_values(quantized, tmp_path):
         (foreign.CLASSIFIER, "choose a smaller --group-size"),
     ],
 )
-def test_what_cannot_be_quantized_is_one_line(tmp_path, spec, message):
+def test_models_that_cannot_be_quantized_are_refused_in_one_line(tmp_path, spec, message):
     folder = write_model(tmp_path / "m", spec, initial_parameters(spec, 0))
     result = arm("convert", "quantize", folder, tmp_path / "q")
     assert result.exit_code == 2
@@ -190,7 +190,7 @@ def test_what_cannot_be_quantized_is_one_line(tmp_path, spec, message):
     ],
     ids=["no scales", "unknown", "undeclared", "other bits", "misshaped"],
 )
-def test_a_damaged_quantized_file_is_refused(quantized, change, message):
+def test_a_corrupt_quantized_file_is_refused(quantized, change, message):
     file = read_tensors(quantized / "model.safetensors")
     tensors, metadata = dict(file.tensors), dict(file.metadata)
     tensors = {name: tensor.bits() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""An official checkpoint with its optimizer goes on here as a run."""
+"""An official checkpoint with its optimizer can be resumed as a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def moments(spec, seed):
 
 
 def with_optimizer(kind: str, path: Path, **changes) -> Path:
-    """An official checkpoint after 7 steps, its optimizer numbered as the official code numbers it."""
+    """An official checkpoint after 7 steps, with the official numbering of its optimizer."""
     spec = SPECS[kind]
     content = foreign.checkpoint(spec, 3)
     content["args"] = argparse.Namespace(**{**COMMON, **ARGS[kind], **changes.pop("args", {})})
@@ -69,7 +69,7 @@ def with_optimizer(kind: str, path: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_moments_step_average_and_recipe_arrive(tmp_path, kind):
+def test_moments_step_average_and_recipe_are_imported(tmp_path, kind):
     result = arm(
         "convert", "import", with_optimizer(kind, tmp_path / "x.pth"), tmp_path / "run", "--with-optimizer"
     )
@@ -99,7 +99,7 @@ def test_moments_step_average_and_recipe_arrive(tmp_path, kind):
         assert not found.state.ema
 
 
-def test_the_run_goes_on(tmp_path):
+def test_the_run_can_be_resumed(tmp_path):
     arm(
         "convert",
         "import",
@@ -175,7 +175,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path, 
         ({"aa": "original"}, "args.aa: expected 'rand-m9-mstd0.5-inc1' or none, found 'original'"),
     ],
 )
-def test_training_arguments_that_no_recipe_can_hold_are_named(tmp_path, args, message):
+def test_training_arguments_that_no_recipe_can_express_are_named(tmp_path, args, message):
     path = with_optimizer("classifier", tmp_path / "x.pth", args=args)
     result = arm("convert", "import", path, tmp_path / "run", "--with-optimizer")
     assert result.exit_code == 2
@@ -183,7 +183,7 @@ def test_training_arguments_that_no_recipe_can_hold_are_named(tmp_path, args, me
     assert [item.name for item in tmp_path.iterdir()] == ["x.pth"]
 
 
-def test_a_checkpoint_without_an_optimizer_says_so(tmp_path):
+def test_a_checkpoint_without_an_optimizer_is_refused(tmp_path):
     path = foreign.save(tmp_path / "x.pth", foreign.torch_zip(foreign.checkpoint(foreign.PRETRAIN)))
     result = arm("convert", "import", path, tmp_path / "run", "--with-optimizer")
     assert result.exit_code == 2

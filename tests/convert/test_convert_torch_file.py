@@ -42,7 +42,7 @@ def test_both_formats_read_back_at_every_pickle_protocol(tmp_path, make, protoco
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("new", [True, False])
-def test_what_torch_itself_saves_is_read_exactly(tmp_path, new, protocol):
+def test_files_of_torch_are_read_exactly(tmp_path, new, protocol):
     torch = pytest.importorskip("torch")
     x = torch.randn(6, 4)
     saved = {
@@ -80,7 +80,7 @@ def test_a_module_saved_with_its_state_reads_with_shared_storage_once(tmp_path):
     assert np.array_equal(value["a"].read(), value["b"].read())
 
 
-def test_torch_loads_what_we_write_even_with_weights_only(tmp_path):
+def test_torch_loads_our_files_even_with_weights_only(tmp_path):
     torch = pytest.importorskip("torch")
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(2.5, np.float32)}
     tensors = {name: Tensor.of(array) for name, array in arrays.items()}
@@ -119,7 +119,7 @@ def marker_command(path: Path) -> str:
 
 
 def attacks(marker: Path) -> dict[str, bytes]:
-    """Pickles that would leave `marker` behind, or worse, if anything in them ran."""
+    """Pickles that would create `marker`, or worse, if anything in them ran."""
     code = f"open({str(marker)!r}, 'w').close()"
     command = marker_command(marker)
 
@@ -199,7 +199,7 @@ def test_a_refusal_names_the_global(tmp_path):
 
 
 def nested(depth: int) -> bytes:
-    """Lists that hold the one before twice: 2 ** depth leaves if anyone walks them."""
+    """Lists that contain the previous one twice: a traversal visits 2 ** depth leaves."""
     steps = [b"]q\x00"]
     for i in range(depth):
         below = b"h" + bytes([i])
@@ -230,7 +230,7 @@ BOMBS = (
     ],
     ids=BOMBS,
 )
-def test_a_pickle_bomb_is_refused_at_once(tmp_path, attack, message):
+def test_a_pickle_bomb_is_refused_immediately(tmp_path, attack, message):
     from arm_convert.checkpoint_source import open_checkpoint_source
 
     path = foreign.save(tmp_path / "file.pth", foreign.zip_of(attack, []))
@@ -364,7 +364,7 @@ def test_a_tricky_archive_is_refused(tmp_path, content, message):
         read(tmp_path, content)
 
 
-def test_a_flipped_bit_in_a_tensor_is_noticed_when_it_is_read(tmp_path):
+def test_a_flipped_bit_in_a_tensor_is_detected_when_it_is_read(tmp_path):
     content = bytearray(foreign.torch_zip({"a": np.arange(100, dtype=np.float32)}))
     place = content.find(np.float32(50).tobytes() + np.float32(51).tobytes())
     content[place] ^= 1

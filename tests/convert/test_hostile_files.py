@@ -51,7 +51,7 @@ def test_a_hostile_file_ends_in_one_line_within_bounded_memory_and_time(outcomes
         ("print(chr(27) + '[2J')", "control characters in the output"),
     ],
 )
-def test_the_limits_notice_what_they_are_for(tmp_path, program, problem):
+def test_the_limits_detect_violations(tmp_path, program, problem):
     harness = (
         "import hostile, pathlib\n"
         f"hostile.arm = lambda *_, **__: exec({program!r})\n"
@@ -68,7 +68,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def on_a_terminal(*words: object) -> str:
-    """What `arm` writes to a pseudo-terminal."""
+    """The output of `arm` on a pseudo-terminal."""
     reader, writer = pty.openpty()
     program = "from arm_cli.main import main; main(prog_name='arm')"
     arguments = [sys.executable, "-c", program, *map(str, words)]

@@ -1,4 +1,4 @@
-"""RandAugment: what each operation does to pixels, how strongly, and how often."""
+"""RandAugment: the effect, strength and frequency of each operation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def colours(height: int = 40, width: int = 60) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_the_fifteen_operations_of_the_official_recipe_are_there() -> None:
+def test_all_fifteen_operations_of_the_official_recipe_exist() -> None:
     assert len(OPERATIONS) == 15
     assert set(OPERATIONS) > SIGNED
 
@@ -56,7 +56,7 @@ def test_invert_and_equalize_and_auto_contrast() -> None:
     stretched, equal = apply("auto_contrast", dull, 0.3), apply("equalize", dull, 0.3)
     assert stretched.max() - stretched.min() > 250
     np.testing.assert_allclose(stretched, (dull - 50.0) * 2.55, atol=2)
-    # Equalised values grow as the share of pixels does, which is even along the row.
+    # Equalised values grow with the share of pixels, which is uniform along the row.
     np.testing.assert_allclose(equal[0, 30:, 0], np.arange(30, 256), atol=15)
 
 

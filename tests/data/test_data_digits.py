@@ -1,4 +1,4 @@
-"""The built-in digits: what is shipped, how it is split, how it is drawn."""
+"""The built-in digits: the shipped file, the splits, and the drawing."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_splits_are_disjoint_and_cover_the_set() -> None:
 
 
 def test_the_split_of_each_digit_is_pinned() -> None:
-    """Numbers measured on one split mean nothing on another: these may never change."""
+    """Results on different splits are not comparable, so the splits must never change."""
     assert split_members(Split.TEST)[:8].tolist() == [4, 8, 11, 12, 13, 16, 21, 22]
     assert split_members(Split.VALIDATION)[:8].tolist() == [10, 15, 34, 36, 39, 59, 61, 79]
 
 
-def test_training_digits_are_drawn_anew_each_epoch_and_follow_from_the_seed() -> None:
+def test_training_digits_are_redrawn_each_epoch_and_depend_on_the_seed() -> None:
     images = [Digits(seed=seed).item(5, epoch).image for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     np.testing.assert_array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
@@ -55,13 +55,13 @@ def test_training_digits_are_drawn_anew_each_epoch_and_follow_from_the_seed() ->
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_held_out_digits_look_the_same_under_every_seed_and_epoch(split: str) -> None:
+def test_held_out_digits_are_the_same_for_every_seed_and_epoch(split: str) -> None:
     for index in (0, 7):
         first, other = Digits(split).item(index, 0), Digits(split, seed=9).item(index, 3)
         np.testing.assert_array_equal(first.image, other.image)
 
 
-def test_labels_per_class_keeps_so_many_and_a_smaller_choice_is_part_of_a_larger() -> None:
+def test_labels_per_class_keeps_this_number_and_a_smaller_choice_is_part_of_a_larger() -> None:
     labels = load_digits()[1]
     few, many = Digits(labels_per_class=20, seed=2), Digits(labels_per_class=50, seed=2)
     assert np.bincount(labels[few.members]).tolist() == [20] * 10
@@ -88,13 +88,13 @@ def test_digits_are_grey_with_both_inks_and_keep_their_contrast() -> None:
     assert contrast.min() > 80
     edge = np.concatenate([grey[:, 0], grey[:, -1]], axis=1).mean(1)
     dark_ground = edge < 128
-    assert 110 < dark_ground.sum() < 190  # half of 300, five standard deviations either way
+    assert 110 < dark_ground.sum() < 190  # half of 300, plus or minus five standard deviations
     middle = grey[:, 6:18, 12:20].mean((1, 2))
     assert np.mean((middle > edge) == dark_ground) > 0.9
 
 
 def test_a_digit_can_still_be_recognised() -> None:
-    """Nearest class mean on the ink, far above the 10 % of chance: the drawing keeps what it draws."""
+    """Nearest class mean on the ink, far above the 10 % of chance: the drawings are recognisable."""
     train, test = Digits(size=(16, 16)), Digits("test", size=(16, 16))
 
     def ink(digits: Digits) -> tuple[np.ndarray, np.ndarray]:

@@ -198,7 +198,7 @@ def test_a_class_that_the_model_lacks_is_named_in_any_format(formats: dict[str, 
 # Paths
 
 
-def test_patterns_name_files_in_order_and_what_is_missing(tmp_path: Path) -> None:
+def test_patterns_find_files_in_order_and_name_missing_ones(tmp_path: Path) -> None:
     for name in ("a-0.tar", "a-1.tar", "b,c"):
         (tmp_path / name).touch()
     assert expand(f"{tmp_path}/a-{{0..1}}.tar") == [f"{tmp_path}/a-0.tar", f"{tmp_path}/a-1.tar"]
@@ -210,17 +210,17 @@ def test_patterns_name_files_in_order_and_what_is_missing(tmp_path: Path) -> Non
         expand(f"{tmp_path}/c-*")
 
 
-def test_several_paths_become_one_that_holds_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+def test_several_paths_become_one_that_works_from_any_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     assert absolute("a") == str(tmp_path / "a")
     assert absolute("hf://datasets/x/y") == "hf://datasets/x/y"
     assert absolute(together(["a", "/b"])) == f"{{{tmp_path}/a,/b}}"
-    with pytest.raises(ValueError, match="cannot hold any"):
+    with pytest.raises(ValueError, match="no path can contain them"):
         together(["a,b", "c"])
 
 
-def test_a_missing_path_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_path_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         open_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"expected hf://datasets/USER/NAME"):
@@ -230,12 +230,12 @@ def test_a_missing_path_is_one_line(tmp_path: Path) -> None:
 def test_a_folder_of_splits_in_one_parquet_data_set_is_refused(tmp_path: Path) -> None:
     for name in ("train-0.parquet", "validation-0.parquet"):
         write_parquet(tmp_path / name, [{"image": {"bytes": jpeg(0), "path": None}, "label": 0}])
-    with pytest.raises(ValueError, match=r"holds the splits train, validation; name one, such as '.*train\*"):
+    with pytest.raises(ValueError, match=r"holds the splits train, validation; pass one, such as '.*train\*"):
         open_images(tmp_path)
     assert len(open_images(f"{tmp_path}/train*.parquet")) == 1
 
 
-def test_a_named_format_overrides_what_is_found(tmp_path: Path) -> None:
+def test_a_given_format_overrides_the_detected_one(tmp_path: Path) -> None:
     (tmp_path / "ant").mkdir()
     (tmp_path / "ant" / "a.jpg").write_bytes(jpeg(0))
     tar(tmp_path / "x.tar", {"bee/b.jpg": jpeg(1)})
@@ -246,7 +246,7 @@ def test_a_named_format_overrides_what_is_found(tmp_path: Path) -> None:
 # Bad files
 
 
-def test_a_tar_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_truncated_tar_file_is_named(tmp_path: Path) -> None:
     whole = tar(tmp_path / "x.tar", {f"ant/{i}.jpg": jpeg(i) for i in range(4)}).read_bytes()
     for length in (len(whole) // 2, 700):
         (tmp_path / "cut.tar").write_bytes(whole[:length])
@@ -254,12 +254,12 @@ def test_a_tar_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
             open_images(tmp_path / "cut.tar")
 
 
-def test_other_files_called_tar_are_refused(tmp_path: Path) -> None:
+def test_other_files_with_the_suffix_tar_are_refused(tmp_path: Path) -> None:
     import gzip
 
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(tar(tmp_path / "y.tar", {"a.jpg": jpeg(0)}).read_bytes()))
-    with pytest.raises(ValueError, match=r"x\.tar: a compressed tar file cannot be read at random"):
+    with pytest.raises(ValueError, match=r"x\.tar: a compressed tar file cannot be read in random order"):
         open_images(path)
     path.write_bytes(b"no tar file" * 100)
     with pytest.raises(ValueError, match=r"x\.tar: not a valid tar file"):
@@ -278,7 +278,7 @@ def test_other_files_called_tar_are_refused(tmp_path: Path) -> None:
         open_images(path)
 
 
-def test_an_index_of_another_or_a_damaged_file_is_built_again(tmp_path: Path) -> None:
+def test_an_index_of_another_or_a_corrupt_file_is_built_again(tmp_path: Path) -> None:
     path = tar(tmp_path / "x.tar", {f"ant/{i}.jpg": jpeg(i) for i in range(4)})
     assert len(open_images(path)) == 4
     (index,) = cache_folder().iterdir()
@@ -289,7 +289,7 @@ def test_an_index_of_another_or_a_damaged_file_is_built_again(tmp_path: Path) ->
     assert [source.item(i).image for i in range(3)] == [jpeg(i) for i in range(3)]
 
 
-def test_an_index_is_used_where_it_is_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_used_if_it_matches_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tar(tmp_path / "x.tar", {"ant/a.jpg": jpeg(0)})
     open_images(path)
     monkeypatch.setattr("arm_core.data.shards.build_index", lambda path: pytest.fail("built again"))
@@ -318,7 +318,7 @@ def test_parquet_of_the_test_split_has_no_labels(tmp_path: Path) -> None:
     assert len(open_images(tmp_path / "x.parquet", labels=False)) == 1
 
 
-def test_without_pyarrow_a_sentence_names_the_extra(fresh_python, tmp_path: Path) -> None:
+def test_without_pyarrow_the_message_names_the_extra(fresh_python, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").touch()
     printed = fresh_python(
         "import sys; sys.modules['pyarrow'] = None\n"
@@ -326,7 +326,7 @@ def test_without_pyarrow_a_sentence_names_the_extra(fresh_python, tmp_path: Path
         f"try: open_images({str(tmp_path / 'x.parquet')!r})\n"
         "except ValueError as error: print(error)\n"
     )
-    assert "needs pyarrow to be read; install it with: pip install 'arm-vision[parquet]'" in printed
+    assert "reading it needs pyarrow; install it with: pip install 'arm-vision[parquet]'" in printed
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_without_pyarrow_a_sentence_names_the_extra(fresh_python, tmp_path: Path
         ),
     ],
 )
-def test_a_table_that_lists_no_images_says_what_was_expected(
+def test_a_table_without_images_is_refused_with_the_expected_columns(
     text: str, sentence: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.csv").write_text(text)
@@ -353,7 +353,7 @@ def test_a_table_that_lists_no_images_says_what_was_expected(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"path": 1.5, "label": "a"}', "\xff"])
-def test_lines_that_are_no_json_objects_are_refused(text: str, tmp_path: Path) -> None:
+def test_lines_that_are_not_json_objects_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.jsonl"):
         open_images(tmp_path / "x.jsonl")
@@ -362,7 +362,7 @@ def test_lines_that_are_no_json_objects_are_refused(text: str, tmp_path: Path) -
 # Splitting
 
 
-def test_a_split_takes_its_part_of_every_class_and_does_not_depend_on_the_place(
+def test_a_split_takes_its_part_of_every_class_and_does_not_depend_on_the_location(
     formats: dict[str, str], tmp_path: Path
 ) -> None:
     train, held = split(open_images(formats["folder"]), 0.1)
@@ -388,7 +388,7 @@ def test_a_split_keeps_groups_together(tmp_path: Path) -> None:
     assert not sides[0] & sides[1]
 
 
-def test_a_split_that_leaves_a_side_empty_is_refused(formats: dict[str, str]) -> None:
+def test_a_split_with_an_empty_part_is_refused(formats: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"val_fraction of 0\.001 leaves no images to evaluate on, of 200"):
         split(open_images(formats["folder"]), 0.001)
 
@@ -422,7 +422,7 @@ def test_a_smaller_pack_holds_resized_jpegs(formats: dict[str, str], tmp_path: P
     assert source.classes == CLASSES
 
 
-def test_an_interrupted_pack_continues_and_equals_one_that_was_not(
+def test_an_interrupted_pack_is_resumed_and_equals_an_uninterrupted_one(
     formats: dict[str, str], tmp_path: Path
 ) -> None:
     source, settings = open_images(formats["folder"]), PackSettings(shards=4)
@@ -472,7 +472,7 @@ def test_a_bad_image_stops_packing_with_its_name(tmp_path: Path) -> None:
 # Identity
 
 
-def test_the_identity_of_data_notices_names_labels_and_counts(formats: dict[str, str]) -> None:
+def test_the_identity_of_data_depends_on_names_labels_and_counts(formats: dict[str, str]) -> None:
     folder = open_images(formats["folder"])
     before = identity(folder)
     assert differences(before, identity(open_images(formats["folder"]))) == (None, None)

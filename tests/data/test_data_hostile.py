@@ -1,4 +1,4 @@
-"""Images and folders made to do harm: other formats, memory bombs, special files, cycles of links."""
+"""Malicious images and folders: other formats, memory bombs, special files, cycles of links."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def webp_header(width: int, height: int, kind: bytes) -> bytes:
 
 
 def limited(code: str, *arguments: object, memory: int = 2**31, seconds: int = 300) -> str:
-    """What code prints in a process with so much address space."""
+    """The output of code in a process with limited address space."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -75,7 +75,7 @@ def limited(code: str, *arguments: object, memory: int = 2**31, seconds: int = 3
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.eps"])
-def test_postscript_called_an_image_is_refused_and_starts_no_program(name: str, tmp_path: Path) -> None:
+def test_postscript_with_an_image_suffix_is_refused_and_starts_no_program(name: str, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     ghostscript = tmp_path / "bin" / "gs"
     ghostscript.parent.mkdir()
@@ -100,12 +100,12 @@ def test_the_test_of_postscript_can_fail(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (lambda: png(60000, 1), r"60000x1 pixels, sides up to 100:1"),
-        (lambda: png(1, 1000000), r"1x1000000 pixels, sides up to 100:1"),
-        (lambda: png(13300, 13300, depth=16), r"13300x13300 pixels, at most 89478485"),
+        (lambda: png(60000, 1), r"60000x1 pixels, expected sides of at most 100:1"),
+        (lambda: png(1, 1000000), r"1x1000000 pixels, expected sides of at most 100:1"),
+        (lambda: png(13300, 13300, depth=16), r"13300x13300 pixels, expected at most 89478485"),
         (lambda: png(50000, 50000, depth=8)[:5000], r"more than the 89478485 pixels"),
-        (lambda: webp_header(16383, 16383, b"VP8 "), r"16383x16383 pixels, at most 89478485"),
-        (lambda: webp_header(16383, 16383, b"VP8L"), r"16383x16383 pixels, at most 89478485"),
+        (lambda: webp_header(16383, 16383, b"VP8 "), r"16383x16383 pixels, expected at most 89478485"),
+        (lambda: webp_header(16383, 16383, b"VP8L"), r"16383x16383 pixels, expected at most 89478485"),
     ],
 )
 def test_an_image_bomb_is_refused_by_its_header(data: object, named: str, tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_the_largest_accepted_images_fit_into_their_stated_memory(tmp_path: Path
         assert limited(code, tmp_path / name).strip() == "(224, 224, 3)"
 
 
-def test_a_long_image_is_resized_at_its_centre_alone() -> None:
-    """The part outside the crop is never made; the values agree with those of the plain way."""
+def test_only_the_centre_of_a_long_image_is_resized() -> None:
+    """The part outside the crop is not computed; the values agree with the usual method."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 900, 3), np.uint8)
     image = Image.fromarray(pixels)
     found = EvalTransform(crop_fraction=0.05)(Item(image=pixels, label=0, name="long"), (64, 64))
@@ -174,7 +174,7 @@ def save(path: Path) -> None:
     Image.new("RGB", (8, 8)).save(path)
 
 
-def test_cycles_of_links_end_and_each_image_counts_once(tmp_path: Path) -> None:
+def test_cycles_of_links_end_and_each_image_is_listed_once(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "a.png")
     save(tmp_path / "cat" / "deep" / "b.png")
     for name in ("one", "two"):
@@ -251,7 +251,7 @@ def test_reading_never_waits_and_never_grows_without_limit(kind: str, tmp_path: 
         read_file(path, 1000)
 
 
-def test_classes_that_differ_by_case_only_are_named(tmp_path: Path) -> None:
+def test_classes_that_only_differ_by_case_are_named(tmp_path: Path) -> None:
     for name in ("Cat", "cat"):
         save(tmp_path / name / "a.png")
     with pytest.warns(UserWarning, match="'Cat' and 'cat' differ by case only"):

@@ -1,4 +1,4 @@
-"""Batches: the same ones for any number of workers, any rank layout and any point of resuming."""
+"""Batches are the same for any number of workers, any rank layout and any point of resuming."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def numbered(count: int, batch_size: int, **changes: object) -> TrainLoader:
 
 
 @pytest.mark.parametrize(("workers", "start"), [(1, 0), (2, 11), (3, 5)])
-def test_threads_yield_the_batches_of_this_thread(
+def test_threads_yield_the_same_batches_as_the_main_thread(
     workers: int, start: int, uninterrupted: list[Batch]
 ) -> None:
     assert_same(take(finetuning(workers=workers, start=start), 27 - start), uninterrupted[start:])
@@ -140,7 +140,7 @@ def test_another_seed_gives_another_stream(uninterrupted: list[Batch]) -> None:
     assert not np.array_equal(other.images, uninterrupted[0].images)
 
 
-def test_an_epoch_visits_each_sample_once_but_for_the_incomplete_batch_and_the_next_reshuffles() -> None:
+def test_an_epoch_visits_each_sample_once_except_an_incomplete_batch_and_the_next_reshuffles() -> None:
     loader = numbered(23, 5)
     assert loader.batches_per_epoch == 4
     batches = [seen(batch) for batch in take(loader, 12)]
@@ -149,10 +149,10 @@ def test_an_epoch_visits_each_sample_once_but_for_the_incomplete_batch_and_the_n
         assert len(epoch) == len(set(epoch)) == 20
         assert set(epoch) <= set(range(23))
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert set().union(*epochs) == set(range(23))  # what one epoch leaves out comes in another
+    assert set().union(*epochs) == set(range(23))  # images omitted in one epoch occur in another
 
 
-def test_an_image_is_drawn_from_the_seed_the_epoch_and_its_own_number() -> None:
+def test_an_image_depends_on_the_seed_the_epoch_and_its_index() -> None:
     source = Synthetic(10, (20, 30))
     with TrainLoader(source, PRETRAIN, size=SIZE, batch_size=4, seed=5) as loader:
         for position, batch in enumerate(islice(loader, 4)):
@@ -162,7 +162,7 @@ def test_an_image_is_drawn_from_the_seed_the_epoch_and_its_own_number() -> None:
                 np.testing.assert_array_equal(image, PRETRAIN(source.item(index), SIZE, rng))
 
 
-def test_each_batch_is_mixed_in_its_own_way() -> None:
+def test_each_batch_is_mixed_differently() -> None:
     loader = numbered(20, 2, classes=5, mixing=Mixing(mixup=1.0))
     weights = [batch.targets.max() for batch in take(loader, 10) if batch.targets is not None]
     assert len(set(weights)) > 5
@@ -179,7 +179,7 @@ def test_pretraining_has_no_targets() -> None:
     assert take(loader, 1)[0].targets is None
 
 
-def test_a_source_that_draws_anew_is_asked_for_the_epoch() -> None:
+def test_a_source_that_redraws_receives_the_epoch() -> None:
     with TrainLoader(Digits(labels_per_class=1), PLAIN, size=(24, 24), batch_size=10, seed=0) as loader:
         first, second = (np.sort(next(loader).images.sum((1, 2, 3))) for _ in range(2))
     assert not np.allclose(first, second)
@@ -192,7 +192,7 @@ def test_data_smaller_than_a_batch_is_refused() -> None:
         numbered(3, 4)
 
 
-def test_another_number_of_classes_is_refused() -> None:
+def test_a_wrong_number_of_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="the data has 5 classes, the model 7"):
         numbered(10, 2, classes=7)
 
@@ -293,7 +293,7 @@ def test_threads_end_with_their_loader_and_with_a_forgotten_one() -> None:
     assert threading.active_count() == before
 
 
-def test_threads_make_as_many_batches_ahead_as_asked() -> None:
+def test_threads_prepare_the_requested_number_of_batches_ahead() -> None:
     made: list[int] = []
 
     class Maker:

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and soft targets: weights agree with pixels, and targets stay probabilities."""
+"""Mixup, CutMix and soft targets: weights agree with pixels, and targets are probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def images(count: int = 6, size: tuple[int, int] = (20, 30)) -> np.ndarray:
     return np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, *size, 3)).copy()
 
 
-def test_smoothing_spreads_its_part_over_all_classes() -> None:
+def test_smoothing_distributes_its_part_over_all_classes() -> None:
     targets = soft_targets(LABELS, 4, smoothing=0.1)
     expected = np.full((5, 4), 0.1 / 4)
     expected[np.arange(5), LABELS] = 1 - 0.1 + 0.1 / 4
@@ -44,7 +44,7 @@ def test_mixup_blends_each_image_with_its_mirror_in_the_batch() -> None:
     assert mixed.dtype == np.float32
 
 
-def test_the_weight_of_cutmix_is_the_part_of_the_image_that_stays() -> None:
+def test_the_weight_of_cutmix_is_the_fraction_of_the_image_that_remains() -> None:
     batch, full = images(), 0
     for i in range(200):
         mix = draw_mix(Mixing(cutmix=1.0), (20, 30), KeyedRng(0, "t", i))
@@ -66,7 +66,7 @@ def test_both_kinds_of_mixing_are_chosen_half_of_the_time_with_their_own_weights
     assert abs(len(cutmix) - 1500) < 140
     assert mixup.mean() == pytest.approx(0.5, abs=0.04)
     assert mixup.var() == pytest.approx(1 / (4 * 2.6), rel=0.1)  # Beta(0.8, 0.8)
-    # A uniform weight, but boxes are cut off at the border: what is left of them is 0.31 of the image
+    # A uniform weight, but boxes are clipped at the border: their remaining area is 0.31 of the image
     # on average, by the integral over part and centre.
     assert 1 - cutmix.mean() == pytest.approx(expected_pasted_part(), abs=0.02)
 
@@ -79,7 +79,7 @@ def expected_pasted_part() -> float:
     return float((side.mean(1) ** 2).mean())
 
 
-def test_no_mixing_leaves_the_batch_alone() -> None:
+def test_without_mixing_the_batch_is_unchanged() -> None:
     batch = images()
     mix = draw_mix(Mixing(smoothing=0.1), (20, 30), KeyedRng(0, "t"))
     assert mix == Mix()

@@ -1,4 +1,4 @@
-"""Image folders, synthetic images, and what a user hears when a folder is not what it should be."""
+"""Image folders, synthetic images, and the messages about invalid folders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sub_folders_are_classes_in_sorted_order_and_images_are_found_at_any_dep
     assert items[3].image == (pets / "dog" / "b.png").read_bytes()
 
 
-def test_without_labels_every_image_counts_and_none_has_a_class(pets: Path) -> None:
+def test_without_labels_every_image_is_included_without_a_class(pets: Path) -> None:
     save_image(pets / "loose.png")
     source = ImageFolder(pets, labels=False)
     assert source.classes == ()
@@ -62,7 +62,7 @@ def test_a_class_that_the_caller_does_not_know_is_named(pets: Path) -> None:
         ImageFolder(pets, classes=("bird", "cat"))
 
 
-def test_a_missing_folder_and_a_file_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_file_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         ImageFolder(tmp_path / "nowhere")
     save_image(tmp_path / "one.png")
@@ -71,7 +71,7 @@ def test_a_missing_folder_and_a_file_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_a_folder_without_images_names_the_suffixes_looked_for(tmp_path: Path, labels: bool) -> None:
+def test_a_folder_without_images_is_refused_with_the_known_suffixes(tmp_path: Path, labels: bool) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=r"no images found \(looked for jpg jpeg png webp"):
@@ -84,17 +84,17 @@ def test_an_empty_class_folder_is_named(pets: Path) -> None:
         ImageFolder(pets)
 
 
-def test_a_flat_folder_cannot_give_labels(tmp_path: Path) -> None:
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no class folders"):
         ImageFolder(tmp_path)
     assert len(ImageFolder(tmp_path, labels=False)) == 1
 
 
-def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path) -> None:
+def test_a_folder_of_splits_is_not_read_as_classes(tmp_path: Path) -> None:
     save_image(tmp_path / "train" / "cat" / "a.png")
     save_image(tmp_path / "val" / "cat" / "a.png")
-    with pytest.raises(ValueError, match=r"holds the splits train, val, not classes; name one of them"):
+    with pytest.raises(ValueError, match=r"holds the splits train, val, not classes; pass one of them"):
         ImageFolder(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_sources_survive_pickling(pets: Path) -> None:
         np.testing.assert_equal(copy.item(2).image, source.item(2).image)
 
 
-def test_synthetic_images_follow_from_seed_and_index() -> None:
+def test_synthetic_images_depend_on_seed_and_index() -> None:
     first, again, other = Synthetic(4, (5, 7)), Synthetic(4, (5, 7)), Synthetic(4, (5, 7), seed=1)
     assert np.shape(first.item(1).image) == (5, 7, 3)
     assert [Synthetic(9, classes=4).item(i).label for i in range(9)] == [0, 1, 2, 3, 0, 1, 2, 3, 0]

@@ -171,7 +171,7 @@ def test_erasing_fills_one_rectangle_of_the_right_size_with_normal_noise() -> No
     assert abs(values.std() - 1) < 0.01
 
 
-def test_erasing_happens_after_normalisation_and_as_often_as_asked() -> None:
+def test_erasing_happens_after_normalisation_with_its_probability() -> None:
     flat = np.full((32, 32, 3), 128, np.uint8)
     transform = TrainTransform(**WHOLE, erase=0.25)
     erased = [np.ptp(transform(item(flat), (32, 32), KeyedRng(0, "t", i))[..., 0]) > 0 for i in range(1000)]
@@ -185,7 +185,7 @@ def test_the_same_draws_give_the_same_image_and_other_draws_another() -> None:
     assert not np.array_equal(first, FINETUNE(source, (32, 32), KeyedRng(0, "t", 2)))
 
 
-def test_the_official_transforms_are_what_the_recipes_say() -> None:
+def test_the_official_transforms_match_the_recipes() -> None:
     assert (PRETRAIN.crop_scale, PRETRAIN.flip, PRETRAIN.rand_augment, PRETRAIN.erase) == (
         (0.2, 1.0),
         0.5,
@@ -265,7 +265,7 @@ def test_pixels_without_a_known_range_are_refused(mode: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
+def test_every_exif_orientation_is_rotated_upright(orientation: int) -> None:
     upright = np.zeros((6, 4, 3), np.uint8)
     upright[0, 0], upright[0, -1], upright[-1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     stored = {
@@ -284,7 +284,7 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode(file, "x")), upright)
 
 
-def test_a_damaged_exif_block_does_not_cost_the_picture() -> None:
+def test_an_image_with_a_corrupt_exif_block_is_read() -> None:
     pixels = noise(8, 8)
     file = encoded(Image.fromarray(pixels), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     np.testing.assert_array_equal(np.asarray(decode(file, "x")), pixels)
@@ -350,7 +350,7 @@ def test_fast_decoding_draws_the_same_crops_and_nearly_the_same_pixels(turned: b
         assert not np.array_equal(*images)
 
 
-def test_fast_decoding_is_exact_where_no_smaller_scale_covers_the_crop() -> None:
+def test_fast_decoding_is_exact_if_no_smaller_scale_covers_the_crop() -> None:
     small = photograph(60, 80)
     png = Item(image=encoded(Image.fromarray(noise(600, 800))), label=0, name="png")
     for image in (small, png, item(noise(600, 800))):

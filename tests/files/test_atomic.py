@@ -1,4 +1,4 @@
-"""Atomic writes: never through a link, never over what is not ours, nothing left behind."""
+"""Atomic writes: never through a link, never over foreign files, and without leftovers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
-    """A file that belongs to somebody else; nothing may write to it."""
+    """A foreign file; nothing may write to it."""
     path = tmp_path / "victim"
     path.write_text("precious")
     yield path
@@ -63,7 +63,7 @@ def test_a_log_or_a_lock_that_is_a_link_is_refused(tmp_path: Path, victim):
 
 
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY | os.O_APPEND])
-def test_a_log_or_a_lock_that_is_a_named_pipe_is_refused_at_once(tmp_path: Path, flags):
+def test_a_log_or_a_lock_that_is_a_named_pipe_is_refused_immediately(tmp_path: Path, flags):
     os.mkfifo(tmp_path / "log")
     with pytest.raises(ValueError, match="log: expected a file; remove the"):
         open_in_place(tmp_path / "log", flags)
@@ -79,7 +79,7 @@ def test_a_planted_draft_is_not_written_through_and_not_removed(tmp_path: Path, 
     assert all(path.is_symlink() for path in planted)
 
 
-def test_a_folder_that_is_named_like_a_draft_is_kept(tmp_path: Path):
+def test_a_folder_with_the_name_of_a_draft_is_kept(tmp_path: Path):
     other = tmp_path / f".out.tmp-{os.getpid()}"
     other.mkdir()
     (other / "thesis.tex").write_text("years of work")
@@ -89,7 +89,7 @@ def test_a_folder_that_is_named_like_a_draft_is_kept(tmp_path: Path):
     assert names(tmp_path) == [other.name, "out"]
 
 
-def test_a_draft_name_that_is_taken_is_left_alone(tmp_path: Path, monkeypatch):
+def test_an_existing_file_with_a_draft_name_is_not_changed(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "1")
     (tmp_path / ".out.tmp-1").mkdir()
     (tmp_path / ".out.tmp-1" / "a").write_text("precious")
@@ -148,7 +148,7 @@ def test_of_many_writers_of_one_new_name_exactly_one_succeeds(tmp_path: Path, ki
     assert names(tmp_path) == ["out"]
 
 
-def test_a_folder_is_replaced_on_request_and_comes_back_after_an_error(tmp_path: Path, monkeypatch):
+def test_a_folder_is_replaced_on_request_and_restored_after_an_error(tmp_path: Path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
     rename = Path.rename

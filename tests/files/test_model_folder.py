@@ -49,7 +49,7 @@ def test_equal_models_give_equal_bytes(tmp_path: Path, parameters):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_shards_hold_no_more_than_their_size_and_read_back(tmp_path: Path, parameters):
+def test_shards_are_at_most_their_size_and_read_back(tmp_path: Path, parameters):
     size = 20_000
     write_model(tmp_path / "m", SPEC, parameters, shard_size=size, metadata={"k": "v"})
     shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
@@ -63,7 +63,7 @@ def test_shards_hold_no_more_than_their_size_and_read_back(tmp_path: Path, param
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_half_precision_is_stored_as_it_is_and_loads_as_float32(tmp_path: Path, parameters, dtype):
+def test_half_precision_is_stored_unchanged_and_loads_as_float32(tmp_path: Path, parameters, dtype):
     halves = {name: Tensor.of(value).cast(dtype) for name, value in parameters.items()}
     write_model(tmp_path / "m", SPEC, halves)
     model = read_model(tmp_path / "m")
@@ -96,7 +96,7 @@ def test_an_existing_folder_needs_force_and_a_foreign_one_is_never_replaced(tmp_
     ],
     ids=str,
 )
-def test_force_keeps_folders_that_are_not_wholly_a_model(tmp_path: Path, parameters, files):
+def test_force_keeps_folders_with_other_files(tmp_path: Path, parameters, files):
     write_model(tmp_path / "elsewhere", SPEC, parameters)
     config = (tmp_path / "elsewhere" / "config.json").read_text()
     for name, text in files.items():
@@ -143,9 +143,7 @@ def test_an_index_with_links_to_one_shard_is_refused(tmp_path: Path, parameters)
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_what_was_there_and_nothing_else(
-    tmp_path: Path, parameters, monkeypatch, existing
-):
+def test_a_full_disk_leaves_the_existing_files_unchanged(tmp_path: Path, parameters, monkeypatch, existing):
     if existing:
         write_model(tmp_path / "m", SPEC, parameters)
         before = (tmp_path / "m" / "model.safetensors").read_bytes()

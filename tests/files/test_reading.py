@@ -1,4 +1,4 @@
-"""Reading from unknown sources: regular files only, bounded, and quoted so that terminals are safe."""
+"""Reading from unknown sources: only regular files, bounded, and escaped for terminals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_no_more_than_the_limit_is_read(tmp_path: Path):
         read_bounded(tmp_path / "a", 99)
 
 
-def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path):
+def test_text_that_is_not_utf8_is_refused_with_its_position(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"ab\xff")
     with pytest.raises(BadFileError, match="a: not UTF-8 text: invalid start byte at byte 2"):
         read_text(tmp_path / "a", 100)
@@ -69,7 +69,7 @@ def test_control_characters_and_undecodable_bytes_are_escaped():
     assert printable("a\x1b[2J\x9b\u202eb\n\udcff\u00e9") == r"a\x1b[2J\x9b\u202eb\n\udcff" + "\u00e9"
 
 
-def test_long_messages_are_cut_in_the_middle():
+def test_long_messages_are_truncated_in_the_middle():
     text = shown("start" + "x" * 10**7 + "end")
     assert len(text) < MAX_MESSAGE + 10
     assert text.startswith("start")
@@ -78,6 +78,6 @@ def test_long_messages_are_cut_in_the_middle():
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError(), OverflowError("too large")])
-def test_what_hostile_content_can_raise_becomes_one_typed_error(error):
+def test_all_errors_from_hostile_content_become_one_typed_error(error):
     with pytest.raises(BadFileError, match=r"^name: .*corrupt\?"), reading("name"):
         raise error

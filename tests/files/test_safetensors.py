@@ -1,4 +1,4 @@
-"""safetensors files: read and written like the library does, and bfloat16 exactly."""
+"""safetensors files: compatible with the library in both directions, and exact in bfloat16."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arrays_of_every_type() -> dict[str, np.ndarray]:
     return made
 
 
-def test_the_library_reads_what_we_write(tmp_path: Path):
+def test_the_library_reads_our_files(tmp_path: Path):
     arrays = arrays_of_every_type()
     write_tensors(tmp_path / "ours", arrays, {"a": "b", "c": "\u00e4"})
     theirs = library_numpy.load_file(tmp_path / "ours")
@@ -42,7 +42,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path):
         assert file.metadata() == {"a": "b", "c": "\u00e4"}
 
 
-def test_we_read_what_the_library_writes(tmp_path: Path):
+def test_we_read_the_files_of_the_library(tmp_path: Path):
     arrays = arrays_of_every_type()
     library_numpy.save_file(arrays, tmp_path / "theirs", metadata={"a": "b"})
     file = read_tensors(tmp_path / "theirs")
@@ -64,14 +64,14 @@ def test_bfloat16_is_exchanged_with_torch_through_the_library(tmp_path: Path):
     assert torch.equal(library_torch.load_file(tmp_path / "ours")["a"], values)
 
 
-def test_equal_tensors_are_laid_out_as_the_library_does_up_to_their_order(tmp_path: Path):
+def test_equal_tensors_are_laid_out_like_in_the_library_up_to_their_order(tmp_path: Path):
     arrays = {"b": np.ones(3, np.float32), "a": np.ones(2, np.float16)}
     write_tensors(tmp_path / "ours", arrays)
     library_numpy.save_file(arrays, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_a_file_is_written_anew_and_not_through_a_link(tmp_path: Path):
+def test_a_new_file_is_not_written_through_a_link(tmp_path: Path):
     (tmp_path / "precious").write_text("years of work")
     (tmp_path / "out").symlink_to("precious")
     write_tensors(tmp_path / "out", {"a": np.ones(2, np.float32)})
@@ -110,7 +110,7 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even():
     assert np.isnan(bfloat16.decode(bfloat16.encode(nan))).all()
 
 
-def test_a_value_too_large_for_float16_is_refused_not_made_infinite():
+def test_a_value_too_large_for_float16_is_refused_and_not_made_infinite():
     with pytest.raises(ValueError, match=r"7e\+04 is too large for F16"):
         safetensors.encode(np.array([1.0, 7e4], np.float32), "F16")
 
@@ -167,7 +167,7 @@ def test_a_header_over_16_mib_is_refused_before_it_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_damaged_or_hostile_safetensors_file_is_refused_by_name(tmp_path: Path, content, message):
+def test_a_corrupt_or_hostile_safetensors_file_is_refused_by_name(tmp_path: Path, content, message):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(BadFileError, match=f"bad.safetensors.*{message}"):
         read_tensors(tmp_path / "bad.safetensors")

@@ -50,7 +50,7 @@ SECTIONS = (
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_load_round_trip_and_say_where_they_come_from(name):
+def test_shipped_recipes_load_round_trip_and_name_their_source(name):
     recipe = load_recipe(name)
     assert from_toml(to_toml(recipe)) == recipe
     assert recipe.stage == {"pretrain": "pretrain"}.get(name.split("-")[0], "finetune")
@@ -265,7 +265,7 @@ def test_class_count_of_recipe_and_data_must_agree(finetune):
         finetune.spec()
 
 
-def test_fingerprint_ignores_bookkeeping_and_sees_everything_else(recipe):
+def test_fingerprint_ignores_bookkeeping_and_covers_everything_else(recipe):
     same = ["data.path=/elsewhere", "data.workers=0", "training.keep=9", "training.evaluate_every=1 epoch"]
     assert fingerprint(override(recipe, same)) == fingerprint(recipe)
     for change in ("training.seed=1", "model.width=64", "optimizer.clip=none", "data.source=synthetic"):

@@ -174,7 +174,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
 
 
 class Crash(BaseException):
-    """The machine stops: nothing after it runs, not even cleaning up."""
+    """The machine stops: no code runs after this, not even cleanup."""
 
 
 class FaultyDisk:
@@ -288,7 +288,7 @@ def test_a_failure_at_any_write_flush_or_rename_leaves_the_previous_checkpoint(t
                 failed = False
             except (Crash, OSError):
                 pass
-        if kind == "crash":  # also right after the end
+        if kind == "crash":  # including directly after the end
             disk.lose_what_was_not_flushed(run)
         found = ck.newest_checkpoint(run, no_warning)
         assert_same(found, after if found and found.progress.step == 2 else before)
@@ -296,7 +296,7 @@ def test_a_failure_at_any_write_flush_or_rename_leaves_the_previous_checkpoint(t
         assert (run / "checkpoints" / (run / "LAST").read_text().strip() / "manifest.json").exists()
         if kind == "full" and found.progress.step == 1:
             assert not list((run / "checkpoints").glob("*.tmp"))
-        # The run continues, whatever was left behind.
+        # The run continues, whatever files remain.
         ck.save_checkpoint(run, after)
         ck.prune(run, keep=2)
         assert_same(ck.newest_checkpoint(run, no_warning), after)
@@ -304,7 +304,7 @@ def test_a_failure_at_any_write_flush_or_rename_leaves_the_previous_checkpoint(t
             "step-00000001",
             "step-00000002",
         ]
-    # Both halves were seen, and once the rename is on the disk the new one counts.
+    # Both cases occurred, and after the rename is on the disk the new checkpoint is used.
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {1, 2}
     assert fail_at > 30

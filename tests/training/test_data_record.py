@@ -1,4 +1,4 @@
-"""What a run does about images that are bad, and about data that is not what it was."""
+"""How a run treats bad images and changed data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNT = 120
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """120 images of two classes; number 7 of the second one is cut off."""
+    """120 images of two classes; number 7 of the second one is truncated."""
     root = tmp_path / "images"
     for i in range(COUNT):
         path = root / "ab"[i % 2] / f"{i:03d}.png"
@@ -71,7 +71,9 @@ def final(path: Path):
 # Bad images
 
 
-def test_a_bad_image_saves_first_names_its_file_and_says_how_to_go_on(images: Path, tmp_path: Path) -> None:
+def test_at_a_bad_image_the_run_is_saved_and_the_message_says_how_to_continue(
+    images: Path, tmp_path: Path
+) -> None:
     bad, run = damage(images), tmp_path / "run"
     with pytest.raises(BatchFailed) as failed:
         train(run, recipe_of(images))
@@ -114,7 +116,7 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(images: Path) -> None:
     assert len(noted) == 1
 
 
-def test_an_evaluation_that_skips_leaves_bad_images_out(images: Path) -> None:
+def test_an_evaluation_can_skip_bad_images(images: Path) -> None:
     damage(images)
     source, noted = ImageFolder(images), BadImages(COUNT)
     loader = EvalLoader(source, EvalTransform(), size=(8, 8), batch_size=1, bad=noted)
@@ -159,7 +161,7 @@ def test_unchanged_data_elsewhere_resumes_without_a_warning(
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_renamed_class_folder_is_refused(images: Path, begun: Path, recorded: bool) -> None:
-    """Also in a run of an older version, by the class names of its checkpoint."""
+    """This includes runs of an older version, by the class names of their checkpoints."""
     (images / "a").rename(images / "z")
     if not recorded:
         (begun / DATA).unlink()
@@ -180,13 +182,13 @@ def test_other_images_are_named_in_a_warning_until_they_are_accepted(images: Pat
     assert observer.warnings == []
 
 
-def test_renamed_images_are_noticed(images: Path, begun: Path) -> None:
+def test_renamed_images_are_detected(images: Path, begun: Path) -> None:
     (images / "a" / "000.png").rename(images / "a" / "zzz.png")
     _, observer = train(begun, None, resume=True, overrides=LONGER)
     assert "120 images of other names or labels" in observer.warnings[0]
 
 
-def test_a_record_that_cannot_be_read_is_one_line(images: Path, begun: Path) -> None:
+def test_a_record_that_cannot_be_read_is_reported_in_one_line(images: Path, begun: Path) -> None:
     (begun / DATA).write_text("{")
     with pytest.raises(ValueError, match=r"data\.json: cannot be read .* remove it to record the data again"):
         train(begun, None, resume=True, overrides=LONGER)

@@ -19,7 +19,7 @@ from arm_core.files.safetensors import read_tensors
 from arm_core.training.checkpoint import load_checkpoint
 
 TOLERANCE = 1e-4
-"""Of each tensor's largest value; the last bits depend on the processor and its BLAS."""
+"""Relative to each tensor's largest value; the last bits depend on the processor and its BLAS."""
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def arrays(path):
     return {name: np.asarray(tensor.read()) for name, tensor in read_tensors(path).tensors.items()}
 
 
-def test_a_checkpoint_of_version_0_1_is_read_to_the_bit(old):
-    """What cannot depend on the machine: every stored number, the progress, and the metadata."""
+def test_a_checkpoint_of_version_0_1_is_read_bit_for_bit(old):
+    """Values that do not depend on the machine: every stored number, the progress, and the metadata."""
     folder = old / "run/checkpoints/step-00000002"
     checkpoint = load_checkpoint(folder)
     for name, value in arrays(folder / "model.safetensors").items():
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_version_0_1_is_read_to_the_bit(old):
     assert json.loads(checkpoint.metadata["classes"]) == [str(i) for i in range(10)]
 
 
-def test_a_run_of_version_0_1_resumes_as_if_never_interrupted(old, backend):
+def test_a_run_of_version_0_1_resumes_as_if_it_was_never_interrupted(old, backend):
     rows = [json.loads(line) for line in (old / "run/metrics.jsonl").read_text().splitlines()]
     arm("finetune", "--resume", old / "run", "--backend", backend, "--device", "cpu", "--threads", 1)
     resumed = [json.loads(line) for line in (old / "run/metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Run folders with foreign, invalid or special files: reported or skipped, and never waited for."""
+"""Run folders with foreign, invalid or special files, which are reported or skipped without waiting."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def run(tmp_path, recipe) -> RunFolder:
 
 @contextmanager
 def within(seconds: int):
-    """Fail where something waits for ever."""
+    """Fail if something waits forever."""
 
     def late(number, frame):
         raise AssertionError(f"not finished after {seconds} s")
@@ -152,7 +152,7 @@ def test_other_names_among_the_checkpoints_are_ignored(run, name):
     assert resume(run)[1] == []
 
 
-def test_incomplete_checkpoints_do_not_count_among_those_to_keep(run):
+def test_incomplete_checkpoints_do_not_count_as_kept_checkpoints(run):
     (run.path / "checkpoints" / "step-00000009").mkdir()
     (run.path / "checkpoints" / "step-00000008").write_text("a file")
     ck.prune(run.path, keep=1)

@@ -79,8 +79,8 @@ def test_a_run_killed_during_an_evaluation_loses_no_step(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_a_signal_ends_an_evaluation_after_the_present_batch(tmp_path, recipe, averaged, monkeypatch):
-    """Also during the evaluation of the averaged weights, which are swapped back."""
+def test_a_signal_ends_an_evaluation_after_the_current_batch(tmp_path, recipe, averaged, monkeypatch):
+    """This includes the evaluation of the averaged weights, which are swapped back."""
     calls: list[int] = []
     batches = 3  # 11 images in micro-batches of 4
 
@@ -130,7 +130,7 @@ def test_the_old_best_checkpoint_is_removed_as_soon_as_there_is_a_better_one(tmp
 
 
 def test_an_ignored_signal_stays_ignored():
-    """As SIGHUP is under `nohup`."""
+    """For example SIGHUP under `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopOnSignal(pytest.fail) as noted:
@@ -141,7 +141,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_terminal_that_is_gone_does_not_hide_the_signal():
+def test_a_closed_terminal_does_not_hide_the_signal():
     def say(sentence):
         raise OSError(5, "Input/output error")
 

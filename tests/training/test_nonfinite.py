@@ -1,4 +1,4 @@
-"""What is reported when a training step is not finite."""
+"""The report about a training step that is not finite."""
 
 import shutil
 

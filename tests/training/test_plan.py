@@ -1,4 +1,4 @@
-"""When saves and evaluations are due, and which images a step trains on."""
+"""The steps of saves and evaluations, and the images of each step."""
 
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ from arm_core.training.plan import Plan
 
 
 def plan(micro_batches: int, **changes: str) -> Plan:
-    """A plan with so many micro-batches of 4 images per epoch, two per update."""
+    """A plan with this number of micro-batches of 4 images per epoch, two per update."""
     recipe = override(
         load_recipe("finetune-digits"), [*SMALL, *(f"training.{k}={v}" for k, v in changes.items())]
     )
@@ -32,7 +32,7 @@ def plan(micro_batches: int, **changes: str) -> Plan:
         (5, "0.3333 epochs", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
     ],
 )
-def test_what_is_due_at_fractional_steps_per_epoch(micro_batches, every, due):
+def test_due_steps_with_fractional_steps_per_epoch(micro_batches, every, due):
     found = plan(micro_batches)
     assert found.steps_per_epoch == Fraction(micro_batches, 2)
     assert [step for step in range(1, 11) if found.due(Span.parse(every), step)] == due

@@ -48,7 +48,7 @@ def test_classes_are_counted_one_by_one(found: Predictions) -> None:
     assert per_class(found, 4) == [(2, 1), (2, 2), (2, 0), (0, 0)]
 
 
-def test_confusions_are_counted_and_the_most_frequent_come_first(found: Predictions) -> None:
+def test_confusions_are_counted_and_the_most_frequent_are_first(found: Predictions) -> None:
     assert confusion(found, 3).tolist() == [[1, 1, 0], [0, 2, 0], [1, 1, 0]]
     assert worst_confusions(found, 3) == [(0, 1, 1), (2, 0, 1), (2, 1, 1)]
     twice = Predictions(
@@ -64,13 +64,13 @@ def test_the_calibration_error_is_the_mean_gap_over_bins(found: Predictions) -> 
     assert calibration_error(found, bins=10) == pytest.approx(sum(gaps) / 6)
 
 
-def test_the_most_confident_mistakes_come_first(found: Predictions) -> None:
+def test_the_most_confident_mistakes_are_first(found: Predictions) -> None:
     assert confident_mistakes(found, 2).tolist() == [4, 5]
     assert confident_mistakes(found, 9).tolist() == [4, 5, 1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_predictions_of_all_ranks_come_in_the_order_of_the_source(
+def test_predictions_of_all_ranks_are_in_the_order_of_the_source(
     world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictions, "CHUNK", 2)

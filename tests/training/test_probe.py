@@ -15,7 +15,7 @@ def clusters(count, classes=3, width=8, seed=0, spread=0.1):
     return (centers[labels] + spread * rng.standard_normal((count, width))).astype(np.float32), labels
 
 
-def test_separate_clusters_are_told_apart_by_both_probes():
+def test_both_probes_separate_distinct_clusters():
     pytest.importorskip("sklearn", reason="needs scikit-learn, part of the dev extra")
     train, test = clusters(60), clusters(30, seed=1)
     for probe in (knn_probe, linear_probe):
@@ -24,11 +24,11 @@ def test_separate_clusters_are_told_apart_by_both_probes():
         assert 0.88 < result.low < result.high <= 1.0
 
 
-def test_neighbours_vote_with_the_weights_of_their_similarity():
+def test_the_votes_of_neighbours_are_weighted_by_similarity():
     train = np.array([[1, 0], [0.8, 0.6], [0.8, -0.6]], np.float32)
     labels = np.array([0, 1, 1])
     test = np.array([[1, 0.0]], np.float32)
-    # Similarities 1, 0.8, 0.8: at a low temperature the one closest wins, at a high one the majority.
+    # Similarities 1, 0.8, 0.8: at a low temperature the closest wins, at a high one the majority.
     cold = knn_probe(train, labels, test, np.array([0]), k=3, temperature=0.05)
     warm = knn_probe(train, labels, test, np.array([0]), k=3, temperature=10.0)
     assert (cold.accuracy, warm.accuracy) == (1.0, 0.0)
@@ -49,7 +49,7 @@ def test_the_interval_is_wilsons():
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
 
 
-def test_features_that_do_not_fit_are_explained():
+def test_features_with_wrong_sizes_are_refused_with_an_explanation():
     train, labels = clusters(30)
     with pytest.raises(ValueError, match="train and test have 8 and 4 features"):
         knn_probe(train, labels, train[:, :4], labels)

@@ -36,7 +36,7 @@ CHANGES = [
     "training.batch_size=6",
     "training.accumulation=3",
     "training.drop_path=0.3",
-    "training.length=20 steps",  # an epoch is 11 micro-batches: updates straddle its end
+    "training.length=20 steps",  # an epoch has 11 micro-batches: updates span its end
     "training.log_every=3",
     "training.save_every=4 steps",
     "training.evaluate_every=6 steps",
@@ -59,7 +59,7 @@ def make_recipe(backend: str) -> Recipe:
 
 
 class Killer(Observer):
-    """Dies, as by `kill -9`, when step `step` has been handed to the engine; or slows each step down."""
+    """Dies, like with `kill -9`, after step `step` was passed to the engine; or slows each step down."""
 
     def __init__(self, step: int | None = None, pause: float = 0.0) -> None:
         self.step, self.pause = step, pause
@@ -104,7 +104,7 @@ def final(path: Path) -> Checkpoint:
 
 
 def assert_same_run(path: Path, reference: Path) -> None:
-    """The same bits in every file of the state, and the same rows but for their speed."""
+    """The same bits in every file of the state, and the same rows except for their speed."""
     found, expected = final(path), final(reference)
     assert found.progress == expected.progress
     for kind in ("parameters", "exp_avg", "exp_avg_sq", "ema"):
@@ -125,7 +125,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path):
     killed = 0
     for _ in range(40):
         process = in_another_process(tmp_path / "killed", "toy", None, 0.01)
-        # Half of the kills early: while starting, loading, writing the first checkpoint.
+        # Half of the kills are early: while starting, loading, or writing the first checkpoint.
         process.join(draws.uniform(0.02, 0.2 if killed % 2 else 0.6 * duration))
         if process.is_alive():
             killed += 1

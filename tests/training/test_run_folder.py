@@ -1,4 +1,4 @@
-"""The run folder: starting, resuming, refusing, and keeping the metrics straight."""
+"""The run folder: starting, resuming, refusing, and consistent metrics."""
 
 import json
 import subprocess
@@ -123,7 +123,7 @@ def test_overrides_on_resume_are_kept_but_cannot_change_model_or_batches(tmp_pat
             resume_run(tmp_path, [change], warn=warnings.append)
 
 
-def test_metrics_are_cut_at_the_resumed_step_and_a_torn_line_is_dropped(tmp_path, recipe):
+def test_metrics_are_truncated_at_the_resumed_step_and_an_incomplete_line_is_dropped(tmp_path, recipe):
     with start_run(tmp_path, recipe, recipe.spec()) as run:
         for step in (1, 2, 3, 4):
             run.append_metrics({"step": step, "loss": 1 / step})

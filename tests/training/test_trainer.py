@@ -1,4 +1,4 @@
-"""The training loop on the toy engine: what each step gets, what is logged, saved, evaluated, refused."""
+"""The training loop on the toy engine: inputs of each step, logging, saving, evaluation, refusals."""
 
 import os
 import signal
@@ -111,7 +111,7 @@ def test_learning_rates_follow_the_fractional_epoch(tmp_path, recipe):
     np.testing.assert_allclose([lr for _, lr in engine.steps], expected, rtol=1e-12)
 
 
-def test_logging_reports_means_since_the_row_before(tmp_path, recipe):
+def test_logging_reports_means_since_the_previous_row(tmp_path, recipe):
     _, _, fine = train(tmp_path / "fine", override(recipe, ["training.log_every=1"]))
     _, _, coarse = train(tmp_path / "coarse", recipe)
     losses = [row["loss"] for row in fine.metrics()]
@@ -119,8 +119,8 @@ def test_logging_reports_means_since_the_row_before(tmp_path, recipe):
     assert coarse.metrics()[-1]["loss"] == pytest.approx(np.mean(losses[12:15]))
 
 
-def test_results_are_waited_for_only_when_they_are_needed(tmp_path, recipe):
-    """Asking for a loss stops an asynchronous device; between two rows nobody asks."""
+def test_the_trainer_only_waits_for_results_when_they_are_needed(tmp_path, recipe):
+    """Reading a loss stops an asynchronous device; between two rows no loss is read."""
     asked_at: list[tuple[int, list[int]]] = []
 
     class Watch(Observer):
@@ -202,7 +202,7 @@ def test_the_average_is_evaluated_and_the_weights_are_restored(tmp_path, recipe)
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, recipe):
-    """Evaluations from a script: the second of five is the best, though no save was due there."""
+    """Scripted evaluations: the second of five is the best, although no save was due there."""
     scores = iter([0.25, 0.75, 0.5, 0.5, 0.25])
 
     class Scripted(ToyEngine):
@@ -320,7 +320,7 @@ def test_a_bad_gradient_is_named_if_the_forward_pass_is_finite(tmp_path, recipe)
 
 def test_the_first_bad_tensor_is_found_by_a_forward_pass(tmp_path, recipe):
     class Overflowing(ToyEngine):
-        """Features become infinite once the weights have moved for six steps."""
+        """Features become infinite after the weights have moved for six steps."""
 
         def _features(self, images):
             features = super()._features(images)
@@ -366,7 +366,7 @@ def test_a_full_disk_is_reported_with_how_to_resume(tmp_path, recipe, monkeypatc
 
 
 class Losing(Synthetic):
-    """Images that cannot be read any more when micro-batch `at` is due, perhaps after a signal."""
+    """Images that become unreadable when micro-batch `at` is due, optionally after a signal."""
 
     def __init__(self, at: int, *, signalled: bool) -> None:
         super().__init__(43, (8, 8), classes=4)

@@ -19,12 +19,12 @@ from arm_core.files.atomic import new_file
 from arm_core.model.spec import ModelSpec
 
 LARGEST_MODEL = 380_000_000
-"""Bytes of a model that a page holds: as base64 they have to fit into a string of the browser (512 MiB)."""
+"""Largest model in a page, bytes: as base64 it must fit into a string of the browser (512 MiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageSettings:
-    """What a page says and offers."""
+    """Contents and options of a page."""
 
     title: str
     classes: tuple[str, ...]
@@ -40,13 +40,13 @@ def write_page(
     """Write a page that classifies images in the browser.
 
     model: a classifier that takes uint8 pixels (`OnnxOptions.preprocess`).
-    Raises ValueError for a model that is too large for a page, and where a file exists and `force` is not
+    Raises ValueError for a model that is too large for a page, and if a file exists and `force` is not
     set.
     """
     size = sum(array.nbytes for array in model.constants.values())
     if size > LARGEST_MODEL and not settings.int8:
         raise ValueError(
-            f"{path}: a page holds a model of up to {LARGEST_MODEL / 1e6:.0f} MB, this one has "
+            f"{path}: expected a model of at most {LARGEST_MODEL / 1e6:.0f} MB for a page, found "
             f"{size / 1e6:.0f} MB; pass --quantize int8, or export .onnx"
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The files of onnxruntime-web that a page carries: found on this machine, never fetched.
+"""The files of onnxruntime-web for a page: found on this machine, never downloaded.
 
 `make browser-runtime` puts them into this package from their npm package, so that a wheel built
 afterwards has them; `--runtime FOLDER` names an unpacked npm package instead.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VENDORED = Path(__file__).parent / "vendor"
-"""Where `make browser-runtime` puts the files; not part of the repository."""
+"""Folder of the files from `make browser-runtime`; not part of the repository."""
 
 SCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
-"""The script that needs no other one, and the CPU build for WebAssembly."""
+"""The self-contained script, and the CPU build for WebAssembly."""
 
 LICENSE = """\
 This page contains onnxruntime-web {version} (https://onnxruntime.ai), under the MIT License:
@@ -54,7 +54,7 @@ class Runtime:
 def find_runtime(folder: str | None = None) -> Runtime:
     """The runtime in `folder`, an unpacked npm package, else the one in this package.
 
-    Raises ValueError where the files are missing, with how to get them.
+    Raises ValueError if the files are missing; the message says how to get them.
     """
     root = VENDORED if folder is None else Path(folder)
     for base in (root, root / "package", root / "node_modules/onnxruntime-web"):

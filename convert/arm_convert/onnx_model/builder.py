@@ -1,7 +1,7 @@
 """A small layer over `onnx.helper`: nodes with generated names, constants, and shared sizes.
 
 Tensors are named strings, as in ONNX. A `Builder` collects the nodes of one graph; the graph of a `Scan`
-body is a `Builder` of its own that may read the constants of the outer one.
+body is a separate `Builder` that can read the constants of the outer one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Builder:
         return self._share(np.array(values, np.int64))
 
     def shared(self, value: AnyArray) -> str:
-        """A constant without a name of its own; equal ones are stored once."""
+        """A constant without a given name; equal ones are stored once."""
         return self._share(np.asarray(value))
 
     def _share(self, value: AnyArray) -> str:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import onnx
 
 MIN_OPSET, DEFAULT_OPSET, MAX_OPSET = 18, 18, 23
-"""Operator sets that can be chosen: 18 brought the antialiased `Resize` and axes as inputs."""
+"""Operator sets that can be chosen: 18 introduced the antialiased `Resize` and axes as inputs."""
 
 LARGEST_FILE = 1_900_000_000
-"""Bytes of constants up to which they stay in the file: protobuf ends at 2 GiB."""
+"""Largest bytes of constants inside the file: the limit of protobuf is 2 GiB."""
 
 NO_LICENSE = "not stated with the model"
-"""Value of `license` in the metadata where the model does not name its licence."""
+"""Value of `license` in the metadata if the model does not name its licence."""
 
 PIXELS, IMAGE = "pixel_values", "image"
 """Names of the input: normalised (B, 3, H, W), or uint8 (B, H, W, 3) with the transform inside."""
@@ -38,7 +38,7 @@ PIXELS, IMAGE = "pixel_values", "image"
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions:
-    """How a model becomes an ONNX file."""
+    """Options of the conversion to an ONNX file."""
 
     features: bool = False
     """A classifier's features instead of its logits."""
@@ -74,7 +74,7 @@ class OnnxModel:
     def write(self, path: Path, *, force: bool) -> None:
         """Write the file; constants beyond `LARGEST_FILE` bytes go into PATH.data beside it.
 
-        Raises ValueError where a file exists and `force` is not set.
+        Raises ValueError if a file exists and `force` is not set.
         """
         import onnx
 
@@ -163,7 +163,7 @@ def build(
 
 
 def check(model: OnnxModel) -> None:
-    """Hold a graph against the ONNX standard, with shape inference; what it refuses is our mistake."""
+    """Check a graph against the ONNX standard, with shape inference; a refusal is our error."""
     import onnx
 
     proto = onnx.ModelProto()

@@ -1,8 +1,8 @@
 """The mixer in ONNX: causal convolution and selective scan over stacked directions.
 
-Sizes in comments: K directions, T tokens, B images, D channels, N states, R dt rank, W taps. Tokens lead
-everywhere (T, B, D), so that a direction is one `Gather` along the first axis, and the tensors of K
-directions are (K, T, B, ...). The recurrence is the standard `Scan` operator, one for all directions, with
+Sizes in comments: K directions, T tokens, B images, D channels, N states, R dt rank, W convolution width.
+Tokens are the first axis everywhere (T, B, D), so that a direction is one `Gather` along it. The tensors of
+K directions are (K, T, B, ...). The recurrence is the standard `Scan` operator, one for all directions, with
 the state as (K, B, N, D): channels innermost, so that each step is a few long vector operations.
 """
 
@@ -28,7 +28,7 @@ Float = type[np.float32] | type[np.float16]
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """What the mixers of all layers share."""
+    """Values shared by the mixers of all layers."""
 
     encoder: EncoderSpec
     order: npt.NDArray[np.int32]
@@ -37,7 +37,7 @@ class Directions:
     """Name of the initial state, (K, B, N, D) float32 zeros."""
     batch: int | str
     dtype: Float
-    """Type of everything but the recurrence, which is float32."""
+    """Type of everything except the recurrence, which is float32."""
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class Directions:
 
     @property
     def trivial(self) -> bool:
-        """Whether the only direction reads the tokens as they are."""
+        """Whether the only direction reads the tokens in their order."""
         return self.count == 1 and bool((self.order[0] == np.arange(self.order.shape[1])).all())
 
 
@@ -102,7 +102,7 @@ def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> 
 def convolution(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> str:
     """Depthwise causal convolution along each direction, then SiLU. x: (T, B, D); returns (K, T, B, D).
 
-    Each direction reads W - 1 rows of zeros and then its tokens; tap j multiplies the rows from j on.
+    Each direction reads W - 1 rows of zeros and then its tokens; weight j multiplies the rows from j on.
     """
     tokens, taps = directions.order.shape[1], directions.encoder.conv_width
     # Row 0 is the row of zeros.

@@ -1,6 +1,6 @@
 """The classifier and the pretraining model's encoder as ONNX nodes, from images to outputs.
 
-Images come in as (B, channels, H, W), normalised. Inside, tokens lead: (T, B, D).
+The input is normalised images (B, channels, H, W). Inside, tokens are the first axis: (T, B, D).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Network:
         return g("Transpose", rows, perm=[2, 0, 1])
 
     def initial_state(self, x: str) -> str:
-        """(K, B, N, D) zeros, made for the batch of x (T, B, D) where it is not fixed."""
+        """(K, B, N, D) zeros, created for the batch of x (T, B, D) if it is not fixed."""
         g, encoder, k = self.g, self.spec.encoder, self.spec.directions
         if self.batch is not None:
             zeros = np.zeros((k, self.batch, encoder.state, encoder.width), np.float32)
@@ -111,7 +111,7 @@ class _Network:
         return self.linear(features, "head")
 
     def decoder_input(self, images: str) -> str:
-        """A pretraining model's latents (B, T, E, decoder blocks): what its decoder reads."""
+        """A pretraining model's latents (B, T, E, decoder blocks), the input of its decoder."""
         assert isinstance(self.spec, PretrainSpec)
         g, w, spec, read = self.g, self.w, self.spec, encoder_patches(self.spec)
         x = g("Gather", self.patches(images), g.shared(read.astype(np.int64)), axis=0)
@@ -135,9 +135,9 @@ def network(
 ) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     """Add a model's nodes; returns the tensor and the shape of each output by its name.
 
-    images: a tensor (B, channels, H, W) of `dtype`, normalised.  batch: B, or None where it is not fixed.
-    features: give a classifier's `features` and `tokens` instead of its `logits`. A pretraining model
-    gives `decoder_input`, as `Engine.forward` does.
+    images: a tensor (B, channels, H, W) of `dtype`, normalised.  batch: B, or None if it is not fixed.
+    features: output a classifier's `features` and `tokens` instead of its `logits`. A pretraining model
+    outputs `decoder_input`, like `Engine.forward`.
     """
     net = _Network(g, spec, parameters, batch, dtype)
     size: int | str = "batch" if batch is None else batch

@@ -1,8 +1,8 @@
 """The evaluation transform as ONNX nodes: uint8 pixels in, resized, cropped and normalised.
 
-The same arithmetic as `arm_core.data.transforms.center_crop` and `normalize`: the resized size is cut to
-whole pixels in integers, the filter is Pillow's antialiased bicubic one (`Resize` since opset 18), and the
-result is rounded to 8 bits before it is normalised.
+This is the arithmetic of `arm_core.data.transforms.center_crop` and `normalize`: the resized size is
+rounded down to whole pixels, the filter is Pillow's antialiased bicubic one (`Resize` since opset 18), and
+the result is rounded to 8 bits before it is normalised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def preprocess(g: Builder, pixels: str, transform: EvalTransform, size: tuple[in
     image = g("Transpose", pixels, perm=[0, 3, 1, 2])
     found = g("Shape", image, start=2, end=4)  # H, W
     swapped = g("Gather", found, g.ints(1, 0), axis=0)
-    # The side that is tight gets its size in `covered`, the other follows, rounded down:
+    # The limiting side gets its size in `covered`; the other one follows, rounded down:
     # [covered width * H // W, covered height * W // H].
     follows = g("Div", g("Mul", found, g.shared(covered[::-1].copy())), swapped)
     resized = g("Max", g.shared(covered), follows)

@@ -46,7 +46,7 @@ def write_int8(model: OnnxModel, path: Path, *, force: bool) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without onnxruntime's advice on the root logger to preprocess the model."""
+    """Suppresses onnxruntime's advice on the root logger to preprocess the model."""
     root = logging.getLogger()
     before = root.level
     root.setLevel(logging.ERROR)

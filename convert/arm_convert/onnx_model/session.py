@@ -1,4 +1,4 @@
-"""An ONNX file in onnxruntime, opened as a file that computes a model's outputs."""
+"""An ONNX file in onnxruntime, as an `ExportedFile`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from arm_core.model.spec import from_json
 
 
 def require() -> None:
-    """A ValueError says what to install where ONNX files cannot be made or run."""
+    """Raise a ValueError that says what to install if ONNX files cannot be created or run."""
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -30,7 +30,7 @@ def require() -> None:
 class OnnxFile:
     """An `ExportedFile` on the CPU.
 
-    threads: of onnxruntime; None for its own choice, all cores.
+    threads: of onnxruntime; None for its default, all cores.
     Raises ValueError for a file that onnxruntime cannot load, or that `arm export` did not write.
     """
 
@@ -47,7 +47,7 @@ class OnnxFile:
         began = time.perf_counter()
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has an exception class of its own for each failure
+        except Exception as error:  # onnxruntime has a separate exception class for each failure
             raise ValueError(f"{path}: onnxruntime cannot load this file ({error})") from error
         seconds = time.perf_counter() - began
         strings = self._session.get_modelmeta().custom_metadata_map
@@ -65,7 +65,7 @@ class OnnxFile:
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
 
     def run(self, images: npt.NDArray[Any]) -> dict[str, Array]:
-        """images: (B, H, W, 3), normalised float32, or uint8 where `raw_pixels`."""
+        """images: (B, H, W, 3), normalised float32, or uint8 with `raw_pixels`."""
         given = images if self.raw_pixels else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         results = self._session.run(None, {self._entry: given})
         return dict(zip(self.outputs, results, strict=True))
