@@ -1,10 +1,10 @@
-"""How fast and in how much memory models are converted, beside a plain file copy.
+"""Speed and memory of converting models, compared with a plain file copy.
 
     python benchmarks/convert.py [--model huge] [--repeats 3] [--folder /scratch]
 
-Makes an official checkpoint of the size asked (`huge` pretraining: 2.6 GB), then imports it, exports the
-model in every format, and copies the file, each in a process of its own and flushed to the disk. Prints
-medians, and exits with 1 where a target is missed: peak memory at most 1.3x the largest tensor plus 300 MB,
+Creates an official checkpoint of the requested size (`huge` pretraining: 2.6 GB), then imports it, exports
+the model in every format, and copies the file, each in a separate process and flushed to the disk. Prints
+medians, and exits with 1 if a target is missed: peak memory at most 1.3x the largest tensor plus 300 MB,
 speed at least half a copy's.
 """
 
@@ -38,7 +38,7 @@ BYTES_OVER, FACTOR = 300e6, 1.3
 EXPORTS = (("official", "pth"), ("official", "safetensors"), ("torch", "safetensors"), ("mlx", "safetensors"))
 
 SPEED = 0.5
-"""Speed target, of a plain copy's."""
+"""Speed target, relative to a plain copy."""
 
 MEASURED = """
 import sys, time
@@ -69,14 +69,14 @@ print(time.perf_counter() - start, 0)
 
 
 def run(code: str) -> tuple[float, int]:
-    """Seconds and peak bytes that a process of its own reports."""
+    """Seconds and peak bytes, as reported by a separate process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, peak = done.stdout.split()
     return float(seconds), int(peak)
 
 
 def value(row: Parameter) -> np.ndarray:
-    """Random numbers, quickly; a fixed table is what it must be."""
+    """Random numbers, generated quickly; fixed tables have their values."""
     if not row.trainable:
         return initial_value(row, 0)
     rng = np.random.Generator(np.random.SFC64(len(row.name)))
@@ -84,7 +84,7 @@ def value(row: Parameter) -> np.ndarray:
 
 
 def commit() -> str:
-    """The commit measured, marked where files differ from it."""
+    """The measured commit, marked if files differ from it."""
     here = Path(__file__).parent
     words = ("git", "describe", "--always", "--dirty", "--exclude=*")
     return subprocess.run(words, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
@@ -130,7 +130,7 @@ def measure(folder: Path, model: str, repeats: int, *, as_json: bool) -> int:
         steps[f"export {to} .{suffix}"] = MEASURED.format(words=words)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks = dict.fromkeys(steps, 0)
-    for _ in range(repeats):  # taking turns, so that a slow moment of the disk meets all alike
+    for _ in range(repeats):  # interleaved, so that a slow moment of the disk affects all equally
         for name, code in steps.items():
             taken, peak = run(code)
             seconds[name].append(taken)

@@ -1,4 +1,4 @@
-"""ARM-B beside a ViT-B/16 of the same width and depth on a CPU: steps, inference, image sizes.
+"""ARM-B compared with a ViT-B/16 of the same width and depth on a CPU: steps, inference, image sizes.
 
     python benchmarks/cpu_peers.py [--repeats 5] [--sizes 224 384 512 768 1024] [--plot FILE.svg] [--skip-mlx]
 
@@ -67,7 +67,7 @@ class ViT(nn.Module):
 
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run by name, one of each in turn, after one that does not count."""
+    """Seconds of each run by name, interleaved, after a warm-up run of each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():

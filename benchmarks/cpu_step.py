@@ -1,4 +1,4 @@
-"""A base model's training step on the CPU against its matrix products alone and against plain scans.
+"""A base model's training step on the CPU, compared with its matrix products and with plain scans.
 
     python benchmarks/cpu_step.py [--repeats 7] [--cases pretrain classifier] [--skip-literal]
 
@@ -11,8 +11,8 @@ For base pretraining (batch 4) and the base classifier (batch 2, four directions
   indexes the time axis under autograd, whose backward is quadratic in the length, as in mamba-ssm's
   `selective_scan_ref`.
 
-Each step runs in a process of its own, which gives its peak memory. Then the scan alone at lengths from
-64 to 4096. Seconds are medians, with the fastest and slowest; about 8 minutes on 2 cores.
+Each step runs in a separate process, which gives its peak memory. Then the scan is measured alone at lengths
+from 64 to 4096. Seconds are medians, with the fastest and slowest; about 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[ModelSpec, int]] = {
     "classifier": (classifier_preset("base"), 2),
 }
 WARM_UP = 3
-"""Steps until the process has all the memory that it will need; the first one compiles."""
+"""Steps until the process has allocated all its memory; the first one compiles."""
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -66,7 +66,7 @@ def literal_scan(
     z: Tensor,
     order: Tensor,
 ) -> Tensor:
-    """One direction after the other; all decays and inputs at once, then a loop that indexes them."""
+    """One direction at a time; all decays and inputs at once, then a loop that indexes them."""
     total = torch.zeros_like(z)
     for k, path in enumerate(order.long()):
         step = F.softplus(dt[k][:, path] + dt_bias[k])
@@ -158,7 +158,7 @@ def measure(case: str, implementation: str, repeats: int) -> dict[str, Any]:
                 with products:
                     step()
                 products.run()
-                step()  # gets new memory in the place of that which the products keep
+                step()  # gets new memory in place of the memory that the products keep
             results["products"].append(seconds(products.run))
     return results
 
@@ -202,7 +202,7 @@ def memory(result: dict[str, Any]) -> str:
 
 def report_lengths(repeats: int) -> None:
     """Forward and backward of the scan for 4096 tokens, in images of each length."""
-    keep_freed_memory()  # as the engine does
+    keep_freed_memory()  # like the engine
     print("scan alone, 4096 tokens of 768 channels and 16 states, forward and backward")
     for length in LENGTHS:
         rng = np.random.default_rng(0)

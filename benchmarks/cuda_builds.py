@@ -1,6 +1,6 @@
-"""Builds mamba-ssm and causal-conv1d from their sdists, reduced to what the benchmarks reach.
+"""Builds mamba-ssm and causal-conv1d from their sdists, reduced to the code that the benchmarks use.
 
-The kernels are untouched; their instantiations are cut down to one architecture and to real A, B and C that
+The kernels are unchanged. Their instantiations are reduced to one architecture and to real A, B and C that
 vary over tokens, softplus, up to 256 tokens, and channels before tokens. A whole build takes far longer.
 """
 
@@ -23,7 +23,7 @@ import torch
 from arm_cuda import mamba_ssm
 
 BUILT = Path(__file__).parent.parent / "build/peers"
-"""Where peers that were built here are installed."""
+"""Folder in which peers that were built here are installed."""
 REDUCED = "reduced build: one architecture, up to 256 tokens, channels before tokens"
 
 ONLY_TRUE = """
@@ -37,7 +37,7 @@ ONLY_TRUE = """
 
 
 def build_peers(sources: Path) -> str:
-    """Build both packages side by side, for this machine's GPU alone; says what came of it.
+    """Build both packages in parallel, only for this machine's GPU; returns a sentence with the result.
 
     sources: a folder with `mamba_ssm-*.tar.gz` and `causal_conv1d-*.tar.gz`. Needs nvcc, not the network.
     """
@@ -65,7 +65,7 @@ def build_peers(sources: Path) -> str:
                     env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 )
             )  # fmt: skip
-        # Only the first failure of one is told; the other may still be used.
+        # Only the first failure is reported; the other package can still be used.
         said = [build.communicate()[1] for build in builds]
     failed = [
         f"{archive.name} did not build: {(text.strip().splitlines() or ['no message'])[-1]}"
@@ -80,7 +80,7 @@ def build_peers(sources: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """For nvcc: where the toolkit is, and the headers of the CUDA libraries that come with torch."""
+    """Environment for nvcc: the toolkit's folder, and the headers of torch's CUDA libraries."""
     found = {**os.environ, "MAX_JOBS": str(max(1, (os.cpu_count() or 2) // 2))}
     found |= {f"{name}_FORCE_BUILD": "TRUE" for name in ("MAMBA", "CAUSAL_CONV1D")}
     if "CUDA_HOME" not in found and (nvcc := shutil.which("nvcc")):
@@ -136,7 +136,7 @@ def _edit(path: Path, edits: list[tuple[str, str]]) -> None:
 
 
 def for_one_architecture(setup: str, architecture: str) -> str:
-    """Their setup.py lists the architectures one by one; without all but one it builds ten times faster."""
+    """Their setup.py lists the architectures one by one; with a single one, the build is ten times faster."""
     pattern = r'(?m)^(\s*)cc_flag\.append\("-gencode"\)\n\s*cc_flag\.append\("arch=compute_(\d+),.*\n'
 
     def keep(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
-"""One direction of the official mixer without its output projection, as `mamba_inner_fn_no_out_proj` does it.
+"""One direction of the official mixer without its output projection, like `mamba_inner_fn_no_out_proj`.
 
-One autograd function from the projected tokens to the gated result. Its forward saves neither the
-convolution's output nor dt: the backward computes both again, and writes the gradients of x and z into the
+It is one autograd function from the projected tokens to the gated result. The forward pass saves neither the
+convolution's output nor dt. The backward pass recomputes both, and writes the gradients of x and z into the
 halves of one buffer. The four kernels are an argument: those of mamba-ssm and causal-conv1d, or plain torch.
 """
 

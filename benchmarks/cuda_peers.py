@@ -1,4 +1,4 @@
-"""What the CUDA benchmarks are held against: the mixer as the official code arranges it, on mamba-ssm.
+"""The peer of the CUDA benchmarks: the mixer in the arrangement of the official code, on mamba-ssm.
 
 The official code keeps channels before tokens. Its one pretraining direction is a call of `mamba_inner_fn`.
 In a classifier each direction flips or transposes the projected tokens by views and concatenations, runs one
@@ -28,7 +28,7 @@ def plain_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None = None,
     delta_bias: Tensor | None = None, delta_softplus: bool = True,
 ) -> Tensor:  # fmt: skip
-    """mamba-ssm's public signature as a torch loop, for runs of the benchmark without it."""
+    """A torch loop with mamba-ssm's public signature, for runs of the benchmark without it."""
     assert delta_bias is not None
     assert delta_softplus
     step = F.softplus(delta.float() + delta_bias[:, None])
@@ -49,7 +49,7 @@ def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "silu"
 
 
 def peer_functions(device: str) -> tuple[ScanFunction, ScanFunction, str]:
-    """Scan and convolution of the peers, or loops in torch; and in words which."""
+    """Scan and convolution of the peers, or loops in torch; and a description of the choice."""
     if reason := mamba_ssm.unusable(device):
         return plain_scan, plain_conv, f"torch loops in place of mamba-ssm: {reason}"
     if reason := mamba_ssm._conv_unusable():
@@ -59,7 +59,7 @@ def peer_functions(device: str) -> tuple[ScanFunction, ScanFunction, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Official:
-    """What the official arrangement calls."""
+    """The functions that the official arrangement calls."""
 
     kernels: Kernels
     """Of one of several directions."""
@@ -79,7 +79,7 @@ class Official:
 def official_mixer(
     mixer: layers.Mixer, x: Tensor, grid: tuple[int, int] | None, *, official: Official
 ) -> Tensor:
-    """The mixer's result, (B, T, D), as the official code computes it; see the module's text.
+    """The mixer's result, (B, T, D), in the arrangement of the official code; see the module's docstring.
 
     grid: rows and columns of patches around the class token in the middle; for four directions.
     """

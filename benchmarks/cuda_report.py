@@ -58,7 +58,7 @@ class Times:
 
 
 def milliseconds(action: Callable[[], object], device: str) -> list[float]:
-    """Of repeated calls after warm-up; on a GPU the sum of its kernels' times, without gaps between them."""
+    """Seconds of repeated calls after warm-up; on a GPU the sum of the kernels' times, without gaps."""
     if device == "cuda":
         for _ in range(3):
             action()
@@ -73,7 +73,7 @@ def milliseconds(action: Callable[[], object], device: str) -> list[float]:
 
 
 def kernel_microseconds(action: Callable[[], object], calls: int) -> dict[str, float]:
-    """Time on the GPU of every kernel that a call launches, by the kernel's name."""
+    """GPU time of every kernel that a call launches, by the kernel's name."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -90,14 +90,14 @@ def kernel_microseconds(action: Callable[[], object], calls: int) -> dict[str, f
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What the machine can do at most; a rate nobody measured or knows is None."""
+    """The maximum rates of the machine; None for an unknown rate."""
 
     bytes_per_second: float
-    """Read and written, of a large copy; measured."""
+    """Bytes read and written in a large copy; measured."""
     product_flops: float
-    """Of a large bfloat16 matrix product; measured."""
+    """Operations of a large bfloat16 matrix product; measured."""
     exponentials_per_second: float | None
-    """Multiprocessors x 16 x the highest clock that nvidia-smi names."""
+    """Multiprocessors x 16 x the highest clock that nvidia-smi reports."""
 
 
 def ceilings(device: str) -> Ceilings:
@@ -158,7 +158,7 @@ def heading(name: str, facts: dict[str, Any]) -> str:
 
 
 def write(name: str, results: dict[str, Any], sections: list[str], options: argparse.Namespace) -> None:
-    """Print the newest section, and write all so far: a run that is cut short leaves what it had.
+    """Print the newest section, and write all sections so far, so that an interrupted run keeps its results.
 
     A trial writes nothing without `--output`.
     """

@@ -1,13 +1,14 @@
-"""The scan and the whole mixer on a GPU: Triton against mamba-ssm, plain torch and the machine's floors.
+"""The scan and the whole mixer on a GPU: Triton against mamba-ssm, plain torch and lower bounds.
 
     python benchmarks/cuda_scan.py [--peers FOLDER] [--shapes finetuning pretraining]
     python benchmarks/cuda_scan.py --device cpu --tiny          (a trial without a GPU)
 
-In bfloat16, forward with what a backward needs, and backward. Peers, in the same run:
+It measures the forward pass that saves for a backward pass, and the backward pass, in bfloat16. Peers, in the
+same run:
 
 - mamba-ssm, grouped: `--scan mamba-ssm`, all directions in one call, tokens put in order around it;
-- mamba-ssm, grouped, layout given: that call alone, on tensors that already lie as it wants them;
-- mamba-ssm, official: a call per direction with flips and permutations, as the official code does;
+- mamba-ssm, grouped, layout given: only this call, on tensors that are already in its layout;
+- mamba-ssm, official: a call per direction with flips and permutations, like the official code;
 - torch loop: `--scan reference` on fewer images, its time scaled up.
 
 Each result and its gradient are compared with the torch loop in float32 before they are timed. Times are the
@@ -47,7 +48,7 @@ from arm_cuda import scan as scans
 from arm_cuda.layers import Mixer
 
 TOLERANCE = 4e-2
-"""Of the largest value, against the torch loop in float32 on the same bfloat16 inputs."""
+"""Relative to the largest value, against the torch loop in float32 on the same bfloat16 inputs."""
 
 
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
@@ -58,7 +59,7 @@ OURS = {"triton": "Triton", "mamba-ssm": "mamba-ssm, grouped"}
 class Shape:
     batch: int
     grid: tuple[int, int]
-    """Rows and columns of patches; there is one token more."""
+    """Rows and columns of patches; there is one more token."""
     width: int
     directions: int
     loop_batch: int
@@ -85,7 +86,7 @@ TINY_SHAPES = {
 
 
 def seeded(like: Tensor) -> Tensor:
-    """A gradient for the result that every variant gets alike."""
+    """A gradient of the result, the same for every variant."""
     r = torch.Generator().manual_seed(2)
     return torch.randn(like.shape, generator=r).to(like)
 
@@ -98,14 +99,14 @@ class Variant:
     run: Callable[[], Tensor]
     batch: int
     grads: list[Tensor]
-    """What the backward differentiates for."""
+    """The tensors whose gradients are computed."""
     expected: Tensor
     """Of the torch loop in float32, for the first images."""
     expected_gradient: Tensor | None = None
     """Likewise, of the first of `grads` with `seeded` as the gradient of the result."""
 
     def measure(self, full: int, device: str) -> dict[str, Any]:
-        """Times for `full` images, after a look at the result."""
+        """Times for `full` images, after a check of the result."""
         out = self.run()
         found = out.detach()[: len(self.expected)].float()
         error = ((found - self.expected).abs().max() / self.expected.abs().max()).item()
@@ -193,7 +194,7 @@ def scan_variants(shape: Shape, device: str) -> list[Variant]:
 
 
 def layout_given(shape: Shape, values: dict[str, Tensor], device: str) -> Variant:
-    """One grouped call on tensors that lie as mamba-ssm wants them; its order, sum and gate are left out."""
+    """One grouped call on tensors in mamba-ssm's layout, without order, sum and gate."""
     scan, _, words = peer_functions(device)
     batch, K, D = len(values["z"]), shape.directions, shape.width
     native = {n: values[n].detach().permute(1, 0, 3, 2).contiguous() for n in ("u", "dt", "B", "C")}

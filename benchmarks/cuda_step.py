@@ -4,9 +4,9 @@
     python benchmarks/cuda_step.py --device cpu --tiny          (a trial without a GPU)
 
 Full steps in bfloat16 with float32 master weights: images from host memory, forward, backward, clipping,
-AdamW, and for classifiers the moving average. Triton as it is, Triton with compiled blocks, and the same
-engine with the mixers arranged as in the official code (a call of mamba-ssm per direction, flips around
-it). TFLOP/s counts two operations per multiply-add of `arm info`, three forward passes a step.
+AdamW, and for classifiers the moving average. The variants are Triton, Triton with compiled blocks, and the
+same engine with the mixers arranged as in the official code (a call of mamba-ssm per direction, with flips
+around it). TFLOP/s counts two operations per multiply-add of `arm info`, three forward passes a step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCHES = {
     ("huge", "pretrain"): 64,
     ("huge", "finetune"): 32,
 }
-"""Images on one GPU; the recipes' batches, spread over 8 or more of them."""
+"""Images on one GPU; the recipes' batches, divided by 8 or more GPUs."""
 STAGES = ("pretrain", "finetune")
 
 
@@ -80,7 +80,7 @@ WAYS = (
 
 
 def ways(device: str, tiny: bool) -> Iterator[Way]:
-    """Those that can run here; the loops in torch only in a trial, they would take minutes a step."""
+    """The variants that can run here; torch loops only in a trial, since they take minutes per step."""
     usable = scans.scans(device)
     for way in WAYS:
         loops = way.scan == "reference" and not peer_functions(device)[2].startswith("mamba-ssm")

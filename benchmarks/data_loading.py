@@ -2,13 +2,13 @@
 
     python benchmarks/data_loading.py [--images 256] [--workers 0 1 2] [--repeats 5]
 
-Photographs are stood in for by soft colour fields with noise, saved at quality 90 and about as large
-as those of ImageNet (110 KB). For each recipe: images/s with threads, beside a torch DataLoader with the
-same transform in processes (where torch is installed) and a plain Pillow loop of the same work; the CPU
-time of an image and of its stages, and the cores that feed a GPU. CPU time also holds on a busy machine.
+The images are soft colour fields with noise, saved at quality 90, with about the size of ImageNet's
+photographs (110 KB). The output for each recipe: images/s with threads, with a torch DataLoader with the same
+transform in processes (if torch is installed) and with a plain Pillow loop of the same work; the CPU time of
+an image and of its stages; and the cores that feed a GPU. CPU time is also valid on a busy machine.
 
 The same work on images of 8x8 pixels takes the time that does not depend on pixels: mostly Python, with
-the interpreter lock held. It bounds how many threads one process can keep busy.
+the interpreter lock held. It limits the number of threads that one process can keep busy.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def write_images(folder: Path, count: int) -> float:
 
 
 def images_per_second(batches: TrainBatches, workers: int, repeats: int) -> tuple[list[float], float]:
-    """One rate per pass over the images; starting the threads is not timed. And CPU ms per image."""
+    """One rate per pass over the images, without the start of the threads; and CPU ms per image."""
     rates, count = [], batches.batches_per_epoch
     with Prefetcher(batches, workers=workers) as sets:
-        for _ in islice(sets, max(1, 4 * workers)):  # fills and empties what is prefetched once
+        for _ in islice(sets, max(1, 4 * workers)):  # fills and empties the prefetched batches once
             pass
         cpu = time.process_time()
         for _ in range(repeats):
@@ -85,7 +85,7 @@ def images_per_second(batches: TrainBatches, workers: int, repeats: int) -> tupl
 
 
 def torch_images_per_second(batches: TrainBatches, workers: int, repeats: int) -> tuple[list[float], float]:
-    """The same of a torch DataLoader that runs the same transform in forked processes."""
+    """The same for a torch DataLoader with the same transform in forked processes."""
     from torch.utils.data import DataLoader, Dataset
 
     class Images(Dataset[Any]):

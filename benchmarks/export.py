@@ -1,4 +1,4 @@
-"""Exported files against the engine, one image on a CPU, with a ViT-B of the same input beside them.
+"""Exported files compared with the engine and with a ViT-B of the same input, one image on a CPU.
 
     python benchmarks/export.py [--presets tiny base] [--threads 1 2] [--repeats 15] [--browser]
 
@@ -93,7 +93,7 @@ def session(path: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of every call, in turn: (elapsed, of all its threads together)."""
+    """Milliseconds of every call, interleaved: (elapsed, CPU time of all its threads)."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(WARM_UP + repeats):
         for name, call in calls.items():
@@ -129,7 +129,9 @@ def preset_rows(name: str, threads: int, repeats: int, folder: Path) -> None:
         difference = np.abs(found - expected).max() / np.abs(expected).max()
         size, load = file.facts["bytes"] / 1e6, file.facts["load_seconds"]
         print(f"  {kind}: {size:.1f} MB, loads in {load:.2f} s, largest difference {difference:.1e}")
-        assert kind != "ONNX float32" or difference < 1e-4, "the file does not compute what the engine does"
+        assert kind != "ONNX float32" or difference < 1e-4, (
+            "the file and the engine compute different results"
+        )
         calls[kind] = lambda file=file: file.run(image)
     if name == "base":
         vit(transformer)

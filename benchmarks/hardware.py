@@ -1,4 +1,4 @@
-"""Where and with what a number was measured, in two lines."""
+"""The machine and the versions of a measurement, in two lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit; "-dirty" where files differ from it."""
+    """The checkout's commit; with "-dirty" if files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 

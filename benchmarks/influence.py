@@ -1,10 +1,10 @@
-"""How long influence maps of all layers and directions take on a CPU.
+"""Time of influence maps of all layers and directions on a CPU.
 
     python benchmarks/influence.py [--model base] [--repeats 5]
 
-First holds one layer's maps of a small classifier against the float64 reference, then times
-`arm_core.explain.influence.influence` on one image, the model's forward pass included, and prints seconds
-of the clock and of the processor. Exits with 1 where the median is over 3 s on two cores or more.
+First compares one layer's maps of a small classifier with the float64 reference. Then times
+`arm_core.explain.influence.influence` on one image, including the model's forward pass, and prints elapsed
+and CPU seconds. Exits with 1 if the median is over 3 s on two cores or more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TARGET = 3.0
 
 
 def check() -> None:
-    """Raise AssertionError where the maps are not those of the reference."""
+    """Raise AssertionError if the maps differ from those of the reference."""
     spec = ClassifierSpec(encoder=EncoderSpec(width=32, depth=6, patch=4), classes=3, image_size=(24, 24))
     parameters = initial_parameters(spec, 0)
     engine = choose_backend("torch").create_engine(spec, TrainingState(parameters=parameters))

@@ -1,7 +1,7 @@
-"""The selective scan by a log-depth scan in plain MLX operations: what the Metal kernels are compared with.
+"""The selective scan as a log-depth scan in plain MLX operations, for comparison with the Metal kernels.
 
 The recurrence h_t = a_t h_{t-1} + b_t is associative in pairs (a, b), so that it takes log2 L rounds instead
-of L steps. Each round reads and writes states for every token, which is what the kernels never do.
+of L steps. Each round reads and writes the states of every token, which the kernels avoid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def log_depth_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
     z: mx.array, order: mx.array, *, save_for_backward: bool = True,
 ) -> mx.array:  # fmt: skip
-    """As `arm_mlx.scan.selective_scan`, with all gradients; computes in float32."""
+    """Same as `arm_mlx.scan.selective_scan`, with all gradients; computes in float32."""
     dtype = u.dtype
     u, dt, B, C, z = (a.astype(mx.float32) for a in (u, dt, B, C, z))
     step = mx.logaddexp(dt + dt_bias[:, None, None], 0.0)
@@ -46,7 +46,7 @@ def _recurrence(a: mx.array, b: mx.array) -> mx.array:
 def _recurrence_vjp(
     inputs: Sequence[mx.array], grad: mx.array, states: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The same recurrence backwards in time; autodiff's own would keep every round."""
+    """The same recurrence backwards in time; autodiff would keep every round."""
     a, _ = inputs
     later = mx.concatenate([a[:, :, 1:], mx.zeros_like(a[:, :, :1])], axis=2)
     total = _recurrence(later[:, :, ::-1], grad[:, :, ::-1])[:, :, ::-1]

@@ -1,4 +1,4 @@
-"""The Metal scan on this Mac: against plain MLX, against the memory's rate, and in whole training steps.
+"""The Metal scan on this Mac, compared with plain MLX and the memory's rate, and in whole training steps.
 
     python benchmarks/metal.py [--models tiny base] [--batch 8] [--repeats 20] [--out FILE.json]
 
@@ -36,11 +36,11 @@ from arm_mlx import backend
 
 WARM_UP, STEPS = 3, 10
 TOLERANCE = 1e-5
-"""Of the largest value, between float32 implementations."""
+"""Tolerance relative to the largest value, between float32 implementations."""
 
 
 def scans(device: str) -> list[str]:
-    """The kernels first where they can run, then what they are compared with."""
+    """The kernels first, if they can run, then the peers."""
     return [name for name, why in backend.scans(device).items() if why is None]
 
 
@@ -143,7 +143,7 @@ def measure_steps(models: list[str], device: str, batch: int, steps: int) -> Ite
 def step_seconds(
     spec: ModelSpec, device: str, scan: str, precision: Precision, batch: int, steps: int
 ) -> float:
-    """Mean over `steps` steps that nobody waits for, as between two logged ones."""
+    """Mean over `steps` steps without waiting in between, as between two logged ones."""
     engine = backend.create_engine(
         spec,
         TrainingState(parameters=initial_parameters(spec, seed=0)),
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "base"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=STEPS, help="0 leaves out the training steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="0 skips the training steps")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: without the kernels")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/metal-DEVICE-DATE.json")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""MLX on a CPU: a base pretraining step beside the torch engine's, and the scan beside plain MLX scans.
+"""MLX on a CPU: a base pretraining step compared with the torch engine's, and the scan with plain MLX scans.
 
     python benchmarks/mlx_cpu.py [--repeats 7] [--batch 4] [--threads 1] [--out FILE.json]
 
-Each engine runs in a process of its own and the two take turns, step by step, so that both meet the same
-machine. A step is forward, backward, gradient norm and AdamW on random images. The scan runs forward and
-backward with B=8 L=128 D=192 N=16: the kernel that both engines share, a loop over the tokens with a
-backward of its own (`--scan reference`), and a log-depth scan. Results are compared before they are timed.
+Each engine runs in a separate process, and the steps alternate, so that both run under the same
+conditions. A step is forward, backward, gradient norm and AdamW on random images. The scan runs forward and
+backward with B=8 L=128 D=192 N=16: the kernel that both engines share, a loop over the tokens with its own
+backward pass (`--scan reference`), and a log-depth scan. Results are compared before they are timed.
 Medians, with the fastest and slowest; about two minutes.
 """
 
@@ -34,9 +34,9 @@ from arm_core.model.presets import pretrain_preset
 
 ENGINES = ("torch", "mlx")
 WARM_UP = 3
-"""Steps until kernels are compiled and the process has its memory."""
+"""Steps until kernels are compiled and memory is allocated."""
 STEP_TARGET, SCAN_TARGET = 2.5, 8.0
-"""MLX's step at most so many of torch's; the best plain scan at least so many of the kernel's."""
+"""Largest ratio of MLX's step to torch's; smallest ratio of the best plain scan to the kernel."""
 TOLERANCE = 1e-4
 """Relative, between the engines' losses and between the scans' gradients."""
 
@@ -80,7 +80,7 @@ def step(process: subprocess.Popen[str]) -> tuple[float, float]:
 
 
 def compare_steps(batch: int, threads: int | None, repeats: int) -> dict[str, Any]:
-    """Seconds of each engine's steps, and MLX's over torch's, turn by turn."""
+    """Seconds of each engine's steps, and the ratios of MLX to torch, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in ENGINES}
     with served("torch", batch, threads) as torch, served("mlx", batch, threads) as mlx:
         for turn in range(WARM_UP + repeats):
@@ -96,7 +96,7 @@ def compare_steps(batch: int, threads: int | None, repeats: int) -> dict[str, An
 
 
 def compare_scans(threads: int | None, repeats: int) -> dict[str, list[float]]:
-    """Seconds of forward and backward by implementation, turn by turn."""
+    """Seconds of forward and backward by implementation, interleaved."""
     from arm_mlx import blas
 
     blas.load()
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4, help="images in a step")
     parser.add_argument("--threads", type=int, help="CPU threads; by default each library's own choice")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements, too")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the measurements")
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

@@ -1,4 +1,4 @@
-"""The scan of mlx-vision-mamba in our terms, for a comparison on a Mac that has it installed.
+"""The scan of mlx-vision-mamba with our signature, for a comparison on a Mac that has it installed.
 
 Its fused kernels scan one direction in memory order, in float32, with softplus outside and no gate; the rest
 is plain MLX here, as in its blocks.
@@ -31,7 +31,7 @@ def peer_scan(
     u: mx.array, dt: mx.array, A: mx.array, B: mx.array, C: mx.array, D: mx.array, dt_bias: mx.array,
     z: mx.array, order: mx.array, *, save_for_backward: bool = True, scan: Scan | None = None,
 ) -> mx.array:  # fmt: skip
-    """As `arm_mlx.scan.selective_scan`, direction by direction. scan: `fused_scan()` by default."""
+    """Same as `arm_mlx.scan.selective_scan`, direction by direction. scan: `fused_scan()` by default."""
     scan = scan or fused_scan()
     step = mx.logaddexp(dt.astype(mx.float32) + dt_bias[:, None, None], 0.0)
     total = mx.zeros(z.shape)

@@ -1,7 +1,7 @@
 """Plans the paper's runs for 8 to 512 GPUs from the cost model; nothing here is measured.
 
 python benchmarks/scaling.py            prints the table of docs/scaling.md
-python benchmarks/scaling.py --write    puts it there
+python benchmarks/scaling.py --write    writes it to the page
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ PEAK = 989e12
 BANDWIDTH = 4.3e12
 """Bytes per second of an H200's memory in a device-to-device copy."""
 PRODUCTS = 0.6
-"""Estimate: part of the peak that matrix products reach."""
+"""Estimate: fraction of the peak rate that matrix products reach."""
 SCAN_FLOOR = {1: 28.9e-12, 4: 25.9e-12}
 """Seconds of one GPU per token, channel and direction, by the number of directions: scan, convolution and
-gate, forward and backward, at their floors (`python tests/cuda/cost.py`)."""
+gate, forward and backward, at their lower bounds (`python tests/cuda/cost.py`)."""
 SCAN = 1.85
-"""Estimate: how many times its floor a kernel takes."""
+"""Estimate: time of a kernel relative to its lower bound."""
 ELEMENTWISE = 400
 """Estimate: bytes per token, channel and block that norms, activations, casts, residuals and their gradients
 move, without compiled blocks."""
 LINKS = {8: 450e9, 512: 400e9}
-"""Bytes per second around a ring, by the most GPUs: within a machine (NVLink); through the eight network
-cards of 400 Gbit/s of each machine."""
+"""Bytes per second around a ring, by the largest number of GPUs: within a machine (NVLink); through the eight
+network cards of 400 Gbit/s of each machine."""
 IMAGES = 1_281_167
 """ImageNet-1k's training split."""
 IMAGE_BYTES = 110e3
@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 def plan(name: str, gpus: int) -> tuple[str, ...] | None:
-    """One row; None where an update has fewer images than there are GPUs."""
+    """One row; None if an update has fewer images than there are GPUs."""
     recipe: Recipe = load_recipe(name)
     spec = recipe.spec(1000)
     batch, average = recipe.training.batch_size, recipe.optimizer.ema_decay is not None
@@ -60,11 +60,11 @@ def plan(name: str, gpus: int) -> tuple[str, ...] | None:
     parameters = sum(part.parameters for part in parts)
     memory = step_memory(spec, value_bytes=2, average=average)
     shards = (OPTIMIZER_BYTES + (EMA_BYTES if average else 0)) * parameters / gpus
-    sent = 2 * 4 * parameters * (gpus - 1) / gpus  # float32 gradients, reduced and handed out in a ring
+    sent = 2 * 4 * parameters * (gpus - 1) / gpus  # float32 gradients, reduced and distributed in a ring
     shares = [batch / gpus * seconds for seconds in image_seconds(spec)]
     computing = sum(shares)
     sending = sent / next(speed for most, speed in LINKS.items() if gpus <= most)
-    rate = batch / max(computing, sending)  # gradients travel while the backward pass goes on
+    rate = batch / max(computing, sending)  # gradients are sent during the backward pass
     seconds = epochs(recipe.training.length) * IMAGES / rate
     return (
         name, str(gpus), str(batch), str(micro), str(accumulation), f"{memory.state / 1e9:.1f}",
