@@ -193,7 +193,7 @@ def test_the_attacks_would_run_if_they_were_unpickled(tmp_path, name):
 
 def test_a_refusal_names_the_global(tmp_path):
     with pytest.raises(
-        BadFileError, match=r"asks for posix\.system, which no checkpoint needs.*nothing was executed"
+        BadFileError, match=r"references posix\.system, which no checkpoint needs.*nothing was executed"
     ):
         read(tmp_path, foreign.zip_of(pickle.dumps(Command(os.system, "true"), 2), []))
 
@@ -266,7 +266,7 @@ def one_tensor(offset=0, shape=(2,), stride=(1,), count=4, kind="FloatStorage") 
         ({"count": 2**62}, "storage 0: expected 4611686018427387904 values of F32, found 16 bytes"),
         ({"count": 5}, "expected 5 values of F32, found 16 bytes"),
         ({"kind": "DoubleStorage"}, "expected 4 values of F64, found 16 bytes"),
-        ({"kind": "QUInt8Storage"}, "asks for torch.QUInt8Storage"),
+        ({"kind": "QUInt8Storage"}, "references torch.QUInt8Storage"),
     ],
     ids=str,
 )
