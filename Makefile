@@ -106,7 +106,7 @@ $(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 # The development extra contains everything that the demo needs.
 $(VENV)/test.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(INSTALL) '.[dev]'
-	@# Without what it requires: torchvision asks for a torch of its own, and the tests stand in for it.
+	@# Without its requirements: torchvision requires another torch, and the tests replace it by a stand-in.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --constraint constraints.txt timm
 	@touch $(VENV)/demo.installed $@
 

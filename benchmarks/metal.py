@@ -3,8 +3,8 @@
     python benchmarks/metal.py [--models tiny base] [--batch 8] [--repeats 20] [--out FILE.json]
 
 Every implementation is checked against the CPU's first. Then, for a layer of each model in pretraining and
-finetuning, float32 and bfloat16: forward, and forward with backward, of the kernels, of the loop with a
-backward of its own (`reference`), of a log-depth scan, and of mlx-vision-mamba if it is installed; GB/s and
+finetuning, float32 and bfloat16: forward, and forward with backward, of the kernels, of the loop with its
+own backward pass (`reference`), of a log-depth scan, and of mlx-vision-mamba if it is installed; GB/s and
 shares as in `arm bench scan`. Then images/s of training steps. docs/performance.md says how to read the
 figures.
 """

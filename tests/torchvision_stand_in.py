@@ -36,7 +36,7 @@ class InterpolationMode(enum.Enum):
 
 
 class _Names(types.ModuleType):
-    """A module in which every name is a class of its own."""
+    """A module in which every name is a separate class."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):

@@ -39,7 +39,7 @@ class Compile(StrEnum):
     `triton`; otherwise nothing is compiled."""
     NONE = "none"
     BLOCKS = "blocks"
-    """Each block of the encoder and the decoder by itself; one compilation serves all blocks of a kind."""
+    """Each block of the encoder and the decoder separately; one compilation serves all blocks of a kind."""
     MODEL = "model"
     """The whole forward and backward pass."""
 

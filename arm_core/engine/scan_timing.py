@@ -1,4 +1,4 @@
-"""Times of the selective scan by itself, for `arm bench scan`.
+"""Times of the selective scan alone, for `arm bench scan`.
 
 Times include the whole operator with softplus, mean over directions and gate. Rates count the bytes that
 every implementation has to move: operands and results, each once.

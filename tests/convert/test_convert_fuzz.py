@@ -1,6 +1,6 @@
 """Thousands of damaged files: each is read as it is or refused with the one typed error, in little memory.
 
-Where atheris is installed, tests/fuzz_atheris.py goes on from the same seeds, guided by coverage.
+If atheris is installed, tests/convert/fuzz_atheris.py continues from the same seeds, guided by coverage.
 """
 
 from __future__ import annotations

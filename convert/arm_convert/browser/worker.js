@@ -1,4 +1,4 @@
-// Runs the model in a thread of its own: onnxruntime-web needs no special headers with one thread each.
+// Runs the model in a separate thread: with one thread each, onnxruntime-web needs no special headers.
 let session, ort;
 
 self.onmessage = async ({ data }) => {
