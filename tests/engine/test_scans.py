@@ -13,14 +13,17 @@ def implementation(**options: object) -> Implementation[object]:
 
 TABLE = Implementations(
     {
-        "fast": implementation(unusable=lambda device: None if device == "cuda" else "needs a GPU"),
+        "fast": implementation(
+            unusable=lambda device: None if device in ("cuda", "cuda:1") else "needs a GPU"
+        ),
         "noted": implementation(note=lambda width: f"width {width}" if width > 4 else None),
     }
 )
 
 
-def test_a_device_with_a_number_counts_as_its_type() -> None:
+def test_a_scan_is_checked_on_the_device_with_its_number() -> None:
     assert TABLE.usable("cuda:1") == {"fast": None, "noted": None}
+    assert TABLE.usable("cuda:2") == {"fast": "needs a GPU", "noted": None}
     assert TABLE.usable("cpu") == {"fast": "needs a GPU", "noted": None}
 
 
