@@ -352,7 +352,8 @@ def allocated_bytes(backend: Any) -> int:
         return int(mx.get_active_memory())
     import torch
 
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    # Not the fake tensors of an exported program, which have no memory.
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta
     }
