@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -311,3 +312,12 @@ def test_influence_maps_of_a_model_are_those_of_its_engine(backend, odd):
     np.testing.assert_allclose(found.maps, expected.maps, atol=1e-5)
     with pytest.raises(ValueError, match="layers 0 to 2"):
         arm_vision.load_model(folder, backend).influence(put(backend, images), layers=[3])
+
+
+def test_a_compiled_mlx_model_gives_the_logits_of_the_eager_one(odd):
+    mx = pytest.importorskip("mlx.core", reason="needs MLX")
+    if shutil.which("g++") is None:
+        pytest.skip("MLX compiles for a CPU with g++, which is not installed")
+    folder, _spec, images = odd
+    model = arm_vision.load_model(folder, "mlx", scan="reference")  # the CPU kernels cannot be compiled
+    assert error(mx.compile(model)(mx.array(images)), get(model(mx.array(images)))) < TOLERANCE
