@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,16 @@ def cut_torn_line(path: Path) -> None:
         tail = file.read()
         if tail and not tail.endswith(b"\n"):
             file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def environment() -> dict[str, str]:
+    """This package's version, Python and the machine, for the record of a session."""
+    try:
+        version = metadata.version("arm-vision")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        version = "not installed"
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count() or 1} CPU cores"
+    return {"arm_vision": version, "python": platform.python_version(), "machine": machine}
 
 
 def ignore(sentence: str) -> None:

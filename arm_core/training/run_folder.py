@@ -2,7 +2,7 @@
 
 RUN/recipe.toml      the resolved recipe          RUN/metrics.jsonl    one row per logged step
 RUN/config.json      the model's spec             RUN/sessions.jsonl   one row per start or resume
-RUN/data.json        see `arm_core.training.data_record`
+RUN/data.json        see `arm_core.training.data_record`    RUN/report.html      written by `arm report`
 RUN/checkpoints/     see `arm_core.training.checkpoint`    RUN/LAST             name of the newest checkpoint
 """
 
@@ -40,8 +40,8 @@ from arm_core.training.checkpoint import (
 from arm_core.training.records import cut_torn_line, ignore, read_rows
 
 RECIPE, METRICS, SESSIONS, LOCK = "recipe.toml", "metrics.jsonl", "sessions.jsonl", ".lock"
-DATA = "data.json"
-_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, DATA, LOCK, FOLDER, LAST}
+DATA, REPORT = "data.json", "report.html"
+_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, DATA, LOCK, FOLDER, LAST, REPORT}
 
 
 class RunFolder:
@@ -68,6 +68,8 @@ class RunFolder:
         self.resumed, self.overrides = resumed, tuple(overrides)
         self.command: str | None = None
         """The command line of this session, for its record."""
+        self.parent: str | None = None
+        """The recipe from which a new run was started, for the record of its first session."""
         self._lock, self.writes = lock, lock is not None
 
     @property
@@ -94,8 +96,8 @@ class RunFolder:
         """Add a row to `sessions.jsonl`: what resumes the run, and at which step."""
         if self.writes:
             cut_torn_line(self.path / SESSIONS)
-        command = {"command": self.command} if self.command else {}
-        self._append(self.path / SESSIONS, record | command)
+        named = {"parent": self.parent, "command": self.command}
+        self._append(self.path / SESSIONS, record | {name: text for name, text in named.items() if text})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.writes:

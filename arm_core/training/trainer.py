@@ -33,6 +33,7 @@ from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
 from arm_core.training.observer import Observer, Outcome
 from arm_core.training.plan import BatchFailed, Plan
+from arm_core.training.records import environment
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
 
@@ -128,8 +129,10 @@ class Trainer:
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self.step,
+            "total_steps": self.plan.total_steps,
             "recipe": fingerprint(self._recipe),
             "overrides": list(self.run.overrides),
+            **environment(),
             **self._engine_record(),
         }
         with together(self._ranks):

@@ -25,6 +25,8 @@ COMMANDS = (
     "data",
     "convert",
     "export",
+    "runs",
+    "report",
     "recipe",
     "config",
     "info",

@@ -112,6 +112,7 @@ def _start(stage: str, request: Request, origin: str | None, backend: Backend, r
         return
     overrides = [change.assignment for change in changes]
     with start_run(folder, recipe, prepared.spec, overrides=overrides, ranks=ranks) as run:
+        run.parent = _full_name(stage, request)
         _train(run, engine, record, prepared, request, ranks)
 
 

@@ -1,0 +1,5 @@
+"""`arm report`: a page about one run."""
+
+from arm_cli.report.command import report
+
+__all__ = ["report"]
