@@ -42,6 +42,37 @@ class Observer:
         """A sentence for the user."""
 
 
+class Observers(Observer):
+    """Passes each event to several observers, in order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def started(self, trainer: Training) -> None:
+        for one in self._observers:
+            one.started(trainer)
+
+    def stepped(self, step: int, images: int) -> None:
+        for one in self._observers:
+            one.stepped(step, images)
+
+    def logged(self, row: Mapping[str, Any]) -> None:
+        for one in self._observers:
+            one.logged(row)
+
+    def evaluating(self, images: int, total: int) -> None:
+        for one in self._observers:
+            one.evaluating(images, total)
+
+    def saved(self, checkpoint: Path) -> None:
+        for one in self._observers:
+            one.saved(checkpoint)
+
+    def warned(self, sentence: str) -> None:
+        for one in self._observers:
+            one.warned(sentence)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The result of a call of `Trainer.train`."""

@@ -41,7 +41,9 @@ from arm_core.training.records import cut_torn_line, ignore, read_rows
 
 RECIPE, METRICS, SESSIONS, LOCK = "recipe.toml", "metrics.jsonl", "sessions.jsonl", ".lock"
 DATA, REPORT = "data.json", "report.html"
-_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, DATA, LOCK, FOLDER, LAST, REPORT}
+TRACKERS = ("tensorboard", "wandb")
+"""Folders of programs that show curves."""
+_OURS = {RECIPE, CONFIG, METRICS, SESSIONS, DATA, LOCK, FOLDER, LAST, REPORT, *TRACKERS}
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ import click
 
 from arm_cli.declare import added_by, option, options_of
 from arm_cli.options import EngineChoice, data_format_option, engine_options, json_option
+from arm_cli.training.trackers import NAMES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,6 +108,12 @@ class Request:
         "--deterministic",
         is_flag=True,
         help="Fix and record CPU threads and GPU algorithms, for bit-identical results.",
+    )
+    log: tuple[str, ...] = option(
+        "--log",
+        multiple=True,
+        type=click.Choice(NAMES),
+        help="Send the rows of metrics.jsonl to this program, too; can be repeated.",
     )
     as_json: bool = added_by(json_option)
 

@@ -14,6 +14,7 @@ import click
 from arm_cli.options import announce
 from arm_cli.show import echo
 from arm_cli.streams import surviving_output
+from arm_cli.training.trackers import check, tracking
 
 if TYPE_CHECKING:
     from arm_cli.training.changes import Change
@@ -38,6 +39,7 @@ def run_training(stage: str, request: Request, origin: str | None = None) -> Non
     """
     from arm_core.engine.ranks import lead, together
 
+    check(request.log)
     with surviving_output(), request.engine.join() as (backend, ranks):
         # A launcher that restarts a job repeats the command that started the run.
         auto = request.resume == AUTO or (request.resume is None and ranks.restarts > 0)
@@ -220,16 +222,19 @@ def _train(
     from arm_cli.show import print_json
     from arm_cli.training.display import display
     from arm_cli.training.run import train
+    from arm_core.training.observer import Observers
 
     run.command = command_line()
     with ExitStack() as stack:
+        shown = display(stack)
+        logs = tracking(request.log if run.writes else (), shown.warned, stack)
         outcome = train(
             run,
             engine,
             record,
             prepared,
             ranks,
-            display(stack),
+            Observers(*logs, shown),
             accept_changed_data=request.accept_changed_data,
         )
     echo(outcome.message, err=True)
