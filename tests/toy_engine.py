@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
-from arm_core.engine.protocol import Array, Batch, Compile, StepResult, TrainingState
+from arm_core.engine.protocol import Array, Batch, Compile, Images, StepResult, TrainingState
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_core.training.run_folder import RunFolder
@@ -50,7 +50,8 @@ class ToyEngine:
         self._poison = False
         self.load_state(self.state)
 
-    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
+        images = np.asarray(images)
         features = self._features(images)
         seen = {"tokens": features} if intermediates else {}
         if isinstance(self.spec, ClassifierSpec):
@@ -63,8 +64,9 @@ class ToyEngine:
         if batch.drop_path_scale is not None:
             assert batch.drop_path_scale.shape == (self.spec.encoder.depth, 2, len(batch.images))
             scale = batch.drop_path_scale.mean((0, 1))
-        patches = _mean_patch(batch.images, self.spec.encoder.patch)  # (B, values)
-        features = self._features(batch.images) * scale[:, None]
+        images = np.asarray(batch.images)
+        patches = _mean_patch(images, self.spec.encoder.patch)  # (B, values)
+        features = self._features(images) * scale[:, None]
         grads = {name: np.zeros_like(self.parameters[name]) for name in self.trainable}
         if isinstance(self.spec, ClassifierSpec):
             assert batch.targets is not None
@@ -77,7 +79,7 @@ class ToyEngine:
             grads["head.bias"] = d_logits.sum(0)
             d_features = d_logits @ self.parameters["head.weight"]
         else:
-            error = features - _brightness(batch.images)
+            error = features - _brightness(images)
             loss = float(np.mean(error**2))
             d_features = 2 * error / error.size
         d_features = d_features * scale[:, None]

@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from arm_core.data.bad_images import BadImages
 from arm_core.data.decode import BadImage
-from arm_core.data.mixing import Mix, Mixing, draw_mix, mix_images, soft_targets
-from arm_core.data.prefetch import Arrays, Prefetcher
+from arm_core.data.mixing import Mixing, draw_mix, soft_targets
+from arm_core.data.prefetch import Prefetcher
 from arm_core.data.sources import ImageSource, Item
-from arm_core.data.transforms import EvalTransform, Size, TrainTransform
-from arm_core.engine.protocol import Array, Batch
+from arm_core.data.transforms import Augmented, EvalTransform, Size, TrainTransform
+from arm_core.engine.byte_images import Mix
+from arm_core.engine.protocol import Batch, Images
 from arm_core.model.rng import KeyedRng
 
 
@@ -76,24 +77,19 @@ class TrainBatches:
         order = epoch_order(self.seed, epoch, len(self.source))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def samples(self, position: int) -> Iterator[tuple[Item, Array]]:
-        """Each image of a batch, as stored and as (H, W, 3) float32 pixels, before mixing."""
-        for item, pixels, _ in self.traced(position):
-            yield item, pixels
-
-    def traced(self, position: int) -> Iterator[tuple[Item, Array, list[str]]]:
-        """`samples`, with what was drawn for each in words."""
+    def samples(self, position: int) -> Iterator[tuple[Item, Augmented, list[str]]]:
+        """Each image of a batch as stored and as augmented, and what was drawn for it in words."""
         epoch = position // self.batches_per_epoch
         for index in self.indices(position).tolist():
             yield self._sample(index, epoch)
 
-    def _sample(self, index: int, epoch: int) -> tuple[Item, Array, list[str]]:
+    def _sample(self, index: int, epoch: int) -> tuple[Item, Augmented, list[str]]:
         for following in range(len(self.source)):
             at, trace = (index + following) % len(self.source), list[str]()
             try:
                 item = self.source.item(at, epoch)
                 rng = KeyedRng(self.seed, "augment", epoch, at)
-                return item, self.transform(item, self.size, rng, trace), trace
+                return item, self.transform.augment(item, self.size, rng, trace), trace
             except BadImage as error:
                 if self.bad is None:
                     raise
@@ -104,17 +100,14 @@ class TrainBatches:
         """How a batch is mixed."""
         return draw_mix(self.mixing, self.size, KeyedRng(self.seed, "mix", position))
 
-    def __getitem__(self, position: int) -> Arrays:
-        """`images` (B, H, W, 3) float32 and, with classes, `targets` (B, classes) float32."""
-        images = np.empty((self.batch_size, *self.size, 3), np.float32)
-        labels = np.empty(self.batch_size, np.int64)
-        for slot, (item, pixels) in enumerate(self.samples(position)):
-            images[slot], labels[slot] = pixels, item.label
+    def __getitem__(self, position: int) -> Batch:
+        """The batch, with targets if there are classes, and without drop path."""
+        items, images, _ = zip(*self.samples(position), strict=True)
         if self.classes is None:
-            return {"images": images}
-        mix = self.mix(position)
+            return Batch(images=self.transform.batch(images))
+        mix, labels = self.mix(position), np.array([item.label for item in items], np.int64)
         targets = soft_targets(labels, self.classes, smoothing=self.mixing.smoothing, mix=mix)
-        return {"images": mix_images(images, mix), "targets": targets}
+        return Batch(images=self.transform.batch(images, mix), targets=targets)
 
 
 class TrainLoader:
@@ -167,8 +160,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        arrays = next(self._prefetcher)
-        return Batch(images=arrays["images"], targets=arrays.get("targets"))
+        return next(self._prefetcher)
 
     def close(self) -> None:
         """Stop the threads; the loader is then empty."""
@@ -184,8 +176,8 @@ class TrainLoader:
 class EvalBatch(NamedTuple):
     """Samples in the order of the source."""
 
-    images: Array
-    """(B, H, W, 3) float32, normalised."""
+    images: Images
+    """(B, H, W, 3)"""
     labels: npt.NDArray[np.int64]
     """(B,); -1 if the source has no class."""
     indices: npt.NDArray[np.int64]
@@ -209,14 +201,14 @@ class EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
-    def __getitem__(self, number: int) -> Arrays:
+    def __getitem__(self, number: int) -> EvalBatch:
         indices = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.source)))
-        images = np.empty((len(indices), *self.size, 3), np.float32)
+        images = np.empty((len(indices), *self.size, 3), np.uint8)
         good: list[tuple[int, int]] = []
         for index in indices:
             item = self.source.item(index)
             try:
-                images[len(good)] = self.transform(item, self.size)
+                images[len(good)] = self.transform.crop(item, self.size)
             except BadImage as error:
                 if self.bad is None:
                     raise
@@ -224,7 +216,7 @@ class EvalBatches:
             else:
                 good.append((item.label, index))
         labels, kept = np.array(good, np.int64).reshape(-1, 2).T
-        return {"images": images[: len(good)], "labels": labels.copy(), "indices": kept.copy()}
+        return EvalBatch(self.transform.batch(images[: len(good)]), labels.copy(), kept.copy())
 
 
 class EvalLoader:
@@ -267,9 +259,9 @@ class EvalLoader:
         with Prefetcher(
             self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
         ) as prefetcher:
-            for arrays in prefetcher:
-                if len(arrays["images"]):  # otherwise all of them are bad
-                    yield EvalBatch(arrays["images"], arrays["labels"], arrays["indices"])
+            for batch in prefetcher:
+                if len(batch.images):  # otherwise all of them are bad
+                    yield batch
 
 
 def _check_sizes(size: Size, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and soft targets per batch: pure functions of arrays, as defined in timm."""
+"""The draws of Mixup and CutMix per batch, and soft targets, as defined in timm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.engine.byte_images import Box, Mix
 from arm_core.model.checks import NOT_NEGATIVE, PART, Range, check_ranges
 from arm_core.model.rng import KeyedRng
 
@@ -42,16 +43,6 @@ class Mixing:
 OFFICIAL_MIXING = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """The mixing of one batch; image b is mixed with image B - 1 - b."""
-
-    weight: float = 1.0
-    """Weight of each image (and of its target); its partner has the rest."""
-    box: tuple[int, int, int, int] | None = None
-    """Top, bottom, left, right of the rectangle that CutMix pastes; None blends whole images."""
-
-
 def draw_mix(settings: Mixing, size: tuple[int, int], rng: KeyedRng) -> Mix:
     """Draw the mixing of a batch of images of `size` (height, width)."""
     if not settings.mixup and not settings.cutmix:
@@ -66,20 +57,7 @@ def draw_mix(settings: Mixing, size: tuple[int, int], rng: KeyedRng) -> Mix:
     left, right = max(middle_x - half_width, 0), min(middle_x + half_width, size[1])
     # The rectangle is clipped at the border, so the weight follows from its remaining area.
     pasted = (bottom - top) * (right - left) / (size[0] * size[1])
-    return Mix(weight=1.0 - pasted, box=(top, bottom, left, right))
-
-
-def mix_images(images: Array, mix: Mix) -> Array:
-    """(B, H, W, 3) images, each mixed with its partner; the input is not changed."""
-    if mix.weight == 1.0:
-        return images
-    if mix.box is None:
-        weight = np.float32(mix.weight)
-        return images * weight + images[::-1] * (np.float32(1) - weight)
-    top, bottom, left, right = mix.box
-    mixed = images.copy()
-    mixed[:, top:bottom, left:right] = images[::-1, top:bottom, left:right]
-    return mixed
+    return Mix(weight=1.0 - pasted, box=Box(top, bottom, left, right))
 
 
 def soft_targets(labels: Labels, classes: int, *, smoothing: float = 0.0, mix: Mix | None = None) -> Array:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from arm_core.data.decode import Pixels
 from arm_core.data.sources import UNLABELLED, Item
-from arm_core.data.transforms import Array, EvalTransform, TrainTransform
+from arm_core.data.transforms import EvalTransform, TrainTransform
 from arm_core.data.walk import read_file
+from arm_core.engine.byte_images import FloatArray
 from arm_core.files.metadata import CLASS_NAMES, CLASSES, EVAL_TRANSFORM, read_json
 from arm_core.model.rng import KeyedRng
 from arm_core.model.spec import ClassifierSpec, ModelSpec
@@ -94,7 +95,7 @@ class ImagePipeline(Generic[T]):
     """
 
     def __init__(
-        self, config: ModelConfig, size: tuple[int, int], convert: Callable[[Array], T], *,
+        self, config: ModelConfig, size: tuple[int, int], convert: Callable[[FloatArray], T], *,
         training: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         self._eval, self._size, self._convert = config.transform, size, convert

@@ -1,6 +1,6 @@
-"""Makes numbered sets of arrays, on request or ahead of time in threads.
+"""Makes numbered batches, on request or ahead of time in threads.
 
-A `Maker` builds set number k only from k, so any thread can build it at any time. Pillow and NumPy release
+A `Maker` builds batch number k only from k, so any thread can build it at any time. Pillow and NumPy release
 the interpreter lock while they decode, resize and compute; docs/performance.md has the figures.
 """
 
@@ -8,32 +8,31 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
-import numpy.typing as npt
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
 
-Arrays = dict[str, npt.NDArray[Any]]
 
-
-class Maker(Protocol):
-    """Sets of arrays by number; several threads may call it at the same time."""
+class Maker(Protocol[B_co]):
+    """Batches by number; several threads may call it at the same time."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Arrays: ...
+    def __getitem__(self, number: int) -> B_co: ...
 
 
-class Prefetcher:
-    """Sets `start`, `start + step`, ... of a maker, in order; close it, or use it in a `with` statement.
+class Prefetcher(Generic[B]):
+    """Batches `start`, `start + step`, ... of a maker, in order; close it, or use it in a `with` statement.
 
     workers:   threads that make them; 0 makes each in the caller's thread, on request.
-    prefetch:  sets that each thread makes ahead, including the current one.
+    prefetch:  batches that each thread makes ahead, including the current one.
 
-    An error of the maker is raised unchanged by the `next` call for its set.
+    An error of the maker is raised unchanged by the `next` call for its batch.
     """
 
     def __init__(
-        self, maker: Maker, *, start: int = 0, step: int = 1, workers: int = 0, prefetch: int = 2
+        self, maker: Maker[B], *, start: int = 0, step: int = 1, workers: int = 0, prefetch: int = 2
     ) -> None:
         if min(start, workers) < 0 or min(step, prefetch) < 1:
             raise ValueError(
@@ -42,21 +41,21 @@ class Prefetcher:
             )
         self._numbers = iter(range(start, len(maker), step))
         self._threads = ThreadPoolExecutor(workers, "arm-data") if workers else None
-        self._pending: deque[Future[Arrays]] = deque()
+        self._pending: deque[Future[B]] = deque()
         self._maker, self._ahead = maker, workers * prefetch
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> B:
         if self._threads is None:
             return self._maker[next(self._numbers)]
         self._fill()
         if not self._pending:
             raise StopIteration
-        arrays = self._pending.popleft().result()
-        self._fill()  # before the caller works on this set
-        return arrays
+        batch = self._pending.popleft().result()
+        self._fill()  # before the caller works on this batch
+        return batch
 
     def _fill(self) -> None:
         assert self._threads is not None
@@ -64,7 +63,7 @@ class Prefetcher:
             self._pending.append(self._threads.submit(self._maker.__getitem__, number))
 
     def close(self) -> None:
-        """Stop the threads, each after its current set; nothing can be read afterwards."""
+        """Stop the threads, each after its current batch; nothing can be read afterwards."""
         self._numbers = iter(range(0))
         self._pending.clear()
         if self._threads is not None:

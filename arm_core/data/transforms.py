@@ -1,6 +1,7 @@
-"""From an encoded image to normalised pixels: pure functions of (image, settings, rng).
+"""From an encoded image to 8-bit pixels: pure functions of (image, settings, rng).
 
-Pillow resamples (its bicubic filter antialiases, as in the official recipes); NumPy does the rest.
+Pillow resamples (its bicubic filter antialiases, as in the official recipes). The engine normalises, and
+pastes the noise that is drawn here for an erased box (`arm_core.engine.byte_images`).
 Sizes are (height, width) in pixels; intermediate images are Pillow's, 8-bit RGB.
 """
 
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +22,11 @@ from arm_core.data.augment import RandAugment, rand_augment
 from arm_core.data.decode import Pixels, decode
 from arm_core.data.sources import Item
 from arm_core.data.walk import read_file
+from arm_core.engine.byte_images import Box, ByteImages, Color, FloatArray, Mix, no_noise
 from arm_core.model.checks import PART, POSITIVE, Range, check_ranges, shortened
 from arm_core.model.rng import KeyedRng
 
-Array = npt.NDArray[np.float32]
 Size = tuple[int, int]
-Color = tuple[float, float, float]
 
 IMAGENET_MEAN: Color = (0.485, 0.456, 0.406)
 IMAGENET_STD: Color = (0.229, 0.224, 0.225)
@@ -54,6 +56,17 @@ def _check_lengths(owner: str, settings: object, **lengths: int) -> None:
         if len(values) != length:
             raise ValueError(f"{owner}.{name}: expected {length} numbers, found {shortened(values)}")
         object.__setattr__(settings, name, values)
+
+
+class Augmented(NamedTuple):
+    """A training image before normalisation."""
+
+    pixels: Pixels
+    """(H, W, 3) uint8"""
+    erased: Box | None
+    """The rectangle that `noise` replaces after normalisation."""
+    noise: FloatArray
+    """(pixels of the rectangle, 3)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +112,25 @@ class TrainTransform:
             if low > high:
                 raise ValueError(f"augmentation.{name}: expected the lower limit first, found {low}, {high}")
 
-    def __call__(self, item: Item, size: Size, rng: KeyedRng, trace: list[str] | None = None) -> Array:
-        """(H, W, 3) float32, normalised; BadImage names an item that cannot be decoded.
+    def __call__(self, item: Item, size: Size, rng: KeyedRng) -> FloatArray:
+        """(H, W, 3) float32, normalised; BadImage names an item that cannot be decoded."""
+        image: FloatArray = self.batch([self.augment(item, size, rng)]).normalised()[0]
+        return image
+
+    def batch(self, images: Sequence[Augmented], mix: Mix | None = None) -> ByteImages:
+        """Images of one size as a batch."""
+        erased = [(i, image.erased, image.noise) for i, image in enumerate(images) if image.erased]
+        return ByteImages(
+            pixels=np.stack([image.pixels for image in images]),
+            mean=self.mean,
+            std=self.std,
+            erased=tuple((i, box) for i, box, _ in erased),
+            noise=np.concatenate([no_noise(), *(noise for _, _, noise in erased)]),
+            mix=mix or Mix(),
+        )
+
+    def augment(self, item: Item, size: Size, rng: KeyedRng, trace: list[str] | None = None) -> Augmented:
+        """Apply the random operations; BadImage names an item that cannot be decoded.
 
         trace: receives a description of each random operation.
         """
@@ -111,11 +141,11 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
             image = rand_augment(image, self.rand_augment, fill=self.mean, rng=rng, trace=trace)
-        pixels = normalize(image, self.mean, self.std)
+        box, noise = None, no_noise()
         if rng.chance(self.erase):
-            random_erase(pixels, rng)
+            box, noise = erased_box(size, rng)
             trace.append("erase")
-        return pixels
+        return Augmented(np.asarray(image), box, noise)
 
     def _crop(self, item: Item, size: Size, rng: KeyedRng, trace: list[str]) -> Image.Image:
         drawn: list[tuple[Size, tuple[int, int, int, int]]] = []
@@ -156,10 +186,18 @@ class EvalTransform:
         _check_lengths("eval_transform", self, mean=3, std=3)
         check_ranges("eval_transform", self, crop_fraction=CROP_FRACTIONS, mean=PART, std=POSITIVE)
 
-    def __call__(self, item: Item, size: Size) -> Array:
+    def __call__(self, item: Item, size: Size) -> FloatArray:
         """(H, W, 3) float32, normalised; a ValueError names an item that cannot be decoded."""
-        image = center_crop(decode(item.image, item.name), size, self.fraction(size))
-        return normalize(image, self.mean, self.std)
+        image: FloatArray = self.batch(self.crop(item, size)[None]).normalised()[0]
+        return image
+
+    def batch(self, pixels: Pixels) -> ByteImages:
+        """(B, H, W, 3) cropped images as a batch."""
+        return ByteImages(pixels=pixels, mean=self.mean, std=self.std)
+
+    def crop(self, item: Item, size: Size) -> Pixels:
+        """(H, W, 3) uint8; a ValueError names an item that cannot be decoded."""
+        return np.asarray(center_crop(decode(item.image, item.name), size, self.fraction(size)))
 
     def fraction(self, size: Size) -> float:
         """Side of the centre crop relative to that of the resized image, for images of this size."""
@@ -220,39 +258,34 @@ def center_crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
 
 
-def normalize(image: Image.Image, mean: Color, std: Color) -> Array:
-    """(H, W, 3) float32: value / 255, minus the mean, over the deviation, per colour."""
-    pixels: Array = np.array(image, np.float32)
-    rows = pixels.reshape(len(pixels), -1)  # a view; whole rows are four times faster than colour by colour
-    rows /= 255
-    rows -= np.tile(np.array(mean, np.float32), image.width)
-    rows /= np.tile(np.array(std, np.float32), image.width)
-    return pixels
-
-
 def denormalize(
     pixels: npt.NDArray[np.floating], mean: Color = IMAGENET_MEAN, std: Color = IMAGENET_STD
 ) -> Pixels:
-    """Undo `normalize` for pictures: (..., 3) normalised values to (..., 3) uint8, clipped."""
+    """Undo the normalisation for pictures: (..., 3) normalised values to (..., 3) uint8, clipped."""
     values = np.round((pixels * np.array(std) + np.array(mean)) * 255)
     return np.asarray(np.clip(values, 0, 255), np.uint8)
 
 
-def random_erase(pixels: Array, rng: KeyedRng) -> None:
-    """Replace a random rectangle of (H, W, 3) normalised pixels by standard normal noise, in place."""
-    image_height, image_width = pixels.shape[:2]
+def erased_box(size: Size, rng: KeyedRng) -> tuple[Box | None, FloatArray]:
+    """A random rectangle of an image of `size`, and its (pixels, 3) standard normal noise.
+
+    None, without noise, if ten draws do not fit into the image.
+    """
+    image_height, image_width = size
     for _ in range(ERASE_TRIES):
         area = rng.between(*ERASE_AREA) * image_height * image_width
         aspect = math.exp(rng.between(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < image_height and width < image_width:
             top, left = rng.below(image_height - height + 1), rng.below(image_width - width + 1)
-            noise = rng.normal(height * width * 3).reshape(height, width, 3)
-            pixels[top : top + height, left : left + width] = noise
-            return
+            box = Box(top, top + height, left, left + width)
+            return box, rng.normal(3 * box.pixels).astype(np.float32).reshape(-1, 3)
+    return None, no_noise()
 
 
-def load_image(path: str | os.PathLike[str], size: Size, transform: EvalTransform | None = None) -> Array:
+def load_image(
+    path: str | os.PathLike[str], size: Size, transform: EvalTransform | None = None
+) -> FloatArray:
     """One image file, prepared for a model: (H, W, 3) float32, by default with the official evaluation.
 
     Raises ValueError, which names the file, if it is missing, unreadable or broken.

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.engine.byte_images import ByteImages
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.engine.scan_timing import ScanTimer
@@ -22,6 +23,8 @@ from arm_core.model.parameters import check_parameters, parameter_table
 from arm_core.model.spec import ModelSpec
 
 Array = npt.NDArray[np.float32]
+Images = Array | ByteImages
+"""(B, H, W, 3): normalised float32 values, or bytes that the engine normalises on its device."""
 
 
 class Precision(StrEnum):
@@ -71,8 +74,8 @@ class EngineOptions:
 class Batch:
     """One micro-batch as a backend sees it."""
 
-    images: Array
-    """(B, H, W, 3), normalised."""
+    images: Images
+    """(B, H, W, 3)"""
     targets: Array | None = None
     """(B, classes) probabilities for a classifier (smoothing and mixing included), None in pretraining."""
     drop_path_scale: Array | None = None
@@ -180,8 +183,8 @@ class Engine(Protocol):
     compile: Compile
     """What is compiled; never `AUTO`."""
 
-    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
-        """Inference on (B, H, W, 3) normalised images, as float32 arrays.
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
+        """Inference on (B, H, W, 3) images, as float32 arrays.
 
         A classifier returns `features` (B, D), the pooled vector before the head, and `logits`
         (B, classes). A pretraining model returns `decoder_input` (B, tokens, decoder width, decoder depth),
@@ -190,7 +193,7 @@ class Engine(Protocol):
         """
 
     def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
-        """Gradient of sum(output * towards) with respect to the images, (B, H, W, 3).
+        """Gradient of sum(output * towards) with respect to the normalised images, (B, H, W, 3).
 
         output: a name among the outputs and intermediate tensors of `forward`.  towards: of the same shape.
         Raises ValueError for an unknown name or a wrong shape.

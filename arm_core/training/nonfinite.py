@@ -12,8 +12,6 @@ from arm_core.engine.ranks import ALONE, Ranks, agree
 from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ModelSpec
 
-PIXELS = "pixels of "
-"""Start of a description of image data."""
 FORWARD = (
     "tokens",
     "layers",
@@ -53,13 +51,10 @@ class NonFiniteError(ArithmeticError):
         first = f"the first non-finite tensor is {tensor}" if tensor else "a repetition gave finite tensors"
         more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
         files = f" Images of the step: {', '.join(images[:SHOWN])}{more}." if images else ""
-        if tensor is not None and tensor.startswith(PIXELS):
-            advice = f"Replace or remove the image, then resume with: {resume}"
-        else:
-            advice = (
-                f"Try a lower learning rate, clipping or float32: {resume} --set schedule.base_lr=... "
-                "--set optimizer.clip=1 --set training.precision=float32"
-            )
+        advice = (
+            f"Try a lower learning rate, clipping or float32: {resume} --set schedule.base_lr=... "
+            "--set optimizer.clip=1 --set training.precision=float32"
+        )
         if checkpoint is None:
             kept, advice = "There is no checkpoint.", advice.replace(resume, "in a new run")
         else:
@@ -68,21 +63,17 @@ class NonFiniteError(ArithmeticError):
 
 
 def first_non_finite(engine: Engine, batches: Sequence[Batch], ranks: Ranks = ALONE) -> str | None:
-    """The first non-finite tensor of a training step: images, weights, forward pass or gradients.
+    """The first non-finite tensor of a training step: weights, forward pass or gradients. Images are finite.
 
     Checks in the order of the computation, which is repeated with the engine's current weights. The order
     does not depend on the engine. Each rank checks its own batches; all get the first result of any rank.
     """
     rounds = max(ranks.gather(len(batches)))
     batches = [*batches, *[batches[-1]] * (rounds - len(batches))]  # all ranks take part in each pass
-    for look in (_bad_images, _bad_weight, _bad_activation, _bad_gradient):
+    for look in (_bad_weight, _bad_activation, _bad_gradient):
         if name := agree(ranks, look(engine, batches)):
             return name
     return None
-
-
-def _bad_images(engine: Engine, batches: Sequence[Batch]) -> str | None:
-    return first_bad({f"{PIXELS}micro-batch {i}": b.images for i, b in enumerate(batches)})
 
 
 def _bad_weight(engine: Engine, batches: Sequence[Batch]) -> str | None:

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
 
-import numpy as np
-
 from arm_core.data.bad_images import BadImages, OnBadImage
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.sources import ImageSource
@@ -128,14 +126,6 @@ class Plan:
         update = range(position, position + self._training.accumulation)
         batches = [self._batches.indices(p).tolist() for p in update]
         return [self._source.item(index).name for indices in batches for index in indices]
-
-    def first_bad_image(self, position: int) -> str | None:
-        """Name of this rank's first image with a non-finite pixel, in the update at `position`."""
-        for p in self._own(position):
-            for item, pixels in self._batches.samples(p):
-                if not np.isfinite(pixels).all():
-                    return item.name
-        return None
 
     def _own(self, position: int) -> list[int]:
         """Positions of this rank's micro-batches in the update that begins at `position`."""

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arm_core.data.sources import ListedSource
-from arm_core.engine.protocol import Array, Engine
+from arm_core.engine.protocol import Array, Engine, Images
 from arm_core.files.reading import MAX_JSON, read_text
 from arm_core.training.predictions import Predictions
 
@@ -76,7 +76,7 @@ class Restricted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
         outputs = self._engine.forward(images, intermediates=intermediates)
         logits = np.full_like(outputs["logits"], -np.inf)
         logits[:, self._classes] = outputs["logits"][:, self._classes]

@@ -17,7 +17,7 @@ from arm_core.data.decode import BadImage
 from arm_core.data.loader import EvalLoader
 from arm_core.data.sources import ImageSource
 from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep
-from arm_core.engine.ranks import ALONE, Ranks, StopTogether, agree, confirm, lead, together
+from arm_core.engine.ranks import ALONE, Ranks, StopTogether, confirm, lead, together
 from arm_core.recipe.recipe import fingerprint
 from arm_core.training.checkpoint import (
     FOLDER,
@@ -30,7 +30,7 @@ from arm_core.training.checkpoint import (
 )
 from arm_core.training.data_record import DataRecord
 from arm_core.training.evaluation import Evaluation, EvaluationStopped, evaluate, with_ema_weights
-from arm_core.training.nonfinite import PIXELS, NonFiniteError, first_bad_state, first_non_finite
+from arm_core.training.nonfinite import NonFiniteError, first_bad_state, first_non_finite
 from arm_core.training.observer import Observer, Outcome
 from arm_core.training.plan import BatchFailed, Plan
 from arm_core.training.records import environment
@@ -294,8 +294,6 @@ class Trainer:
     def _find_non_finite(self, step: int) -> str | None:
         """Prepare the batches of a failed step again and find the first tensor that is not finite."""
         start = self._position - (self.step - step + 1) * self._training.accumulation
-        if image := agree(self._ranks, self.plan.first_bad_image(start)):
-            return f"{PIXELS}{image}"
         with self.plan.open(start, workers=0) as loader:
             return first_non_finite(self.engine, self.plan.next_batches(loader, start), self._ranks)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from arm_cli.evaluation_report import Measured
     from arm_cli.opening import Opened
     from arm_core.data.sources import ImageSource
+    from arm_core.engine.byte_images import ByteImages
     from arm_core.engine.protocol import Engine
     from arm_core.engine.ranks import Ranks
     from arm_core.training.predictions import Predictions
@@ -218,9 +219,9 @@ class _Mirrored:
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
-    def forward(self, images: object, **options: object) -> dict[str, object]:
+    def forward(self, images: ByteImages, **options: object) -> dict[str, object]:
         plain = self._engine.forward(images, **options)  # type: ignore[attr-defined]
-        mirrored = self._engine.forward(images[:, :, ::-1].copy(), **options)  # type: ignore
+        mirrored = self._engine.forward(images.flipped(), **options)  # type: ignore[attr-defined]
         return {**plain, "logits": (plain["logits"] + mirrored["logits"]) / 2}
 
 

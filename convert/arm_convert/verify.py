@@ -111,7 +111,7 @@ def compute(
 ) -> Computed:
     """Run the batch through one backend, or through the reference."""
     if backend == REFERENCE:
-        outputs = dict(forward(spec, parameters, batch.images))
+        outputs = dict(forward(spec, parameters, np.asarray(batch.images)))
         return Computed(name, "NumPy, float64", outputs, _loss(outputs, batch), None)
     found: Backend = choose_backend(backend)
     state = TrainingState(parameters=parameters)

@@ -172,7 +172,7 @@ def test_a_preview_shows_training_images_and_their_random_operations(tmp_path: P
         batch_size=6,
         seed=stored.training.seed,
     )
-    (first, *_) = next(loader).images
+    first = np.asarray(next(loader).images)[0]
     file = io.BytesIO()
     Image.fromarray(denormalize(first)).save(file, "PNG")
     import base64

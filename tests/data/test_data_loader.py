@@ -30,6 +30,7 @@ from arm_core.data import (
     TrainTransform,
 )
 from arm_core.data.prefetch import Prefetcher
+from arm_core.engine.byte_images import ByteImages
 from arm_core.engine.protocol import Batch
 from arm_core.model.rng import KeyedRng
 
@@ -78,16 +79,18 @@ def uninterrupted() -> list[Batch]:
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a.images, b.images)
+        assert isinstance(a.images, ByteImages)
+        assert isinstance(b.images, ByteImages)
+        np.testing.assert_array_equal(a.images.pixels, b.images.pixels)
+        np.testing.assert_array_equal(a.images.noise, b.images.noise)
+        np.testing.assert_array_equal(np.asarray(a.images), np.asarray(b.images))
         np.testing.assert_array_equal(a.targets, b.targets)
 
 
 def seen(batch: Batch) -> list[int]:
     """Numbers of the images in a batch of `Numbered`."""
-    transform = PLAIN
-    return (
-        np.rint((batch.images[:, 0, 0, 0] * transform.std[0] + transform.mean[0]) * 255).astype(int).tolist()
-    )
+    assert isinstance(batch.images, ByteImages)
+    return batch.images.pixels[:, 0, 0, 0].tolist()
 
 
 def numbered(count: int, batch_size: int, **changes: object) -> TrainLoader:
@@ -120,11 +123,13 @@ def test_ranks_share_the_global_stream_between_them(
         assert_same(take(finetuning(rank=rank, world=world, start=start), len(expected)), expected)
 
 
-def test_batches_are_float32_with_targets_that_sum_to_one(uninterrupted: list[Batch]) -> None:
+def test_batches_are_bytes_with_targets_that_sum_to_one(uninterrupted: list[Batch]) -> None:
     for batch in uninterrupted:
+        assert isinstance(batch.images, ByteImages)
         assert batch.images.shape == (4, *SIZE, 3)
-        assert batch.images.dtype == np.float32
-        assert batch.images.flags.c_contiguous
+        assert batch.images.pixels.dtype == np.uint8
+        assert batch.images.pixels.flags.c_contiguous
+        assert np.asarray(batch.images).dtype == np.float32
         assert batch.targets is not None
         assert batch.targets.shape == (4, 10)
         np.testing.assert_allclose(batch.targets.sum(1), 1, atol=1e-6)
@@ -132,12 +137,12 @@ def test_batches_are_float32_with_targets_that_sum_to_one(uninterrupted: list[Ba
 
 
 def test_no_two_batches_are_alike(uninterrupted: list[Batch]) -> None:
-    assert len({batch.images.tobytes() for batch in uninterrupted}) == len(uninterrupted)
+    assert len({np.asarray(batch.images).tobytes() for batch in uninterrupted}) == len(uninterrupted)
 
 
 def test_another_seed_gives_another_stream(uninterrupted: list[Batch]) -> None:
     other = take(finetuning(seed=6), 1)[0]
-    assert not np.array_equal(other.images, uninterrupted[0].images)
+    assert not np.array_equal(np.asarray(other.images), np.asarray(uninterrupted[0].images))
 
 
 def test_an_epoch_visits_each_sample_once_except_an_incomplete_batch_and_the_next_reshuffles() -> None:
@@ -157,7 +162,7 @@ def test_an_image_depends_on_the_seed_the_epoch_and_its_index() -> None:
     with TrainLoader(source, PRETRAIN, size=SIZE, batch_size=4, seed=5) as loader:
         for position, batch in enumerate(islice(loader, 4)):
             indices = loader.batches.indices(position).tolist()
-            for image, index in zip(batch.images, indices, strict=True):
+            for image, index in zip(np.asarray(batch.images), indices, strict=True):
                 rng = KeyedRng(5, "augment", position // 2, index)
                 np.testing.assert_array_equal(image, PRETRAIN(source.item(index), SIZE, rng))
 
@@ -181,7 +186,7 @@ def test_pretraining_has_no_targets() -> None:
 
 def test_a_source_that_redraws_receives_the_epoch() -> None:
     with TrainLoader(Digits(labels_per_class=1), PLAIN, size=(24, 24), batch_size=10, seed=0) as loader:
-        first, second = (np.sort(next(loader).images.sum((1, 2, 3))) for _ in range(2))
+        first, second = (np.sort(np.asarray(next(loader).images).sum((1, 2, 3))) for _ in range(2))
     assert not np.allclose(first, second)
 
 
@@ -226,7 +231,7 @@ def test_evaluation_yields_every_sample_once_in_order(count: int, workers: int) 
         indices = np.concatenate([batch.indices for batch in batches])
         np.testing.assert_array_equal(indices, np.arange(count))
         np.testing.assert_array_equal(np.concatenate([batch.labels for batch in batches]), indices % 5)
-        numbers = np.concatenate([batch.images[:, 0, 0, 0] for batch in batches])
+        numbers = np.concatenate([np.asarray(batch.images)[:, 0, 0, 0] for batch in batches])
         assert (np.diff(numbers) > 0).all()
 
 

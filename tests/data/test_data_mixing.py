@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from arm_core.data import OFFICIAL_MIXING, Mixing
-from arm_core.data.mixing import Mix, draw_mix, mix_images, soft_targets
+from arm_core.data.mixing import draw_mix, soft_targets
+from arm_core.engine.byte_images import Mix, mix_images
 from arm_core.model.rng import KeyedRng
 
 LABELS = np.array([0, 3, 1, 1, 2])

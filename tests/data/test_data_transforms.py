@@ -22,7 +22,7 @@ from arm_core.data import (
     denormalize,
     load_image,
 )
-from arm_core.data.transforms import center_crop, crop_box, decode, random_erase
+from arm_core.data.transforms import center_crop, crop_box, decode, erased_box
 from arm_core.model.rng import KeyedRng
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -158,14 +158,16 @@ def test_denormalize_undoes_normalisation_exactly() -> None:
 def test_erasing_fills_one_rectangle_of_the_right_size_with_normal_noise() -> None:
     noises = []
     for i in range(300):
-        pixels = np.full((60, 80, 3), 99, np.float32)
-        random_erase(pixels, KeyedRng(0, "t", i))
-        rows, columns = np.nonzero(pixels[..., 0] != 99)
-        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert len(rows) == height * width
+        box, noise = erased_box((60, 80), KeyedRng(0, "t", i))
+        assert box is not None
+        assert 0 <= box.top < box.bottom <= 60
+        assert 0 <= box.left < box.right <= 80
+        height, width = box.bottom - box.top, box.right - box.left
+        assert noise.shape == (height * width, 3)
+        assert noise.dtype == np.float32
         assert 0.015 < height * width / 4800 < 0.345
         assert 0.25 < height / width < 4.0
-        noises.append(pixels[rows, columns].ravel())
+        noises.append(noise.ravel())
     values = np.concatenate(noises)
     assert abs(values.mean()) < 0.01
     assert abs(values.std() - 1) < 0.01
@@ -342,7 +344,7 @@ def test_fast_decoding_draws_the_same_crops_and_nearly_the_same_pixels(turned: b
     for i in range(8):
         traces: list[list[str]] = [[], []]
         images = [
-            denormalize(transform(image, (40, 56), KeyedRng(0, "t", i), trace)).astype(int)
+            transform.augment(image, (40, 56), KeyedRng(0, "t", i), trace).pixels.astype(int)
             for transform, trace in zip((exact, fast), traces, strict=True)
         ]
         assert traces[0] == traces[1]

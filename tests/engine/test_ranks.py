@@ -193,8 +193,8 @@ def test_ranks_share_the_micro_batches_of_every_update(world):
         assert sorted(found) == list(range(position, position + 12))
         for offset, batch in enumerate(expected):
             for name in ("images", "targets", "drop_path_scale"):
-                mine = getattr(found[position + offset], name)
-                assert mine.tobytes() == getattr(batch, name).tobytes()
+                mine = np.asarray(getattr(found[position + offset], name))
+                assert mine.tobytes() == np.asarray(getattr(batch, name)).tobytes()
 
 
 def test_more_ranks_than_micro_batches_are_refused_with_what_to_set():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from test_trainer import SMALL, TRAIN, make_engine
 
-from arm_core.data.transforms import TrainTransform
 from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
 from arm_core.engine.registry import installed_backends
 from arm_core.model.parameters import initial_parameters, parameter_table
@@ -26,25 +25,6 @@ def fail(path, recipe, observer=None, **options) -> NonFiniteError:
     with start_run(path, recipe, recipe.spec(4)) as run, pytest.raises(NonFiniteError) as caught:
         Trainer(run, make_engine(run, **options), TRAIN, observer=observer).train()
     return caught.value
-
-
-def test_an_image_with_a_nan_is_named_although_its_batch_is_mixed(tmp_path, recipe, monkeypatch):
-    prepare = TrainTransform.__call__
-
-    def with_nan(self, item, size, rng, trace=None):
-        pixels = prepare(self, item, size, rng)
-        if item.name == "synthetic image 7":
-            pixels[3, 2, 1] = np.nan
-        return pixels
-
-    monkeypatch.setattr(TrainTransform, "__call__", with_nan)
-    with np.errstate(invalid="ignore"):
-        error = fail(tmp_path, recipe)
-    assert error.tensor == "pixels of synthetic image 7"
-    assert "synthetic image 7" in error.images
-    assert len(error.images) == 8
-    assert "Replace or remove the image, then resume with: arm finetune --resume" in str(error)
-    assert "learning rate" not in str(error)
 
 
 def test_the_images_of_a_failed_step_are_listed(tmp_path, recipe):

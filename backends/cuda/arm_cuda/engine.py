@@ -11,15 +11,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arm_core.engine.byte_images import ByteImages
 from arm_core.engine.optimizer import OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
     Batch,
     Compile,
     EngineOptions,
+    Images,
     OutOfMemory,
     Precision,
     StepResult,
@@ -40,6 +43,7 @@ from arm_cuda.devices import (
 )
 from arm_cuda.distributed import choose_placement, raising_peer_failures
 from arm_cuda.execution import choose_compile, execute
+from arm_cuda.images import prepare
 from arm_cuda.model import build_model, soft_cross_entropy
 from arm_cuda.scan import IMPLEMENTATIONS, scans
 from arm_cuda.update import Group, sum_of_squares, update
@@ -108,10 +112,10 @@ class TorchEngine:
             self._weights = {name: self._placement.local(p) for name, p in self._all.items()}
         self.load_state(state)
 
-    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
         seen: dict[str, Tensor] | None = {} if intermediates else None
         with self._computing(images, training=False), torch.no_grad(), self._autocast():
-            outputs = self._model(self._put(images), None, seen)
+            outputs = self._model(self._put_images(images), None, seen)
             return {name: to_numpy(value) for name, value in {**(seen or {}), **outputs}.items()}
 
     def input_gradient(self, images: Array, output: str, towards: Array) -> Array:
@@ -220,7 +224,14 @@ class TorchEngine:
         return self._placement.part(self._put(array), self._all[name])
 
     def _put(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        return self._copy(np.asarray(array, np.float32))
+
+    def _put_images(self, images: Images) -> Tensor:
+        return prepare(images, self._copy) if isinstance(images, ByteImages) else self._put(images)
+
+    def _copy(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """The array on the device; on a CPU it may share the array's memory."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()  # otherwise the copy waits for the device
         return tensor.to(self._device, non_blocking=True)
@@ -229,7 +240,7 @@ class TorchEngine:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
 
     @contextmanager
-    def _computing(self, images: Array, *, training: bool) -> Iterator[None]:
+    def _computing(self, images: Images, *, training: bool) -> Iterator[None]:
         """Context for the work on a batch: raises OutOfMemory and PeerFailed."""
         try:
             with raising_peer_failures(self._ranks):
@@ -257,7 +268,7 @@ class TorchEngine:
     def _loss(self, batch: Batch) -> Tensor:
         scale = None if batch.drop_path_scale is None else self._put(batch.drop_path_scale)
         with self._autocast():
-            outputs = self._forward(self._put(batch.images), scale)
+            outputs = self._forward(self._put_images(batch.images), scale)
         if "loss" in outputs:
             return outputs["loss"]
         if batch.targets is None:

@@ -12,12 +12,14 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from arm_core.engine.byte_images import ByteImages
 from arm_core.engine.optimizer import OptimizerSettings, parameter_groups, required
 from arm_core.engine.protocol import (
     Array,
     Batch,
     Compile,
     EngineOptions,
+    Images,
     Precision,
     StepResult,
     TrainingState,
@@ -31,6 +33,7 @@ from arm_mlx import cpu_update, update
 from arm_mlx.devices import device_name, resolve_device, set_threads
 from arm_mlx.distributed import MlxRanks
 from arm_mlx.execution import choose_compile
+from arm_mlx.images import prepare
 from arm_mlx.layers import named
 from arm_mlx.model import build_model, soft_cross_entropy
 from arm_mlx.scan import scans
@@ -102,12 +105,12 @@ class MlxEngine:
         self._steps = self._compile() if compiled else Steps(self._micro_step, self._finish)
         self.load_state(state)
 
-    def forward(self, images: Array, *, intermediates: bool = False) -> dict[str, Array]:
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
         seen: Arrays | None = {} if intermediates else None
         with mx.stream(self._device):
             self._model.eval()
             try:
-                return to_host(self._model(put(images), seen=seen) | (seen or {}))
+                return to_host(self._model(put_images(images), seen=seen) | (seen or {}))
             finally:
                 self._model.train()
 
@@ -202,8 +205,9 @@ class MlxEngine:
         """The arrays of a batch. Raises ValueError if one that this model needs is missing."""
         if batch.targets is None and isinstance(self.spec, ClassifierSpec):
             raise ValueError("a classifier trains on batches with targets (B, classes), found None")
-        arrays = {"images": batch.images, "targets": batch.targets, "drop_path_scale": batch.drop_path_scale}
-        return {name: put(array) for name, array in arrays.items() if array is not None}
+        arrays = {"targets": batch.targets, "drop_path_scale": batch.drop_path_scale}
+        found = {name: put(array) for name, array in arrays.items() if array is not None}
+        return {"images": put_images(batch.images), **found}
 
     @property
     def _state(self) -> list[Arrays]:
@@ -257,6 +261,10 @@ class MlxEngine:
 def put(array: Array) -> mx.array:
     """A float32 copy in MLX."""
     return mx.array(np.asarray(array, np.float32))
+
+
+def put_images(images: Images) -> mx.array:
+    return prepare(images) if isinstance(images, ByteImages) else put(images)
 
 
 def to_numpy(array: mx.array) -> Array:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,7 @@ from arm_cli.show import echo
 
 if TYPE_CHECKING:
     from arm_core.data.loader import TrainBatches
+    from arm_core.engine.byte_images import ByteImages
     from arm_core.engine.protocol import Array
     from arm_core.recipe.recipe import Recipe
 
@@ -58,18 +59,23 @@ def preview(recipe: str, data: str, data_format: str | None, out: str, count: in
 
 
 def _page(name: str, recipe: Recipe, batches: TrainBatches, count: int) -> str:
-    from arm_core.data.mixing import mix_images
+    from dataclasses import replace
+
+    from arm_core.engine.byte_images import Mix
 
     figures: list[str] = []
     mixed: list[str] = []
     position = 0
     while len(figures) < count:
-        samples = [(item, pixels, trace) for item, pixels, trace in batches.traced(position)]
-        for item, pixels, trace in samples[: count - len(figures)]:
+        items, augmented, traces = zip(*batches.samples(position), strict=True)
+        mix = Mix() if batches.classes is None else batches.mix(position)
+        images = batches.transform.batch(augmented, mix)
+        plain = replace(images, mix=Mix()).normalised()
+        for item, pixels, trace in list(zip(items, plain, traces, strict=True))[: count - len(figures)]:
             label = batches.source.classes[item.label] if batches.source.classes else ""
             figures.append(_figure(recipe, pixels, label, f"{Path(item.name).name}: {'; '.join(trace)}"))
-        if batches.classes is not None:
-            mixed += _mixed(recipe, batches, position, samples, count - len(mixed), mix_images)
+        labels = [batches.source.classes[item.label] for item in items] if batches.source.classes else []
+        mixed += _mixed(recipe, images, labels, count - len(mixed))
         position += 1
     sections = [("Augmented", figures), *([("Mixed", mixed)] if mixed else [])]
     body = "".join(f"<h2>{title}</h2><div class=grid>{''.join(cells)}</div>" for title, cells in sections)
@@ -80,21 +86,14 @@ def _page(name: str, recipe: Recipe, batches: TrainBatches, count: int) -> str:
     )
 
 
-def _mixed(
-    recipe: Recipe, batches: TrainBatches, position: int, samples: list[Any], room: int, mix_images: Any
-) -> list[str]:
-    import numpy as np
-
-    mix = batches.mix(position)
+def _mixed(recipe: Recipe, images: ByteImages, labels: list[str], room: int) -> list[str]:
+    mix = images.mix
     if mix.weight == 1.0:
         return []
-    images = mix_images(np.stack([pixels for _, pixels, _ in samples]), mix)
     kind = "mixup" if mix.box is None else "cutmix"
-    classes = batches.source.classes
     cells = []
-    for i, pixels in enumerate(images[:room]):
-        one, other = classes[samples[i][0].label], classes[samples[-1 - i][0].label]
-        words = f"{100 * mix.weight:.0f} % {one}, {100 * (1 - mix.weight):.0f} % {other}"
+    for i, pixels in enumerate(images.normalised()[:room]):
+        words = f"{100 * mix.weight:.0f} % {labels[i]}, {100 * (1 - mix.weight):.0f} % {labels[-1 - i]}"
         cells.append(_figure(recipe, pixels, words, kind))
     return cells
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from arm_cli.demo.report.figures import Curve, accuracy_figure, loss_figure
 from arm_cli.demo.report.page import Page
 from arm_cli.demo.report.pictures import data_uri, dim_given, predicted_images
-from arm_core.data.transforms import Color, denormalize
+from arm_core.data.transforms import denormalize
+from arm_core.engine.byte_images import Color
 from arm_core.model.spec import PretrainSpec
 
 Floats = npt.NDArray[np.floating]
