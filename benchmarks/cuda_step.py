@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from cuda_builds import build_peers
 from cuda_peers import officially_arranged, peer_functions
 from cuda_report import check_device, circumstances, options, table, write
 
+from arm_core.data import IMAGENET_MEAN, IMAGENET_STD
+from arm_core.engine.byte_images import ByteImages, Mix
 from arm_core.engine.optimizer import OptimizerSettings
 from arm_core.engine.protocol import (
     Array,
@@ -100,9 +102,11 @@ def tiny_spec(stage: str) -> ModelSpec:
 
 def batch_of(spec: ModelSpec, size: int) -> Batch:
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((size, *spec.image_size, 3), dtype=np.float32)
+    pixels = rng.integers(0, 256, (size, *spec.image_size, 3), np.uint8)
+    images = ByteImages(pixels=pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if not isinstance(spec, ClassifierSpec):
         return Batch(images=images)
+    images = replace(images, mix=Mix(weight=0.7))
     return Batch(images=images, targets=np.eye(spec.classes, dtype=np.float32)[rng.integers(0, 10, size)])
 
 

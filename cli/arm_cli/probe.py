@@ -135,7 +135,7 @@ def _features(
     features, labels = [], []
     with ProgressBar(what, len(source), "images") as progress:
         for batch in loader:
-            features.append(module.extract(batch.images, block=block, pool=pool))
+            features.append(module.extract(np.asarray(batch.images), block=block, pool=pool))
             labels.append(batch.labels)
             progress.advance(len(batch.images))
     return np.concatenate(features), np.concatenate(labels)
