@@ -2,13 +2,17 @@
 
     python benchmarks/data_loading.py [--images 256] [--workers 0 1 2] [--repeats 5]
 
-The images are soft colour fields with noise, saved at quality 90, with about the size of ImageNet's
-photographs (110 KB). The output for each recipe: images/s with threads, with a torch DataLoader with the same
-transform in processes (if torch is installed) and with a plain Pillow loop of the same work; the CPU time of
-an image and of its stages; and the cores that feed a GPU. CPU time is also valid on a busy machine.
+It takes about five minutes on 2 cores. The images are soft colour fields with noise, saved at quality 90, of
+about the size of ImageNet's photographs (110 KB). For each recipe it prints:
 
-The same work on images of 8x8 pixels takes the time that does not depend on pixels: mostly Python, with
-the interpreter lock held. It limits the number of threads that one process can keep busy.
+- images/s with threads, and with a torch DataLoader with the same transform in processes (if torch is
+  installed); the ratio decides between threads and processes: threads are kept at 0.95 or more;
+- the CPU time of an image beside that of a plain Pillow loop of the same work, and the share of each stage;
+- the cores that feed a GPU. CPU time is also valid on a busy machine.
+
+Batches are bytes: normalising and mixing happen on the device. The same work on images of 8x8 pixels takes
+the time that does not depend on pixels: mostly Python, with the interpreter lock held. It limits the number
+of threads that one process can keep busy.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +40,6 @@ from PIL import Image, features
 
 from arm_core.data import (
     FINETUNE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PRETRAIN,
     ImageFolder,
     Item,
@@ -45,14 +47,16 @@ from arm_core.data import (
     Synthetic,
     TrainTransform,
 )
-from arm_core.data.augment import rand_augment
+from arm_core.data.augment import LEVELS, OPERATIONS, rand_augment
 from arm_core.data.loader import TrainBatches
 from arm_core.data.prefetch import Prefetcher
-from arm_core.data.transforms import decode, normalize, random_erase, random_resized_crop
+from arm_core.data.transforms import ERASE_AREA, decode, erased_box, random_resized_crop
 from arm_core.model.rng import KeyedRng
 
 GPU_RATES = (1000, 3000, 6000)
 """Images per second that a GPU may take."""
+ENOUGH = 0.95
+"""Threads are kept if they reach this part of the rate of processes."""
 HEIGHT, WIDTH = 375, 500
 NOISE = 14
 """Standard deviation of the noise, chosen for the file size."""
@@ -86,7 +90,8 @@ def images_per_second(batches: TrainBatches, workers: int, repeats: int) -> tupl
 
 def torch_images_per_second(batches: TrainBatches, workers: int, repeats: int) -> tuple[list[float], float]:
     """The same for a torch DataLoader with the same transform in forked processes."""
-    from torch.utils.data import DataLoader, Dataset
+    import torch
+    from torch.utils.data import DataLoader, Dataset, Sampler
 
     class Images(Dataset[Any]):
         def __len__(self) -> int:
@@ -94,48 +99,76 @@ def torch_images_per_second(batches: TrainBatches, workers: int, repeats: int) -
 
         def __getitem__(self, index: int) -> Any:
             rng = KeyedRng(batches.seed, "augment", 0, index)
-            return batches.transform(batches.source.item(index), batches.size, rng)
+            return batches.transform.augment(batches.source.item(index), batches.size, rng).pixels
+
+    class Endless(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return cycle(range(len(batches.source)))
 
     def cpu() -> float:
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         return time.process_time() + ended.ru_utime + ended.ru_stime
 
-    rates, began, seen = [], cpu(), 0
+    def stacked(images: list[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(images))
+
+    rates, count, began = [], batches.batches_per_epoch, cpu()
+    loader = DataLoader(
+        Images(), batches.batch_size, sampler=Endless(), num_workers=workers, collate_fn=stacked
+    )
+    stream = iter(loader)
+    warm = max(1, 4 * workers)
+    for _ in islice(stream, warm):
+        pass
     for _ in range(repeats):
-        loader = DataLoader(Images(), batches.batch_size, shuffle=True, num_workers=workers)
-        stream = iter(loader)
-        next(stream)  # the processes are running
         start = time.perf_counter()
-        rest = sum(len(images) for images in stream)
-        rates.append(rest / (time.perf_counter() - start))
-        seen += rest + batches.batch_size
-    return rates, (cpu() - began) / seen * 1000
+        for _ in islice(stream, count):
+            pass
+        rates.append(count * batches.batch_size / (time.perf_counter() - start))
+    del stream  # ends the processes, which are 2 batches ahead each
+    made = warm + repeats * count + 2 * workers
+    return rates, (cpu() - began) / (made * batches.batch_size) * 1000
 
 
-def pillow_loop(files: list[bytes], size: tuple[int, int]) -> None:
-    """Decode, crop, flip and normalise with Pillow, NumPy and `random`, and nothing else."""
-    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
-    for file in files:
-        image = Image.open(io.BytesIO(file)).convert("RGB")
-        part = math.sqrt(random.uniform(0.2, 1))
-        width, height = int(image.width * part), int(image.height * part)
-        left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
-        crop = image.crop((left, top, left + width, top + height))
-        crop = crop.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        if random.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        (np.asarray(crop, np.float32) / 255 - mean) / std
+def pillow_loop(file: bytes, size: tuple[int, int], transform: TrainTransform) -> None:
+    """The same work with Pillow, NumPy and `random`, and nothing else."""
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    while True:
+        area = random.uniform(*transform.crop_scale) * image.width * image.height
+        aspect = math.exp(random.uniform(*(math.log(ratio) for ratio in transform.crop_ratio)))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if width <= image.width and height <= image.height:
+            break
+    left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
+    crop = image.crop((left, top, left + width, top + height))
+    crop = crop.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    if random.random() < transform.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if (augment := transform.rand_augment) is not None:
+        for operation in random.choices(list(OPERATIONS.values()), k=augment.operations):
+            if random.random() < augment.probability:
+                crop = operation(crop, augment.magnitude / LEVELS, (124, 116, 104))
+    if random.random() < transform.erase:
+        erased = int(random.uniform(*ERASE_AREA) * size[0] * size[1])
+        np.random.default_rng(random.getrandbits(32)).standard_normal((erased, 3), np.float32)
+    np.asarray(crop)
 
 
 def cpu_ms(action: Callable[[int], object], count: int, repeats: int) -> float:
     """Median over repeats of the mean CPU time of `action(0..count - 1)`, milliseconds."""
-    times = []
+    return cpu_ms_in_turn([action], count, repeats)[0]
+
+
+def cpu_ms_in_turn(actions: Sequence[Callable[[int], object]], count: int, repeats: int) -> list[float]:
+    """The same for several actions, measured in turn, so that they share the load of the machine."""
+    times: list[list[float]] = [[] for _ in actions]
     for _ in range(repeats):
-        start = time.thread_time()
-        for i in range(count):
-            action(i)
-        times.append((time.thread_time() - start) / count * 1000)
-    return statistics.median(times)
+        for action, own in zip(actions, times, strict=True):
+            start = time.thread_time()
+            for i in range(count):
+                action(i)
+            own.append((time.thread_time() - start) / count * 1000)
+    return [statistics.median(own) for own in times]
 
 
 def machine() -> str:
@@ -154,6 +187,12 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
+def verdict(ratio: float, workers: int) -> str:
+    if not workers:
+        return "both in the main thread"
+    return f"threads reach {ENOUGH:.0%} of processes" if ratio >= ENOUGH else "processes are faster"
+
+
 def report(name: str, source: ImageFolder, transform: TrainTransform, side: int, options: Any) -> None:
     """Measure one recipe."""
     size, count, repeats = (side, side), min(64, len(source)), options.repeats
@@ -166,12 +205,17 @@ def report(name: str, source: ImageFolder, transform: TrainTransform, side: int,
     if find_spec("torch"):
         loaders.append(("torch DataLoader, processes", torch_images_per_second))
     for workers in options.workers:
+        medians = []
         for label, measure in loaders:
             rates, cpu = measure(batches, workers, repeats)
+            medians.append(statistics.median(rates))
             print(
-                f"  {workers} {label:28s}{statistics.median(rates):6.0f} images/s "
+                f"  {workers} {label:28s}{medians[-1]:6.0f} images/s "
                 f"({min(rates):.0f} to {max(rates):.0f}, {len(rates)} passes), CPU {cpu:.2f} ms per image"
             )
+        if len(medians) == 2:
+            ratio = medians[0] / medians[1]
+            print(f"  {workers} {'threads / DataLoader':28s}{ratio:6.2f} ({verdict(ratio, workers)})")
     items = [source.item(i) for i in range(count)]
     images = [decode(item.image, item.name) for item in items]
     rngs = [[KeyedRng(0, "benchmark", i) for i in range(count)] for _ in range(repeats)]
@@ -179,7 +223,6 @@ def report(name: str, source: ImageFolder, transform: TrainTransform, side: int,
         random_resized_crop(images[i], size, transform.crop_scale, transform.crop_ratio, rngs[0][i])
         for i in range(count)
     ]
-    arrays = [normalize(crop, transform.mean, transform.std) for crop in crops]
     small = Image.new("RGB", (8, 8))
     tiny = Item(image=np.asarray(small), label=0, name="tiny")
     stages: dict[str, Callable[[int], object]] = {
@@ -188,22 +231,34 @@ def report(name: str, source: ImageFolder, transform: TrainTransform, side: int,
         "crop and resize": lambda i: random_resized_crop(
             images[i], size, transform.crop_scale, transform.crop_ratio, KeyedRng(0, "b", i)
         ),
-        "normalise": lambda i: normalize(crops[i], transform.mean, transform.std),
     }
     if (augment := transform.rand_augment) is not None:
         stages["rand-augment"] = lambda i: rand_augment(
             crops[i], augment, fill=transform.mean, rng=KeyedRng(0, "b", i)
         )
-        stages["erase (a quarter)"] = lambda i: i % 4 or random_erase(arrays[i], KeyedRng(0, "b", i))
-    whole = cpu_ms(lambda i: transform(items[i], size, KeyedRng(0, "b", i)), count, repeats)
-    fixed = cpu_ms(lambda i: transform(tiny, (8, 8), KeyedRng(0, "b", i)), count, repeats)
+        stages["erase (a quarter)"] = lambda i: i % 4 or erased_box(size, KeyedRng(0, "b", i))
+    stages["flip, copy to the batch"] = lambda i: np.array(
+        crops[i].transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i % 2 else crops[i]
+    )
+    files = [item.image for item in items if isinstance(item.image, bytes)]
+    random.seed(0)
+    whole, plain = cpu_ms_in_turn(
+        [
+            lambda i: transform.augment(items[i], size, KeyedRng(0, "b", i)),
+            lambda i: pillow_loop(files[i], size, transform),
+        ],
+        count,
+        repeats,
+    )
+    fixed = cpu_ms(lambda i: transform.augment(tiny, (8, 8), KeyedRng(0, "b", i)), count, repeats)
     for stage, action in stages.items():
-        print(f"  {stage:30s}{cpu_ms(action, count, repeats):6.2f} ms CPU per image")
+        ms = cpu_ms(action, count, repeats)
+        print(f"  {stage:30s}{ms:6.2f} ms CPU per image, {100 * ms / whole:3.0f} %")
     print(f"  {'all of it':30s}{whole:6.2f} ms CPU per image, {1000 / whole:.0f} images/s per core")
-    if augment is None:
-        files = [item.image for item in items if isinstance(item.image, bytes)]
-        plain = cpu_ms(lambda i: pillow_loop(files[i : i + 1], size), count, repeats)
-        print(f"  {'plain Pillow loop':30s}{plain:6.2f} ms CPU per image")
+    print(
+        f"  {'plain Pillow loop':30s}{plain:6.2f} ms CPU per image: "
+        f"this pipeline is {plain / whole:.2f} times as fast"
+    )
     print(
         f"  {'of this on 8x8 pixels':30s}{fixed:6.2f} ms CPU per image: "
         f"about {100 * fixed / whole:.0f} % with the interpreter lock held, {1000 / fixed:.0f} images/s"

@@ -132,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _by_bands(image, _high_byte)
     if image.has_transparency_data:
         return _by_bands(image, _on_white)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
