@@ -27,6 +27,10 @@ class KeyedRng:
         words = self._bits.random_raw((count + 1) // 2).astype("<u8").view("<u4")
         return np.asarray(words[:count] * 2.0**-32)
 
+    def one(self) -> float:
+        """`uniform(1)`, several times faster."""
+        return (int(self._bits.random_raw()) & 0xFFFFFFFF) * 2.0**-32
+
     def normal(self, count: int) -> npt.NDArray[np.float64]:
         """`count` standard normal numbers (Box-Muller)."""
         half = (count + 1) // 2
@@ -44,15 +48,15 @@ class KeyedRng:
 
     def between(self, low: float, high: float) -> float:
         """A uniform number in [low, high)."""
-        return low + (high - low) * float(self.uniform(1)[0])
+        return low + (high - low) * self.one()
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""
-        return float(self.uniform(1)[0]) < probability
+        return self.one() < probability
 
     def below(self, count: int) -> int:
         """A whole number from 0 to count - 1."""
-        return int(float(self.uniform(1)[0]) * count)
+        return int(self.one() * count)
 
     def gaussian(self, mean: float, std: float) -> float:
         return mean + std * float(self.normal(1)[0])

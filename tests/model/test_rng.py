@@ -25,3 +25,8 @@ def test_truncated_normal_numbers_stay_within_their_limit_on_both_sides(limit: f
     assert -limit < draws.min() < -0.95 * limit
     assert 0.95 * limit < draws.max() < limit
     assert abs(draws.mean()) < 0.05
+
+
+def test_one_number_is_the_same_as_an_array_of_one() -> None:
+    one, many = KeyedRng(3, "one"), KeyedRng(3, "one")
+    assert [one.one() for _ in range(1000)] == [float(many.uniform(1)[0]) for _ in range(1000)]
