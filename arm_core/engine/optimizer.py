@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arm_core.model.checks import NOT_NEGATIVE, POSITIVE, Range, check_ranges
+from arm_core.model.checks import NOT_NEGATIVE, PART, POSITIVE, Range, check_ranges
 from arm_core.model.parameters import parameter_table
 from arm_core.model.spec import ModelSpec
 
@@ -32,7 +32,7 @@ class OptimizerSettings:
     clip: float | None = None
     """Largest gradient norm; None for no clipping."""
     layer_decay: float = 1.0
-    """Learning rate of layer i is scaled by layer_decay^(depth + 1 - i)."""
+    """Learning rate of layer i is scaled by layer_decay^(depth + 1 - i); 0 trains only last norm and head."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; None keeps none."""
 
@@ -47,7 +47,7 @@ class OptimizerSettings:
             eps=POSITIVE,
             weight_decay=NOT_NEGATIVE,
             clip=POSITIVE,
-            layer_decay=Range(above=0, high=1),
+            layer_decay=PART,
             ema_decay=Range(above=0, below=1),
         )
 

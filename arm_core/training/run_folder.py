@@ -220,6 +220,22 @@ def _resume(folder: Path, overrides: Sequence[str], warn: Warn) -> RunFolder:
     return RunFolder(folder, recipe, spec, lock, resumed=checkpoint, overrides=overrides)
 
 
+def read_run(folder: Path, overrides: Sequence[str], *, warn: Warn) -> tuple[Recipe, Checkpoint]:
+    """The recipe with changes, and the newest intact checkpoint, of a run that is not opened or changed.
+
+    The arguments and errors of `resume_run`; the run may be in use.
+    """
+    if not (folder / RECIPE).exists():
+        what = f"contains no {RECIPE}" if folder.is_dir() else "no such folder"
+        raise ValueError(f"{folder}: {what}; expected the folder of a run")
+    stored, checkpoint = load_recipe(folder / RECIPE), newest_checkpoint(folder, warn)
+    if checkpoint is None:
+        raise ValueError(f"{folder}: this run has no checkpoint; start it again in the same folder")
+    recipe = with_absolute_paths(override(stored, overrides))
+    _check_same_run(stored, recipe)
+    return recipe, checkpoint
+
+
 def resume_command(stage: str, folder: Path | str) -> str:
     """The shell command that resumes the run in `folder`."""
     return f"arm {stage} --resume {shlex.quote(str(folder))}"

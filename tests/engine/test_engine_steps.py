@@ -150,6 +150,21 @@ def test_losses_are_computed_in_float32_from_bfloat16_outputs(
 # training steps
 
 
+def test_a_layer_decay_of_0_freezes_all_but_the_last_norm_and_the_head(
+    backend: Any, classifier_spec: ClassifierSpec
+) -> None:
+    settings = OptimizerSettings(layer_decay=0.0, weight_decay=0.1, ema_decay=0.5)
+    engine = make(backend, classifier_spec, optimizer=settings)
+    before = engine.export_state().parameters
+    for step in (1, 2):
+        engine.train_step([batch(classifier_spec)], step=step, lr=0.1).result()
+    state = engine.export_state()
+    changed = {name for name, value in before.items() if (state.parameters[name] != value).any()}
+    assert changed == {"norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
+    for name in state.ema.keys() - changed:
+        assert (state.ema[name] == before[name]).all(), name
+
+
 def test_a_step_follows_the_formula_of_the_settings(backend: Any, classifier_spec: ClassifierSpec) -> None:
     settings = OptimizerSettings(
         betas=(0.9, 0.99), layer_decay=0.6, clip=0.05, ema_decay=0.7, weight_decay=0.1

@@ -158,7 +158,7 @@ def test_groups_cover_each_trainable_tensor_once_with_its_scale():
 
 
 @pytest.mark.parametrize(
-    "change", [{"betas": (0.9, 1.0)}, {"clip": 0.0}, {"layer_decay": 0.0}, {"ema_decay": 1.0}]
+    "change", [{"betas": (0.9, 1.0)}, {"clip": 0.0}, {"layer_decay": 1.5}, {"ema_decay": 1.0}]
 )
 def test_settings_out_of_range_are_named(change):
     (name,) = change

@@ -1,6 +1,7 @@
 """Recipes: shipped ones, TOML round trip, overrides, refusals."""
 
 import dataclasses
+import re
 import types
 import typing
 from fractions import Fraction
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from arm_core.data.augment import RandAugment
 from arm_core.data.mixing import OFFICIAL_MIXING, Mixing
 from arm_core.data.transforms import FINETUNE, PRETRAIN, TrainTransform
-from arm_core.engine.optimizer import OptimizerSettings
+from arm_core.engine.optimizer import OptimizerSettings, parameter_groups
 from arm_core.engine.protocol import Precision
+from arm_core.model.machines import estimate, parse_machines
 from arm_core.model.presets import PRESETS, classifier_preset, pretrain_preset
 from arm_core.model.spec import Direction, Pooling, PredictionOrder
 from arm_core.recipe.recipe import (
@@ -57,6 +59,44 @@ def test_shipped_recipes_load_round_trip_and_name_their_source(name):
     recipe.spec(classes=10)
     header = recipe_text(name).split("stage =")[0]
     assert all(word in header for word in ("# Source:", "# Hardware:", "# Expected:"))
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.endswith("-digits")])
+def test_the_hours_of_a_recipe_are_those_of_the_cost_model(name):
+    """The header states them with the machine; the digits take seconds."""
+    (line,) = [line for line in recipe_text(name).splitlines() if line.startswith("# Hours:")]
+    assert "estimated by the cost model, not measured" in line
+    hours, machine = re.search(r"about ([\d.]+) on (\S+)", line).groups()
+    if machine == "2":  # CPU cores
+        return
+    recipe = load_recipe(name)
+    training, length = recipe.training, recipe.training.length
+    found = estimate(
+        recipe.spec(1000),
+        *parse_machines(machine),
+        batch_size=training.batch_size,
+        accumulation=training.accumulation,
+        average=recipe.optimizer.ema_decay is not None,
+        bfloat16=training.precision is Precision.BFLOAT16,
+    )
+    assert ("for ImageNet-1k" in line) == (length.unit == "epochs")
+    steps = float(length.steps(Fraction(1_281_167, training.batch_size)))
+    assert float(hours) == pytest.approx(steps * found.seconds / 3600, rel=0.06)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_recipes_at_384_finetune_the_official_model_on_larger_images(size):
+    small, large = load_recipe(f"finetune-{size}"), load_recipe(f"finetune-{size}-384")
+    assert large.spec(1000) == classifier_preset(size, image_size=(384, 384))
+    assert (large.mixing, large.augmentation) == (small.mixing, small.augmentation)
+    assert large.lr == pytest.approx(5e-6)
+
+
+def test_the_linear_probe_trains_only_the_last_norm_and_the_head():
+    recipe = load_recipe("linear-probe")
+    groups = parameter_groups(recipe.spec(10), recipe.optimizer)
+    trained = {name for group in groups if group.lr_scale > 0 for name in group.names}
+    assert trained == {"norm_f.weight", "norm_f.bias", "head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from arm_cli.training.run import Prepared
     from arm_core.engine.protocol import Engine
     from arm_core.engine.ranks import Ranks
+    from arm_core.training.checkpoint import Progress
     from arm_core.training.plan import Plan
 
 TIMED_STEPS = 3
@@ -21,33 +22,46 @@ PLOT_WIDTH, PLOT_HEIGHT = 60, 4
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def dry_run(prepared: Prepared, engine: Engine, ranks: Ranks) -> None:
-    """Print schedule, disk use, speed and time of a run. Takes real steps; do not use the engine later."""
-    plan = prepared.plan
+def print_schedule(prepared: Prepared) -> None:
+    """Print the learning rate over the run, and the disk space of its checkpoints."""
     echo("\nlearning rate over the run")
-    echo(lr_plot(plan))
+    echo(lr_plot(prepared.plan))
     checkpoints, each = disk_use(prepared)
     echo(f"disk     {checkpoints} checkpoints of {scaled(each, 'B')} kept, {scaled(checkpoints * each, 'B')}")
+
+
+def dry_run(prepared: Prepared, engine: Engine, ranks: Ranks, *, done: Progress | None = None) -> None:
+    """Print schedule, disk use, speed and time of a run. Takes real steps; do not use the engine later.
+
+    done: the progress of a run that would be resumed; None for a new run.
+    """
+    step, position = (done.step, done.position) if done else (0, 0)
+    print_schedule(prepared)
+    if (left := prepared.plan.total_steps - step) <= 0:
+        echo(f"time     none: all {step} steps are done")
+        return
     echo(f"timing   {TIMED_STEPS} steps after a first one ...", err=True)
-    seconds = time_steps(prepared, engine, ranks)
+    seconds = time_steps(prepared, engine, ranks, step=step, position=position)
     batch = prepared.recipe.training.batch_size
     echo(f"speed    {batch / seconds:.3g} images/s, {seconds:.3g} s per step (mean of {TIMED_STEPS})")
     evaluated = "" if prepared.evaluation is None else ", evaluations not counted"
-    echo(f"time     {duration(seconds * plan.total_steps)} for {plan.total_steps} steps{evaluated}")
+    echo(f"time     {duration(seconds * left)} for {left} steps{evaluated}")
 
 
-def time_steps(prepared: Prepared, engine: Engine, ranks: Ranks) -> float:
-    """Mean seconds of a training step, including the reading of images."""
+def time_steps(
+    prepared: Prepared, engine: Engine, ranks: Ranks, *, step: int = 0, position: int = 0
+) -> float:
+    """Mean seconds of a training step after `step`, including the reading of images."""
     plan, training = prepared.plan, prepared.recipe.training
-    position, began = 0, 0.0
-    with plan.open(0, workers=prepared.recipe.data.workers) as loader:
+    began = 0.0
+    with plan.open(position, workers=prepared.recipe.data.workers) as loader:
         total = training.accumulation
-        for step in range(1, TIMED_STEPS + 2):
+        for i in range(1, TIMED_STEPS + 2):
             batches = plan.next_batches(loader, position)
             # A rate of 0 does not change the weights; the work is the same.
-            engine.train_step(batches, step=step, lr=0.0, total_micro_batches=total).result()
+            engine.train_step(batches, step=step + i, lr=0.0, total_micro_batches=total).result()
             position += total
-            if step == 1:
+            if i == 1:
                 began = time.monotonic()
     return (time.monotonic() - began) / TIMED_STEPS
 

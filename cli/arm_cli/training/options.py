@@ -84,6 +84,12 @@ class Request:
     dry_run: bool = option(
         "--dry-run", is_flag=True, help="Print the plan of the run and time three steps; write nothing."
     )
+    estimate: str | None = option(
+        "--estimate",
+        metavar="MACHINE[:N]",
+        help="With --dry-run: time and memory on N of these machines by the cost model, such as h200:8, "
+        "h100:8, a100 or m4-max, instead of timing this one. Without --data, ImageNet-1k is assumed.",
+    )
     changes: RecipeChanges = added_by(options_of(RecipeChanges, "changes"))  # noqa: RUF009
     engine: EngineChoice = added_by(engine_options)  # noqa: RUF009
     compiled: str = option(

@@ -39,6 +39,8 @@ def run_training(stage: str, request: Request, origin: str | None = None) -> Non
     """
     from arm_core.engine.ranks import lead, together
 
+    if request.estimate is not None and not request.dry_run:
+        raise ValueError("--estimate belongs to --dry-run; add it, or drop --estimate")
     check(request.log)
     with surviving_output(), request.engine.join() as (backend, ranks):
         # A launcher that restarts a job repeats the command that started the run.
@@ -98,9 +100,12 @@ def _start(stage: str, request: Request, origin: str | None, backend: Backend, r
 
     with together(ranks):
         recipe, changes, model = _requested(stage, request, origin)
+        folder = _folder(stage, request)
+        if request.estimate is not None:
+            _estimate(request, recipe, folder, ranks)
+            return
         # All errors in the request are found before a folder is created.
         prepared = prepare(recipe, ranks)
-        folder = _folder(stage, request)
         print_summary(prepared, backend, _options(request), ranks, folder, recipe_name=request.recipe)
         state = first_state(prepared, model, _say)
         engine, record = create_engine(backend, _options(request), prepared, state, ranks)
@@ -116,6 +121,25 @@ def _start(stage: str, request: Request, origin: str | None, backend: Backend, r
     with start_run(folder, recipe, prepared.spec, overrides=overrides, ranks=ranks) as run:
         run.parent = _full_name(stage, request)
         _train(run, engine, record, prepared, request, ranks)
+
+
+def _estimate(request: Request, recipe: Recipe, folder: str, ranks: Ranks) -> None:
+    """Print the plan of a new run on another machine."""
+    from arm_cli.training.dry_run import print_schedule
+    from arm_cli.training.estimate import assumed, print_estimate
+    from arm_cli.training.run import prepare
+    from arm_cli.training.summary import print_lines
+
+    assert request.estimate is not None
+    if recipe.data.source == "folder" and recipe.data.path is None:
+        prepared = assumed(recipe)
+        _say("no --data: as many images and classes as ImageNet-1k has are assumed")
+    else:
+        prepared = prepare(recipe, ranks)
+    options = _options(request)
+    print_lines(prepared, options, ranks, folder, request.recipe)
+    print_schedule(prepared)
+    print_estimate(prepared, request.estimate, options)
 
 
 def _requested(stage: str, request: Request, origin: str | None) -> tuple[Recipe, list[Change], Model | None]:
@@ -152,8 +176,6 @@ def _resume(
     with together(ranks):
         if given := [name for name in ("recipe", "out") if getattr(request, name) is not None]:
             raise ValueError(f"--resume continues a run unchanged; drop {' and '.join(given)}")
-        if request.dry_run:
-            raise ValueError("--dry-run plans a new run; drop --resume")
         stored = Path(folder) / RECIPE
         if stored.exists():
             recipe = load_recipe(stored)
@@ -162,6 +184,9 @@ def _resume(
             if overrides is None:
                 changes = changes_of(request.changes, recipe, request.engine.precision)
                 overrides = [change.assignment for change in changes]
+    if request.dry_run:
+        _plan_rest(request, folder, backend, ranks, overrides or [])
+        return
     with resume_run(folder, overrides or [], warn=warn, ranks=ranks) as run:
         with together(ranks):
             assert run.resumed is not None
@@ -172,6 +197,31 @@ def _resume(
             engine, record = create_engine(backend, options, prepared, run.resumed.state, ranks)
             announce(backend, engine, ranks)
         _train(run, engine, record, prepared, request, ranks)
+
+
+def _plan_rest(request: Request, folder: str, backend: Backend, ranks: Ranks, overrides: list[str]) -> None:
+    """Print the plan of a run that would be resumed; its folder is only read."""
+    from arm_cli.training.dry_run import dry_run, print_schedule
+    from arm_cli.training.estimate import print_estimate
+    from arm_cli.training.run import create_engine, prepare
+    from arm_cli.training.summary import print_lines, print_summary
+    from arm_core.engine.ranks import together
+    from arm_core.training.run_folder import read_run
+
+    with together(ranks):
+        recipe, checkpoint = read_run(Path(folder), overrides, warn=warn)
+        done = checkpoint.progress
+        prepared = prepare(recipe, ranks, checkpoint.spec)
+        options = _options(request, done.engine)
+        if request.estimate is not None:
+            print_lines(prepared, options, ranks, folder, resumed_at=done.step)
+            print_schedule(prepared)
+            print_estimate(prepared, request.estimate, options, step=done.step)
+            return
+        print_summary(prepared, backend, options, ranks, folder, resumed_at=done.step)
+        engine, _ = create_engine(backend, options, prepared, checkpoint.state, ranks)
+        announce(backend, engine, ranks)
+    dry_run(prepared, engine, ranks, done=done)
 
 
 def _load(stage: str, request: Request) -> Recipe:

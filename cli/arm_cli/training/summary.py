@@ -37,14 +37,27 @@ def print_summary(
     recipe_name: str | None = None,
     resumed_at: int | None = None,
 ) -> None:
-    """Print images, model, batch, schedule, memory and output folder of a run on stderr."""
+    """Print images, model, batch, schedule, memory and output folder of a run on stderr, and warnings."""
+    print_lines(prepared, options, ranks, folder, recipe_name, resumed_at=resumed_at)
+    for sentence in warnings(prepared, backend, options, ranks):
+        echo(f"Warning: {sentence}", err=True)
+
+
+def print_lines(
+    prepared: Prepared,
+    options: EngineOptions,
+    ranks: Ranks,
+    folder: str,
+    recipe_name: str | None = None,
+    *,
+    resumed_at: int | None = None,
+) -> None:
+    """Print the lines of the summary on stderr."""
     if resumed_at is not None:
         total = prepared.plan.total_steps
         echo(f"Resuming at step {resumed_at} of {total}: {folder}", err=True)
     for name, text in describe(prepared, options, ranks, folder, recipe_name):
         echo(f"{name:<9}{text}", err=True)
-    for sentence in warnings(prepared, backend, options, ranks):
-        echo(f"Warning: {sentence}", err=True)
 
 
 def describe(
