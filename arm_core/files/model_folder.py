@@ -122,8 +122,14 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise BadFileError(
                 f"{index}: {name}: expected the name of a .safetensors file, found {str(file_name)[:80]!r}"
             )
-    _refuse_shared_shards(folder, dict.fromkeys(places.values()))
-    shards = {file_name: read_tensors(folder / file_name) for file_name in dict.fromkeys(places.values())}
+    names = list(dict.fromkeys(places.values()))
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise BadFileError(
+            f"{folder}: {len(missing)} of the {len(names)} files that {INDEX} names are missing, "
+            f"such as {missing[0]}; download or copy them again"
+        )
+    _refuse_shared_shards(folder, names)
+    shards = {file_name: read_tensors(folder / file_name) for file_name in names}
     arrays: dict[str, Tensor] = {}
     for name, file_name in places.items():
         if name not in shards[file_name].tensors:

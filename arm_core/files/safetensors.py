@@ -144,11 +144,14 @@ def read_tensors(path: Path) -> TensorFile:
         if size < 8 or first not in (b"{", b""):
             raise BadFileError(f"{path}: not a safetensors file")
         if length > size - 8:
-            raise BadFileError(f"{path}: truncated: the header takes {length} bytes, the file has {size}")
+            raise BadFileError(
+                f"{path}: truncated: the header takes {length} bytes, the file has {size}; "
+                "download or copy it again"
+            )
         if length > MAX_HEADER:
             raise BadFileError(f"{path}: the header takes {length} bytes; at most {MAX_HEADER} are supported")
         text = first + file.read(length - 1)
-    _check_with_library(path)
+    _check_with_library(path, text, size - 8 - length)
     header = parse_json(path, text)
     metadata: dict[str, str] = header.pop("__metadata__", None) or {}
     check_names(path, header)
@@ -156,13 +159,29 @@ def read_tensors(path: Path) -> TensorFile:
     return TensorFile(path, tensors, metadata)
 
 
-def _check_with_library(path: Path) -> None:
+def _check_with_library(path: Path, header: bytes, available: int) -> None:
+    """header: the JSON text.  available: bytes of the file after it."""
     try:
         with safe_open(str(path), "np"):
             pass
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
+        if "not fully covered" in reason and (needed := _bytes_of_tensors(path, header)) > available:
+            raise BadFileError(
+                f"{path}: truncated: the tensors take {needed} bytes, the file has {available} of them; "
+                "download or copy it again"
+            ) from None
         raise BadFileError(f"{path}: corrupt safetensors header: {reason}") from None
+
+
+def _bytes_of_tensors(path: Path, header: bytes) -> int:
+    """The largest end of a tensor that a header names; 0 if the header is not valid."""
+    try:
+        entries = parse_json(path, header)
+        entries.pop("__metadata__", None)
+        return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (BadFileError, TypeError, KeyError, IndexError, ValueError):
+        return 0
 
 
 def _tensor(path: Path, name: str, data: int, entry: dict[str, Any]) -> Tensor:

@@ -311,7 +311,9 @@ def to_json(spec: ModelSpec) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> ModelSpec:
     """Restore a spec from `to_json`; ValueError names an unknown, missing or invalid key."""
     if data.get("format") != FORMAT:
-        raise ValueError(f"config: expected format {FORMAT!r}, found {shortened(data.get('format'))}")
+        owner = next((data[key] for key in ("model_type", "architecture") if key in data), None)
+        other = "" if owner is None else f"; this is a configuration of {shortened(owner)}"
+        raise ValueError(f"config: expected format {FORMAT!r}, found {shortened(data.get('format'))}{other}")
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"config: expected kind {' or '.join(_KINDS)}, found {shortened(kind)}")

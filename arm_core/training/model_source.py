@@ -18,6 +18,7 @@ import numpy as np
 from arm_core.engine.protocol import Array
 from arm_core.files.model_folder import Model, read_model
 from arm_core.files.safetensors import Tensor
+from arm_core.model.checks import shortened
 from arm_core.training.checkpoint import EMA, FOLDER, MANIFEST, Warn, newest_folder, read_average, verify
 
 
@@ -28,6 +29,10 @@ class Weights(StrEnum):
     """The weights that the optimizer updates."""
     EMA = "ema"
     """Their exponential moving average."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"weights: expected {' or '.join(cls)}, found {shortened(value)}")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from arm_convert.adapt import resize
 from arm_convert.checkpoint_source import open_checkpoint_source
+from arm_convert.hub import PREFIX
 from arm_convert.importing import resolve
-from arm_convert.published import find_published
+from arm_convert.published import find_published, similar_names
 from arm_core.data.model_config import ModelConfig
 from arm_core.engine.protocol import Array
 from arm_core.engine.registry import choose_backend
@@ -79,6 +81,10 @@ def open_parameters(
     if preset is not None and not Path(source).exists():
         return preset, initial_parameters(preset, seed), ModelConfig()
     name = find_published(str(source)) or source
+    if not str(name).startswith(PREFIX) and not os.path.exists(name):  # noqa: PTH110 (False if too long)
+        raise ValueError(
+            f"{source}: no such file or folder, and no preset of this name{similar_names(str(source))}"
+        )
     opened = open_checkpoint_source(name, warn=lambda text: warnings.warn(text, stacklevel=4))
     resolved = resolve(opened, weights=Weights(weights))
     parameters = {name: tensor.read() for name, tensor in resolved.tensors.items()}

@@ -189,7 +189,8 @@ def spec_from_official(
     suffixes = [suffix for suffix in SUFFIXES.values() if f"layers.0.mixer.D{suffix}" in shapes]
     if len(suffixes) not in (1, 4):
         raise ValueError(
-            f"expected 1 or 4 scan directions, found {len(suffixes)} ({' '.join(suffixes).strip()})"
+            f"expected 1 or 4 scan directions, found {len(suffixes)} ({' '.join(suffixes).strip()}); "
+            "this is another Vision Mamba, such as Vim, which has 2"
         )
     return ClassifierSpec(
         encoder=encoder,
@@ -219,6 +220,9 @@ _OTHERS = {
     "blocks.0.attn.qkv.weight": "a Vision Transformer",
     "layers.0.mixer.A_b_log": "a bidirectional Vision Mamba",
     "backbone.layers.0.mixer.A_log": "a Mamba language model",
+    "layers.0.blocks.0.op.x_proj_weight": "a VMamba",
+    "layers.0.blocks.0.self_attention.x_proj_weight": "a VMamba",
+    "layers.0.blocks.0.attn.qkv.weight": "a Swin Transformer",
     "layer1.0.conv1.weight": "a ResNet",
     "encoder.layer.0.attention.attention.query.weight": "a transformers ViT",
     "visual.conv1.weight": "a CLIP model",

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ REPOSITORIES = {"official": "OliverRen/ARM"}
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 """Files of a repository that are checkpoints."""
+
+LONGEST_NAME, MOST_FILES = 200, 1000
+"""Limits of the search for similar names: its time is quadratic in the length."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,20 @@ def pull(name: str, out: str | Path | None = None, *, weights: str = "raw", forc
     return target
 
 
-def known_names() -> list[str]:
-    """Presets, and the last known published checkpoints; never uses the network."""
-    try:
-        return [*PRESETS, *(published.name for published in list_models(refresh=False))]
-    except ValueError:
-        return [*PRESETS]
+def similar_names(name: str) -> str:
+    """`; did you mean ...?` with presets, known published checkpoints and files, or an empty string.
+
+    The list of published checkpoints is the cached one; the network is not used.
+    """
+    known = [f"{preset}{kind}" for preset in PRESETS for kind in ("", "-classifier", "-pretrain")]
+    for prefix in REPOSITORIES:
+        if _list_file(prefix).exists():
+            known += [f"{prefix}/{file}" for file in _listed(prefix) if file.endswith(SUFFIXES)]
+    parent = Path(name).parent
+    if parent.is_dir():
+        known += [str(parent / path.name) for path in islice(parent.iterdir(), MOST_FILES)]
+    close = difflib.get_close_matches(name, known, n=3) if len(name) < LONGEST_NAME else []
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _lookup(name: str, known: dict[str, str]) -> str | None:
@@ -122,7 +134,7 @@ def _cached(address: str, weights: str) -> Path:
 
 def _files(prefix: str, repository: str, refresh: bool) -> list[str]:
     """File names of a repository: from the hub, or else the last known ones."""
-    seen = cache_folder() / f"{prefix}.json"
+    seen = _list_file(prefix)
     if refresh or not seen.exists():
         try:
             files = _ask_hub(repository)
@@ -136,7 +148,16 @@ def _files(prefix: str, repository: str, refresh: bool) -> list[str]:
             with new_file(seen, force=True) as draft:
                 write_text(draft, json.dumps(files))
             return files
-    stored: Any = json.loads(seen.read_text("utf-8"))
+    return _listed(prefix)
+
+
+def _list_file(prefix: str) -> Path:
+    return cache_folder() / f"{prefix}.json"
+
+
+def _listed(prefix: str) -> list[str]:
+    """The last known file names of a repository."""
+    stored: Any = json.loads(_list_file(prefix).read_text("utf-8"))
     return [str(file) for file in stored]
 
 

@@ -60,7 +60,9 @@ def read_directory(path: Path) -> dict[str, Record]:
             EOFError,
             struct.error,
         ) as error:
-            raise BadFileError(f"{path}: corrupt or truncated zip archive: {str(error)[:200]}") from None
+            raise BadFileError(
+                f"{path}: corrupt or truncated zip archive: {str(error)[:200]}; download or copy it again"
+            ) from None
         records: dict[str, Record] = {}
         end = 0
         for entry in sorted(entries, key=lambda entry: (entry.header_offset, entry.file_size)):

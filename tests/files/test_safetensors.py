@@ -136,7 +136,10 @@ BAD_FILES = {
         safetensors_bytes({"a": {**ENTRY, "shape": [2**40, 2**40]}}, bytes(8)),
         "overflow computing buffer size",
     ),
-    "offsets out of bounds": (safetensors_bytes({"a": ENTRY}, bytes(4)), "not fully covered"),
+    "offsets out of bounds": (
+        safetensors_bytes({"a": ENTRY}, bytes(4)),
+        "truncated: the tensors take 8 bytes, the file has 4",
+    ),
     "overlap": (safetensors_bytes({"a": ENTRY, "b": ENTRY}, bytes(16)), "invalid offset"),
     "gap": (safetensors_bytes({"a": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)), "invalid offset"),
     "trailing bytes": (safetensors_bytes({"a": ENTRY}, bytes(12)), "not fully covered"),

@@ -178,7 +178,12 @@ def create_module(
     model.load_state_dict(tensors, assign=True)
     for name, row in parameter_table(spec).items():
         model.get_parameter(name).requires_grad_(row.trainable)
-    model = model.eval().to(device=device, dtype=dtype)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a type such as torch.bfloat16, found {dtype!r}")
+    try:
+        model = model.eval().to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch without CUDA
+        raise ValueError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
     for name, parameter in model.named_parameters():
         if name.endswith(FLOAT32_ONLY):  # products of many decays lose bits in half precision
             parameter.data = parameter.data.float()
