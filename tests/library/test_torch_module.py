@@ -113,15 +113,37 @@ def test_drop_path_acts_in_training_mode_only(images):
     assert not torch.equal(model(images), model(images))
 
 
-def test_a_model_trains_under_distributed_data_parallel(model, images, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        model.train()
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        wrapped(images).square().mean().backward()
-        assert all(p.grad is not None for p in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+def gradients(module, images):
+    """Gradients of the mean over the images, by parameter; a wrapper's prefix is removed."""
+    module.train()
+    module(images).square().mean().backward()
+    return {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+
+
+def train_on_a_share(rank, world, folder):
+    """One process: its share of the images through DDP; the first one saves the gradients."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    model = arm_vision.load_model(folder / "model", "torch", "cpu")
+    images = torch.load(folder / "images.pt").chunk(world)[rank]
+    found = gradients(torch.nn.parallel.DistributedDataParallel(model), images)
+    if rank == 0:
+        torch.save(found, folder / "gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_under_ddp_have_the_gradients_of_the_whole_batch(model, tmp_path):
+    images = torch.from_numpy(np.random.default_rng(1).standard_normal((4, 3, 40, 40)).astype(np.float32))
+    model.save(tmp_path / "model")
+    torch.save(images, tmp_path / "images.pt")
+    torch.multiprocessing.spawn(train_on_a_share, (2, tmp_path), nprocs=2)
+    found, expected = torch.load(tmp_path / "gradients.pt"), gradients(model, images)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+    half = gradients(create_module(SPEC, initial_parameters(SPEC, 0), ModelConfig()), images[:2])
+    assert (half["head.weight"] - found["head.weight"]).abs().max() > 1e-3 * found["head.weight"].abs().max()
 
 
 def test_a_pyramid_has_maps_at_its_strides(model, images):
