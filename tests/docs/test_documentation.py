@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arm_core.engine.protocol import EngineOptions, TrainingState
 from arm_core.engine.registry import installed_backends
 from arm_core.files.model_folder import write_model
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.spec import ClassifierSpec, EncoderSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
+
+SPEC = ClassifierSpec(encoder=EncoderSpec(width=16, depth=1, patch=8), classes=2, image_size=(32, 32))
 
 
 def blocks(name: str) -> list[str]:
@@ -30,10 +33,9 @@ def folder(tmp_path, monkeypatch):
             (tmp_path / f"photos/{split}/{name}").mkdir(parents=True)
             pixels = np.full((40, 50, 3), 90 + 60 * i, np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"photos/{split}/{name}/9.jpg")
-    spec = ClassifierSpec(encoder=EncoderSpec(width=16, depth=1, patch=8), classes=2, image_size=(32, 32))
     metadata = {"classes": json.dumps(["cat", "dog"])}
     (tmp_path / "runs").mkdir()
-    write_model(tmp_path / "runs/cats-dogs", spec, initial_parameters(spec, 0), metadata=metadata)
+    write_model(tmp_path / "runs/cats-dogs", SPEC, initial_parameters(SPEC, 0), metadata=metadata)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,6 +64,25 @@ def test_the_page_on_models_in_python_runs(folder):
     namespace: dict[str, object] = {}
     for block in found:
         run(block, "library.md", namespace)
+
+
+def test_the_example_of_influence_maps_runs():
+    backend = next((b for b in installed_backends().values() if b.missing() is None), None)
+    if backend is None:
+        pytest.skip("needs an engine")
+    state = TrainingState(parameters=initial_parameters(SPEC, 0))
+    engine = backend.create_engine(SPEC, state, options=EngineOptions(device="cpu"))
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    (example,) = blocks("explain.md")
+    namespace: dict[str, object] = {"engine": engine, "images": images, "row": 1, "column": 2}
+    run(example, "explain.md", namespace)
+    assert namespace["found"].maps.shape == (2, 1, 4, 17, 17)
+
+
+def test_every_python_block_is_run_by_a_test():
+    """Here, and in tests/convert/test_convert_docs.py and tests/export/test_docs.py."""
+    pages = {page.name for page in DOCS.glob("*.md") if blocks(page.name)}
+    assert pages == {"quickstart.md", "library.md", "explain.md", "convert.md", "export.md"}
 
 
 def test_every_page_is_in_the_navigation_and_every_link_has_a_target():
