@@ -182,7 +182,7 @@ def test_preprocessing_inside_the_file_is_the_evaluation_transform(size, picture
     transform = EvalTransform(crop_fraction=crop_fraction, mean=mean, std=std)
     g = Builder()
     g.nodes.append(
-        onnx.helper.make_node("Identity", [preprocess(g, "image", transform, size, np.float32)], ["y"])
+        onnx.helper.make_node("Identity", [preprocess(g, "image", transform, size, np.float32, batch=None)], ["y"])
     )
     graph = onnx.helper.make_graph(
         g.nodes,

@@ -132,7 +132,7 @@ def build(
         if spec.encoder.channels != 3:
             raise ValueError(f"preprocessing takes 3 colours, the model reads {spec.encoder.channels}")
         entry = value(IMAGE, UINT8, (size, "height", "width", 3))
-        images = preprocess(g, IMAGE, options.preprocess, spec.image_size, dtype)
+        images = preprocess(g, IMAGE, options.preprocess, spec.image_size, dtype, batch=batch)
     found = network(g, spec, parameters, images, batch=batch, dtype=dtype, features=options.features)
     outputs = []
     for name, (tensor, shape) in found.items():

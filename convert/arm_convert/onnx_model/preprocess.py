@@ -17,7 +17,15 @@ RESIZE_OPSET = 18
 """The first operator set whose `Resize` antialiases."""
 
 
-def preprocess(g: Builder, pixels: str, transform: EvalTransform, size: tuple[int, int], dtype: Float) -> str:
+def preprocess(
+    g: Builder,
+    pixels: str,
+    transform: EvalTransform,
+    size: tuple[int, int],
+    dtype: Float,
+    *,
+    batch: int | None,
+) -> str:
     """pixels: (B, H, W, 3) uint8, any H and W. Returns (B, 3, height, width), normalised, for `size`."""
     height, width = size
     covered = np.array([int(side / transform.fraction(size)) for side in size], np.int64)
@@ -40,6 +48,9 @@ def preprocess(g: Builder, pixels: str, transform: EvalTransform, size: tuple[in
     start = g("Cast", g("Round", g("Mul", margin, g.shared(np.array(0.5, np.float32)))), to=INT64)
     end = g("Add", start, g.ints(height, width))
     image = g("Slice", image, start, end, g.ints(2, 3), name="crop")
+    # States the sizes, which shape inference cannot follow through the resizing: onnxruntime fuses more
+    # operators if they are known.
+    image = g("Reshape", image, g.ints(-1 if batch is None else batch, 3, height, width))
     values = g("Div", g("Cast", image, to=FLOAT), g.shared(np.array(255, np.float32)))
     mean, std = (np.array(color, np.float32)[:, None, None] for color in (transform.mean, transform.std))
     values = g("Div", g("Sub", values, g.shared(mean)), g.shared(std), name="normalize")
