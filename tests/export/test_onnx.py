@@ -181,9 +181,8 @@ def test_preprocessing_inside_the_file_is_the_evaluation_transform(size, picture
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
     transform = EvalTransform(crop_fraction=crop_fraction, mean=mean, std=std)
     g = Builder()
-    g.nodes.append(
-        onnx.helper.make_node("Identity", [preprocess(g, "image", transform, size, np.float32, batch=None)], ["y"])
-    )
+    prepared = preprocess(g, "image", transform, size, np.float32, batch=None)
+    g.nodes.append(onnx.helper.make_node("Identity", [prepared], ["y"]))
     graph = onnx.helper.make_graph(
         g.nodes,
         "preprocess",
