@@ -14,6 +14,7 @@ COMMANDS = (
     "demo",
     "pretrain",
     "finetune",
+    "sweep",
     "evaluate",
     "predict",
     "explain",

@@ -84,3 +84,50 @@ def accuracy_figure(
     axes.set_ylabel("test accuracy, %", color=INK, fontsize=9)
     figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower center", ncols=2)
     return _svg(figure, title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Repeated values at each of several settings."""
+
+    label: str
+    axis: str
+    """Name of the setting."""
+    groups: dict[str, list[float]]
+    """Values by setting."""
+
+
+def points_figure(
+    series: Sequence[Points], *, title: str, label: str, width: float = 7.2, height: float = 3.4
+) -> str:
+    """Single values as points, their mean and 95 % interval as a bar, SVG."""
+    from arm_core.training.intervals import mean_interval
+
+    figure, axes = _figure(width, height)
+    places = list(dict.fromkeys(name for points in series for name in points.groups))
+    for i, points in enumerate(series):
+        colour = COLOURS[i % len(COLOURS)]
+        shift = 0.5 * ((i + 0.5) / len(series) - 0.5)
+        for j, (name, values) in enumerate(points.groups.items()):
+            if not values:
+                continue
+            at, interval = places.index(name) + shift, mean_interval(values)
+            axes.plot([at] * len(values), values, "o", color=colour, alpha=0.3, ms=4, linewidth=0)
+            axes.errorbar(
+                [at],
+                [interval.mean],
+                yerr=[interval.half or 0.0],
+                fmt="_",
+                ms=14,
+                color=colour,
+                capsize=4,
+                linewidth=1.6,
+                label=points.label if j == 0 else None,
+            )
+    axes.set_xticks(range(len(places)), places)
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_xlabel(series[0].axis if series else "", color=INK, fontsize=9)
+    axes.set_ylabel(label, color=INK, fontsize=9)
+    if any(points.label for points in series):
+        figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower center", ncols=2)
+    return _svg(figure, title)
