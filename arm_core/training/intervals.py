@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ STUDENT = (
 )
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 NORMAL = 1.959964
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean=float(array.mean()), half=half, count=len(array))
 
 
-def paired_difference(
-    values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
-) -> Interval | None:
+def paired_difference(values: Mapping[Key, float], reference: Mapping[Key, float]) -> Interval | None:
     """Interval of values minus reference, over the keys (seeds) that both have; None if they share none."""
     shared = [key for key in values if key in reference]
     return mean_interval([values[key] - reference[key] for key in shared]) if shared else None

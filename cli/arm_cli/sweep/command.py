@@ -95,7 +95,7 @@ def _definition(folder: SweepFolder, given: _Request) -> Definition:
     from arm_core.data.opening import absolute
 
     if given.recipe is None:
-        if given.vary or given.second or given.origin or given.changes != _NO_CHANGES:
+        if given.vary or given.second or given.origin or not _unchanged(given.changes):
             raise ValueError(
                 f"without a recipe, the sweep in {folder.path} is resumed unchanged; "
                 "pass only --out, --jobs, --metric and options of the engine"
@@ -141,12 +141,9 @@ def _recipes(given: _Request) -> dict[str, Recipe]:
     return changed
 
 
-_NO_CHANGES = RecipeChanges(
-    **{
-        field.name: () if field.name in ("data", "assignments") else None
-        for field in dataclasses.fields(RecipeChanges)
-    }
-)
+def _unchanged(changes: RecipeChanges) -> bool:
+    """Whether no option changes a recipe."""
+    return not any(vars(changes).values())
 
 
 class _Sweep:
