@@ -53,6 +53,7 @@ SHORT = {
     "pretrain": ["--steps", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"],
     "finetune": ["--steps", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu",
                  "--set", "optimizer.ema_decay=0.9"],
+    "sweep": ["--steps", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"],
     "bench": ["--model", "digits", "--batch-size", "1", "--repeats", "1", "--device", "cpu"],
     "export": ["--threads", "1", "--runtime", "runtime", "--force"],
 }  # fmt: skip
