@@ -63,8 +63,7 @@ def sweep(recipe: str | None, second: str | None, out: str, **rest: Any) -> None
 
     \b
       arm sweep pretrain-digits --vary model.cluster=1x1,2x2,3x3 --vary training.seed=0..4 --out SWEEP
-      arm sweep pretrain-digits --finetune finetune-digits --vary pretrain.model.cluster=1x1,2x2 \\
-          --vary finetune.training.seed=0..4 --out SWEEP --jobs 2
+      arm sweep pretrain-digits --finetune finetune-digits --vary finetune.training.seed=0..4 --out SWEEP
     """
     from arm_cli.sweep.folder import SweepFolder
 
