@@ -1,7 +1,8 @@
-"""The classes of ImageNet-1k in the order of the logits; source and licence: `assets/README.md`."""
+"""ImageNet-1k's classes in the order of the logits, its subsets and labels; sources: `assets/README.md`."""
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from functools import lru_cache
 from importlib import resources
@@ -9,9 +10,13 @@ from importlib import resources
 CLASSES = 1000
 
 
+def _asset(name: str) -> bytes:
+    return resources.files("arm_core.data").joinpath(f"assets/{name}").read_bytes()
+
+
 @lru_cache(maxsize=1)
 def _rows() -> tuple[tuple[str, str], ...]:
-    text = resources.files("arm_core.data").joinpath("assets/imagenet_classes.tsv").read_text("utf-8")
+    text = _asset("imagenet_classes.tsv").decode()
     return tuple((synset, words) for synset, words in (line.split("\t") for line in text.splitlines()))
 
 
@@ -31,3 +36,14 @@ def imagenet_names() -> tuple[str, ...]:
         name if count[name] == 1 else f"{words} ({synset})"
         for name, (synset, words) in zip(short, _rows(), strict=True)
     )
+
+
+def imagenet_subset(name: str) -> tuple[str, ...]:
+    """The synsets of a robustness set, 200 each. name: `imagenet-a` or `imagenet-r`."""
+    return tuple(_asset(f"{name.replace('-', '_')}.txt").decode().split())
+
+
+def real_labels() -> list[list[int]]:
+    """Labels of ImageNet-ReaL of the validation images 1, 2, ...: 50,000 lists, some of them empty."""
+    text = gzip.decompress(_asset("imagenet_real.txt.gz")).decode()
+    return [[int(label) for label in line.split()] for line in text.splitlines()]

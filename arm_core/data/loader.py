@@ -222,7 +222,8 @@ class EvalBatches:
 class EvalLoader:
     """This rank's share of a source: batches `rank`, `rank + world`, ...; over all ranks every sample once.
 
-    Each `for` loop is a new pass with its own threads, which end with the loop.
+    Each `for` loop is a new pass with its own threads, which end with the loop. start: batches of this rank
+    to leave out at the beginning.
     Raises ValueError for a broken image; the message names it.
     """
 
@@ -233,6 +234,7 @@ class EvalLoader:
         *,
         size: Size,
         batch_size: int,
+        start: int = 0,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -243,11 +245,12 @@ class EvalLoader:
             source=source, transform=transform, size=size, batch_size=batch_size, bad=bad
         )
         _check_rank(rank, world)
-        self._rank, self._world, self._workers, self._prefetch = rank, world, workers, prefetch
+        self._first, self._world = rank + start * world, world
+        self._workers, self._prefetch = workers, prefetch
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return len(range(self._rank, len(self.batches), self._world))
+        return len(range(self._first, len(self.batches), self._world))
 
     @property
     def rounds(self) -> int:
@@ -257,7 +260,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         workers = min(self._workers, len(self))  # no more threads than batches
         with Prefetcher(
-            self.batches, start=self._rank, step=self._world, workers=workers, prefetch=self._prefetch
+            self.batches, start=self._first, step=self._world, workers=workers, prefetch=self._prefetch
         ) as prefetcher:
             for batch in prefetcher:
                 if len(batch.images):  # otherwise all of them are bad

@@ -19,6 +19,10 @@ TOP = 5
 """The k of `top5`; with fewer classes, all of them."""
 
 
+BatchSums = tuple[int, int, int, float]
+"""Of one batch: images, correct ones, correct ones among the first five, sum of the losses."""
+
+
 class EvaluationStopped(Exception):  # noqa: N818
     """An evaluation ended early because `stop` requested it."""
 
@@ -50,6 +54,7 @@ def evaluate(
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     rounds: int = 0,
+    sums: list[BatchSums] | None = None,
 ) -> Evaluation:
     """Run the engine's model over `batches` (an `EvalLoader`).
 
@@ -58,10 +63,12 @@ def evaluate(
     on all ranks; True ends the evaluation with EvaluationStopped.
     ranks: each passes its own batches and gets the result of all.  rounds: `EvalLoader.rounds`; a rank with
     fewer batches computes a dummy batch in the last round, since all ranks take part in a pass.
+    sums: the batches of this rank that an earlier call has finished; `batches` begin after them. Receives an
+    entry per batch.
     Raises ValueError if there are no images, or if an image of a classifier has no label.
     """
     classifier = isinstance(engine.spec, ClassifierSpec)
-    own: list[tuple[int, int, int, float]] = []
+    own = [] if sums is None else sums
     for batch in batches:
         if stop is not None and stop():
             raise EvaluationStopped
@@ -84,9 +91,9 @@ def evaluate(
         engine.forward(np.zeros((1, *engine.spec.image_size, 3), np.float32))
     # Summed in the order of the batches, so that any number of ranks gives the same bits.
     turns = zip_longest(*ranks.gather(own))
-    sums = [batch for turn in turns for batch in turn if batch is not None]
+    every = [batch for turn in turns for batch in turn if batch is not None]
     images, first, five, loss = (
-        (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0, 0, 0.0)
+        (sum(column) for column in zip(*every, strict=True)) if every else (0, 0, 0, 0.0)
     )
     if not images:
         raise ValueError("evaluation: the data has no images")

@@ -20,6 +20,10 @@ CHUNK = 1000
 """Number of images whose predictions ranks exchange at a time."""
 
 
+Row = tuple[int, int, int, float]
+"""Of one image: its index, its label, the predicted class and its probability."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
     """One entry per image, in the order of the source."""
@@ -38,10 +42,13 @@ class Predictions:
 
 
 class Collector:
-    """Collects the predictions for a rank's images; pass it to `evaluate` as `each`."""
+    """Collects the predictions for a rank's images; pass it to `evaluate` as `each`.
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, float]] = []
+    rows: those of an earlier, interrupted call; receives an entry per image.
+    """
+
+    def __init__(self, rows: list[Row] | None = None) -> None:
+        self._rows = [] if rows is None else rows
 
     def __call__(self, batch: EvalBatch, logits: Array) -> None:
         shifted = logits.astype(np.float64)
@@ -54,7 +61,7 @@ class Collector:
     def gather(self, ranks: Ranks) -> Predictions:
         """The predictions of all ranks; all ranks call this at the same point."""
         rounds = max(ranks.gather(-(-len(self._rows) // CHUNK)))
-        rows: list[tuple[int, int, int, float]] = []
+        rows: list[Row] = []
         for i in range(rounds):
             for part in ranks.gather(self._rows[i * CHUNK : (i + 1) * CHUNK]):
                 rows += [tuple(row) for row in part]

@@ -1,14 +1,14 @@
 """Protocols of ImageNet's robustness sets: the classes that count, and the definition of a correct answer.
 
-Their images are in folders named like ImageNet's classes (WordNet ids). The classes of a subset are those in
-the data, so no list of them is needed.
+Their images are in folders named like ImageNet's classes (WordNet ids), except where stated.
 
 imagenet-a       arXiv:1907.07174; 200 classes, the other logits are ignored
 imagenet-r       arXiv:2006.16241; 200 classes, the other logits are ignored
 imagenet-sketch  arXiv:1905.13549; all classes
 imagenet-v2      arXiv:1902.10811; folders are named by the indices of the classes
-imagenet-real    arXiv:2006.07159; several right answers for an image, or none
+imagenet-real    arXiv:2006.07159; the validation images, several right answers for each, or none
 imagenet-c       arXiv:1903.12261; corruption/severity/class, the errors relative to AlexNet's
+objectnet        Barbu et al., 2019; some of its classes are several of ImageNet (`arm_core.data.objectnet`)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arm_core.data.imagenet import CLASSES, imagenet_subset, imagenet_synsets, real_labels
 from arm_core.data.sources import ListedSource
 from arm_core.engine.protocol import Array, Engine, Images
 from arm_core.files.reading import MAX_JSON, read_text
@@ -38,12 +39,11 @@ class LabelSet(StrEnum):
     IMAGENET_V2 = "imagenet-v2"
     IMAGENET_REAL = "imagenet-real"
     IMAGENET_C = "imagenet-c"
+    OBJECTNET = "objectnet"
 
 
 RESTRICTED = (LabelSet.IMAGENET_A, LabelSet.IMAGENET_R)
 """Sets whose other classes are ignored."""
-
-CLASS_COUNTS = {LabelSet.IMAGENET_A: 200, LabelSet.IMAGENET_R: 200, LabelSet.IMAGENET_SKETCH: 1000}
 
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -83,9 +83,81 @@ class Restricted:
         return {**outputs, "logits": logits}
 
 
+class Merged:
+    """An engine that takes groups of classes as one: the first has the group's largest logit, others -inf."""
+
+    def __init__(self, engine: Engine, groups: Sequence[Sequence[int]]) -> None:
+        self._engine, self._groups = engine, [np.array(group) for group in groups]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, images: Images, *, intermediates: bool = False) -> dict[str, Array]:
+        outputs = self._engine.forward(images, intermediates=intermediates)
+        logits = outputs["logits"].copy()
+        for group in self._groups:
+            logits[:, group] = -np.inf
+            logits[:, group[0]] = outputs["logits"][:, group].max(-1)
+        return {**outputs, "logits": logits}
+
+
+def class_order(classes: Sequence[str], *, named: bool) -> tuple[str, ...]:
+    """The names of a model's classes; a model of 1000 classes without names has ImageNet's."""
+    return imagenet_synsets() if not named and len(classes) == CLASSES else tuple(classes)
+
+
+def subset(label_set: LabelSet, classes: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Indices of the 200 classes of imagenet-a or imagenet-r. Raises ValueError if `classes` lacks one."""
+    places = {name: i for i, name in enumerate(classes)}
+    names = imagenet_subset(label_set)
+    if missing := [name for name in names if name not in places]:
+        raise ValueError(
+            f"{label_set}: the model lacks {len(missing)} of its {len(names)} classes, such as {missing[0]}; "
+            "expected a model of ImageNet's classes, named by WordNet ids"
+        )
+    return np.array([places[name] for name in names])
+
+
+def check_classes(label_set: LabelSet, source: ListedSource) -> str | None:
+    """A warning if the images are only a part of the set, else None.
+
+    Raises ValueError if imagenet-a or imagenet-r has images of classes that the set does not have.
+    """
+    found = {source.classes[label] for label in np.unique(source.labels).tolist()}
+    if label_set in RESTRICTED:
+        expected = imagenet_subset(label_set)
+        if other := sorted(found.difference(expected)):
+            raise ValueError(f"class {other[0]!r} is not one of the {len(expected)} classes of {label_set}")
+    elif label_set in (LabelSet.IMAGENET_SKETCH, LabelSet.IMAGENET_V2):
+        expected = source.classes
+    else:
+        return None
+    if len(found) == len(expected):
+        return None
+    return f"{label_set} has {len(expected)} classes, found {len(found)}"
+
+
 def numbered(classes: Sequence[str]) -> list[str]:
     """The names of ImageNetV2's class folders, in the order of a model's classes."""
     return [str(number) for number in range(len(classes))]
+
+
+def labels_of_real(path: Path | None, classes: Sequence[str]) -> list[list[int]]:
+    """Labels of validation image 1, 2, ... as indices of a model's classes, from a file or the shipped ones.
+
+    Raises ValueError for a label that the model does not have.
+    """
+    labels = real_labels() if path is None else read_real_labels(path)
+    where, names = path or "imagenet-real", imagenet_synsets()
+    if set(classes) == set(names):  # in any order
+        places = {name: i for i, name in enumerate(classes)}
+        order = [places[name] for name in names]
+    else:
+        order = list(range(len(classes)))
+    for number, row in enumerate(labels, 1):
+        if row and max(row) >= len(order):
+            raise ValueError(f"{where}: image {number} has label {max(row)}, the model {len(order)} classes")
+    return [[order[label] for label in row] for row in labels]
 
 
 def read_real_labels(path: Path) -> list[list[int]]:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arm_cli.show import echo, print_json
+from arm_cli.show import echo, print_json, print_table
 
 if TYPE_CHECKING:
+    from arm_cli.evaluation_job import DataSet
     from arm_cli.opening import Opened
     from arm_core.data.sources import ImageSource
     from arm_core.training.evaluation import Evaluation
@@ -22,6 +23,8 @@ MISTAKES = 24
 """Number of the most confident mistakes on the page."""
 PICTURE = 640
 """Side of the confusion picture, pixels."""
+FEW_CLASSES = 20
+"""Most classes whose table is printed in the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class Measured:
         """Human-readable name of a class."""
         names = self.opened.class_names or self.source.classes
         return names[label] if len(names) == len(self.source.classes) else self.source.classes[label]
+
+
+Corruptions = Mapping[str, Sequence[Measured]]
+"""Evaluations by corruption, one for each severity."""
 
 
 def report(measured: Measured, *, as_json: bool, page: str | None) -> None:
@@ -77,6 +84,21 @@ def report(measured: Measured, *, as_json: bool, page: str | None) -> None:
     words = [f"{measured.name(true)} as {measured.name(other)} ({count})" for true, other, count in worst]
     if words:
         echo(f"most frequent confusions: {', '.join(words)}")
+    if len(measured.source.classes) <= FEW_CLASSES:
+        print_table(("class", "images", "top-1"), _class_rows(measured))
+
+
+def _class_rows(measured: Measured) -> list[tuple[str, str, str]]:
+    """Name, images and accuracy of each class with images, in the order of the classes."""
+    from arm_core.training.predictions import per_class
+
+    assert measured.predictions is not None
+    counts = per_class(measured.predictions, len(measured.source.classes))
+    return [
+        (measured.name(label), str(images), f"{100 * correct / images:.1f} %")
+        for label, (images, correct) in enumerate(counts)
+        if images
+    ]
 
 
 def _as_data(measured: Measured) -> dict[str, Any]:
@@ -116,26 +138,16 @@ def _as_data(measured: Measured) -> dict[str, Any]:
     return result
 
 
-def report_corruptions(found: Mapping[str, Sequence[Measured]], *, as_json: bool) -> None:
+def report_corruptions(found: Corruptions, *, as_json: bool) -> None:
     """Print the errors by corruption and severity, and their mean relative to AlexNet's."""
-    from arm_cli.show import print_table
     from arm_core.training.robustness import ALEXNET_ERRORS, SEVERITIES, mean_corruption_error
 
-    errors = {name: [1 - (one.evaluation.top1 or 0.0) for one in row] for name, row in found.items()}
+    if as_json:
+        print_json(_corruptions_as_data(found))
+        return
+    errors = _errors(found)
     mean = mean_corruption_error(errors)
     complete = set(errors) == set(ALEXNET_ERRORS)
-    if as_json:
-        first = next(iter(found.values()))[0]
-        print_json(
-            {
-                "model": str(first.opened.folder),
-                "mean_corruption_error": mean,
-                "corruptions": len(errors),
-                "errors": errors,
-                "protocol": _as_data(first)["protocol"],
-            }
-        )
-        return
     rows = [
         (name, *(f"{100 * error:.1f}" for error in row), f"{100 * mean_corruption_error({name: row}):.1f}")
         for name, row in errors.items()
@@ -147,6 +159,56 @@ def report_corruptions(found: Mapping[str, Sequence[Measured]], *, as_json: bool
         else f" of {len(errors)} corruptions; the published measure takes {len(ALEXNET_ERRORS)}"
     )
     echo(f"mean corruption error {100 * mean:.2f} %{of}")
+
+
+def _errors(found: Corruptions) -> dict[str, list[float]]:
+    return {name: [1 - (one.evaluation.top1 or 0.0) for one in row] for name, row in found.items()}
+
+
+def _corruptions_as_data(found: Corruptions) -> dict[str, Any]:
+    from arm_core.training.robustness import mean_corruption_error
+
+    errors, first = _errors(found), next(iter(found.values()))[0]
+    return {
+        "model": str(first.opened.folder),
+        "mean_corruption_error": mean_corruption_error(errors),
+        "corruptions": len(errors),
+        "errors": errors,
+        "protocol": _as_data(first)["protocol"],
+    }
+
+
+def report_sets(results: Sequence[tuple[DataSet, Measured | Corruptions]], *, as_json: bool) -> None:
+    """Print a table with one row per set."""
+    if as_json:
+        sets = []
+        for one, found in results:
+            row = _as_data(found) if isinstance(found, Measured) else _corruptions_as_data(found)
+            sets.append({"set": one.name, **row})
+        print_json({"model": sets[0]["model"], "sets": sets})
+        return
+    head = ("set", "images", "measure", "value", "95 % interval", "top-5")
+    print_table(head, [(one.name, *_summary(found)) for one, found in results])
+
+
+def _summary(found: Measured | Corruptions) -> tuple[str, ...]:
+    """Images, measure, value, interval and top-5 accuracy of a set."""
+    from arm_core.training.predictions import interval
+    from arm_core.training.robustness import ALEXNET_ERRORS, mean_corruption_error
+
+    if not isinstance(found, Measured):
+        images = sum(part.evaluation.images for row in found.values() for part in row)
+        error = mean_corruption_error(_errors(found))
+        part_of = "" if len(found) == len(ALEXNET_ERRORS) else f" {len(found)}/{len(ALEXNET_ERRORS)}"
+        return str(images), f"mCE{part_of}", f"{100 * error:.2f} %", "", ""
+    result = found.evaluation
+    if result.top1 is None or result.top5 is None:
+        return str(result.images), "loss", f"{result.loss:.4f}", "", ""
+    part, images, measure, five = result.top1, result.images, "top-1", f"{100 * result.top5:.2f} %"
+    if (real := found.real_correct) is not None:
+        part, images, measure, five = sum(real) / len(real), len(real), "ReaL", ""
+    low, high = interval(part, images)
+    return str(images), measure, f"{100 * part:.2f} %", f"{100 * low:.2f} to {100 * high:.2f}", five
 
 
 STYLE = """

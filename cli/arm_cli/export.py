@@ -224,7 +224,7 @@ def _read(data: str, opened: Opened, limit: int) -> tuple[list[Pixels], list[int
     """Decoded images, evenly spaced, and their labels if the model has classes."""
     import numpy as np
 
-    from arm_cli.evaluate import open_data
+    from arm_cli.evaluation_job import open_data
     from arm_core.data.decode import decode
     from arm_core.model.spec import ClassifierSpec
 

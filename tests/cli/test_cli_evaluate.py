@@ -111,6 +111,47 @@ def test_the_page_shows_confusions_and_mistakes_with_names_escaped(place: Path) 
     assert "most frequent confusions: " in result.stdout
 
 
+def test_few_classes_are_printed_as_a_table(place: Path) -> None:
+    values, labels = logits(place, EvalTransform())
+    lines = [line.strip() for line in arm("evaluate", "model", "--data", "data").stdout.splitlines()]
+    for label, name in enumerate(CLASSES):
+        right = (values.argmax(-1) == labels)[labels == label]
+        (line,) = [line for line in lines if line.startswith(name) and line.endswith("%")]
+        assert line.split()[1:] == [str(len(right)), f"{100 * right.mean():.1f}", "%"]
+
+
+def test_an_interrupted_call_continues_when_it_is_repeated(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arm_core.training import evaluation
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    words = ("evaluate", "model", "--data", "data", "--batch-size", 3)
+    whole = json.loads(arm(*words, "--json").stdout)
+    counts, before = [], evaluation.classes_before
+
+    def interrupting(*arguments):
+        counts.append(1)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return before(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "classes_before", interrupting)
+        stopped = arm(*words, "--json")
+    assert stopped.exit_code != 0
+    assert "repeat the command to continue" in stopped.stderr
+    other = arm(*words[:-1], 2, "--json")
+    assert "continues" not in other.stderr  # another protocol
+    again = arm(*words, "--json")
+    assert "data: continues after 6 images" in again.stderr
+    found = json.loads(again.stdout)
+    for result in (whole, found):
+        del result["images_per_s"]
+    assert found == whole
+    assert "continues" not in arm(*words, "--json").stderr
+
+
 def test_any_format_of_images_is_evaluated(place: Path) -> None:
     rows = [f"{name}/{path.name},{name}" for name in CLASSES for path in (place / "data" / name).iterdir()]
     (place / "data" / "list.csv").write_text("path,label\n" + "\n".join(rows) + "\n")

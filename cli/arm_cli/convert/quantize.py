@@ -48,7 +48,7 @@ def quantize(
     """
     from pathlib import Path
 
-    from arm_cli.evaluate import DIGITS
+    from arm_cli.evaluation_job import DIGITS
     from arm_convert.quantize import quantize_model
     from arm_core.files.metadata import with_history
 
@@ -92,7 +92,7 @@ def _report_change(
 
 
 def _accuracy(runner: Engine, out: str, data: str) -> float:
-    from arm_cli.evaluate import open_data
+    from arm_cli.evaluation_job import open_data
     from arm_cli.opening import open_model
     from arm_cli.progress import ProgressBar
     from arm_core.data.loader import EvalLoader
