@@ -40,6 +40,11 @@ NOISE_IMAGES = 4
 @click.option("--quantize", type=click.Choice(("int8",)), help="int8 weights of the matrix products.")
 @click.option("--opset", type=int, help="ONNX operator set.  [default: 18]")
 @click.option("--preprocess", is_flag=True, help="Accept uint8 images; resize, crop and normalize inside.")
+@click.option("--scan", type=click.Choice(("portable", "cpu")), default="portable", show_default=True,
+              help="Scan of a .pt2 file: torch operators, or the kernel of this package.")  # fmt: skip
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile a .pt2 file with AOTInductor for this CPU."
+)
 @click.option("--runtime", metavar="FOLDER", help="An unpacked onnxruntime-web package, for a web page.")
 @click.option("--draw", is_flag=True, help="Make a page for drawing, instead of photos and the camera.")
 @click.option("--title", help="Heading of a web page.")
@@ -111,6 +116,8 @@ def _format(name: str, to: str | None) -> str:
 
 def _write(kind: str, opened: Opened, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the file; returns facts for the report."""
+    if kind != "torch" and (settings["compiled"] or settings["scan"] != "portable"):
+        raise ValueError(f"--compile and --scan are for .pt2 files, found {path.name}")
     match kind:
         case "onnx":
             return _write_onnx(opened, path, settings)
@@ -167,6 +174,7 @@ def _write_program(opened: Opened, path: Path, settings: dict[str, Any]) -> dict
     nodes = _torch().write_program(
         opened.spec, opened.parameters, path,
         features=settings["features"], dynamic_batch=settings["dynamic_batch"], force=settings["force"],
+        scan=settings["scan"], compiled=settings["compiled"],
     )  # fmt: skip
     return {"nodes": nodes}
 

@@ -42,11 +42,12 @@ NOT_RUN = {
     "arm convert push": "needs a network; tests/convert/test_convert_hub.py runs it with a local hub",
     "arm convert import hf://": "needs a network; tests/convert/test_convert_hub.py runs it with a local hub",
     "arm convert import checkpoint-1600.pth runs/official": "tests/convert/test_convert_run.py imports one",
+    "arm export MODEL compiled.pt2 --compile": "compiles for a minute; tests/export/test_program.py runs it",
     "arm pretrain --resume runs/official": "trains for days; tests/convert/test_convert_run.py resumes one",
 }  # fmt: skip
 """Commands that are not run, by their first words, and why."""
 
-TEXT = ("program = ", "photos/", "options:", "u   = ", "o_t = ", "I_k[")
+TEXT = ("photos/", "options:", "u   = ", "o_t = ", "I_k[")
 """First words of blocks that are neither shell nor Python: folders, options of the page, formulas."""
 
 SHORT = {

@@ -104,6 +104,8 @@ def test_an_existing_file_is_only_replaced_with_force(tmp_path, model):
         (["MODEL", "a.mlpackage"], "Core ML"),
         (["MODEL", "a.pt2", "--quantize", "int8"], "--quantize is for ONNX files"),
         (["MODEL", "a.pt2", "--precision", "float16"], "--precision float16 is for ONNX files"),
+        (["MODEL", "a.onnx", "--compile"], "--compile and --scan are for .pt2 files, found a.onnx"),
+        (["MODEL", "a.onnx", "--scan", "cpu"], "--compile and --scan are for .pt2 files"),
         (["MODEL", "--check", "missing.pt2"], "missing.pt2: no such file"),
     ],
 )

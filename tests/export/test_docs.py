@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx
 
 TEXT = (Path(__file__).parents[2] / "docs/export.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 @pytest.fixture
@@ -44,6 +46,22 @@ def test_the_torch_example_gives_logits(folder):
     assert arm("export", "MODEL", "model.pt2", "--no-check").exit_code == 0
     given: dict = {}
     exec(EXAMPLES[1], given)
+    assert given["logits"].shape == (1, 3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        pytest.param(2, ("compiled.pt2", "--compile"), marks=[needs_compiler, pytest.mark.slow]),
+        (3, ("fast.pt2", "--scan", "cpu")),
+    ],
+)
+def test_the_other_torch_examples_give_logits(folder, number, words):
+    pytest.importorskip("torch", reason="needs torch")
+    assert arm("export", "MODEL", *words, "--no-check").exit_code == 0
+    given: dict = {}
+    exec(EXAMPLES[number], given)
     assert given["logits"].shape == (1, 3)
 
 

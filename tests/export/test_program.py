@@ -1,6 +1,7 @@
 """Programs of torch.export against the float64 reference, loaded with and without this package."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,14 @@ from test_onnx import FLOAT32, TINY, difference, noisy_parameters, normal_images
 from arm_core.files.model_folder import write_model
 from arm_core.files.safetensors import as_tensors
 from arm_core.model.reference.model import forward
-from arm_core.model.spec import DIRECTIONS, ClassifierSpec
+from arm_core.model.spec import DIRECTIONS, ClassifierSpec, EncoderSpec
 
 torch = pytest.importorskip("torch", reason="needs torch")
 
-from arm_cuda.program import ProgramFile, write_program  # noqa: E402
+from torch._inductor.exc import InvalidCxxCompiler  # noqa: E402
+
+from arm_cuda.program import write_program  # noqa: E402
+from arm_cuda.program_file import ProgramFile  # noqa: E402
 from arm_cuda.scan import IMPLEMENTATIONS  # noqa: E402
 
 pytestmark = [
@@ -79,6 +83,56 @@ def test_a_program_loads_where_only_torch_is_imported(tmp_path, fresh_python):
     assert out.strip() == "[]"
     expected = forward(spec, parameters, images)["features"]
     assert difference(np.load(tmp_path / "features.npy"), expected) < FLOAT32
+
+
+def test_a_program_of_registered_operators_needs_them_and_computes_the_reference(tmp_path, fresh_python):
+    spec, out = classifier(image_size=(24, 24)), tmp_path / "model.pt2"
+    parameters, images = noisy_parameters(spec), normal_images(spec, 3)
+    assert write_program(spec, parameters, out, dynamic_batch=True, scan="cpu") < 250
+    found = ProgramFile(out).run(images)["logits"]
+    assert difference(found, forward(spec, parameters, images)["logits"]) < FLOAT32
+    assert "arm_cuda.cpu_scan" in str(torch.export.load(out).graph)
+    code = f"import torch; torch.export.load({str(out)!r})"
+    failed = fresh_python(f"try:\n    {code}\nexcept Exception as error:\n    print(error)")
+    assert "error when deserializing" in failed
+    assert fresh_python(f"import arm_cuda.cpu_operators; {code}; print('loaded')").strip() == "loaded"
+    with pytest.raises(ValueError, match="scan of a program: expected portable or cpu, found 'triton'"):
+        write_program(spec, parameters, out, scan="triton", force=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiled_program_computes_the_reference_where_only_torch_is_imported(tmp_path, fresh_python):
+    encoder = EncoderSpec(width=16, depth=1, patch=8)
+    spec, out = ClassifierSpec(encoder=encoder, classes=3, image_size=(24, 24)), tmp_path / "model.pt2"
+    write_model(tmp_path / "model", spec, as_tensors(noisy_parameters(spec)), metadata={})
+    options = ("--backend", "torch", "--threads", 1)
+    result = arm("export", tmp_path / "model", out, "--compile", *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["comparison"]["differences"]["logits"] < FLOAT32
+    assert arm("export", "--check", out, tmp_path / "model", *options).exit_code == 0
+    done = fresh_python(
+        f"import sys, torch\nmodule = torch._inductor.aoti_load_package({str(out)!r})\n"
+        "print(module(torch.zeros(1, 3, 24, 24))[0].shape, [n for n in sys.modules if n.startswith('arm_')])"
+    )
+    assert done.strip() == "torch.Size([1, 3]) []"
+    content = out.read_bytes()
+    out.write_bytes(content.replace(b"aotinductor/model", b"aotinductor/x1234"))
+    with pytest.raises(ValueError, match="AOTInductor cannot load this file"):
+        ProgramFile(out)
+
+
+def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+
+    def fail():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fail)
+    encoder = EncoderSpec(width=16, depth=1, patch=8)
+    spec = ClassifierSpec(encoder=encoder, classes=3, image_size=(24, 24))
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler and found none"):
+        write_program(spec, noisy_parameters(spec), tmp_path / "model.pt2", compiled=True)
+    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_a_file_that_is_no_program_is_refused_by_name(tmp_path):

@@ -93,6 +93,6 @@ class TorchBackend:
 
     def open_program(self, path: Path) -> Any:
         """A .pt2 file as an `arm_convert.exported.ExportedFile`."""
-        from arm_cuda.program import ProgramFile
+        from arm_cuda.program_file import ProgramFile
 
         return ProgramFile(path)

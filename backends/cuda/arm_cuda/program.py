@@ -1,22 +1,20 @@
-"""A model as a program of torch.export (a .pt2 file) that loads with torch alone.
+"""A model as a program of torch.export (a .pt2 file), or compiled by AOTInductor.
 
-The recurrence is torch's own `scan` operator, so that the program names no operator of this package: one
-node for each layer instead of one for each token. Sizes: K directions, B images, L tokens, D channels,
+The recurrence is torch's own `scan` operator, so that the program loads with torch alone: one node for each
+layer instead of one for each token. Alternatively it is the registered operator of this package, which is
+faster and needs the package where the program is loaded. Sizes: K directions, B images, L tokens, D channels,
 N states, W convolution width.
 """
 
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
@@ -26,12 +24,15 @@ from arm_core.engine.protocol import Array
 from arm_core.engine.scans import Implementation
 from arm_core.files.atomic import new_file
 from arm_core.model.parameters import check_parameters
-from arm_core.model.spec import ModelSpec, PretrainSpec, from_json, to_json
+from arm_core.model.spec import ModelSpec, PretrainSpec, to_json
+from arm_cuda import cpu_operators  # registers them  # noqa: F401
 from arm_cuda.model import build_model
+from arm_cuda.program_file import OUTPUTS, SPEC, compile_program, require_compiler
 from arm_cuda.scan import IMPLEMENTATIONS
 
-PORTABLE = "portable"
-"""Name of the scan below while a program is made; it has no gradients and is not offered by `--scan`."""
+PORTABLE, REGISTERED = "portable", "cpu"
+"""Scans of a program: the one below, which has no gradients and is only used in programs, and the operators
+of `arm_cuda.cpu_operators`."""
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
@@ -100,21 +101,30 @@ def write_program(
     *,
     features: bool = False,
     dynamic_batch: bool = False,
+    scan: str = PORTABLE,
+    compiled: bool = False,
     force: bool = False,
 ) -> int:
     """Write a program that takes `pixel_values` (B, channels, H, W), normalised float32.
 
-    It returns a tuple: a classifier's logits, or with `features` its features; a pretraining model's
-    decoder_input. Returns the number of nodes, bodies of scans included.
+    The program returns a tuple: a classifier's logits, or with `features` its features; a pretraining model's
+    decoder_input.
+    scan: `PORTABLE` or `REGISTERED`.  compiled: write a package of AOTInductor, machine code for this kind of
+        CPU, instead of a program.
+    Returns the number of nodes, bodies of scans included.
     Raises ValueError for parameters that are not the spec's, a pretraining model without `features`, and
-    an existing file unless `force`.
+    an existing file unless `force`, an unknown scan, and if no C++ compiler is found for `compiled`.
     """
+    if scan not in (PORTABLE, REGISTERED):
+        raise ValueError(f"scan of a program: expected {PORTABLE} or {REGISTERED}, found {scan!r}")
     check_parameters(spec, parameters)
     if isinstance(spec, PretrainSpec) and not features:
         raise ValueError("a pretraining model has no classes; pass --features to export its encoder")
+    if compiled:
+        require_compiler()
     name = "decoder_input" if isinstance(spec, PretrainSpec) else "features" if features else "logits"
     with _portable(), torch.no_grad():
-        model = build_model(spec, PORTABLE, torch.device("cpu"))
+        model = build_model(spec, scan, torch.device("cpu"))
         model.load_state_dict({n: torch.from_numpy(np.asarray(a, np.float32)) for n, a in parameters.items()})
         height, width = spec.image_size
         # Two images: torch.export takes a batch of one for a size that is always 1.
@@ -122,41 +132,12 @@ def write_program(
         sizes = {0: torch.export.Dim("batch", min=1)} if dynamic_batch else None
         module = _Outputs(model, (name,)).eval()
         program = torch.export.export(module, (example,), dynamic_shapes=(sizes,))
-    strings = {"spec": json.dumps(to_json(spec)), "outputs": json.dumps([name])}
+    strings = {SPEC: json.dumps(to_json(spec)), OUTPUTS: json.dumps([name])}
     with new_file(path, force=force) as draft, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        with draft.open("wb") as file:
-            torch.export.save(program, file, extra_files=strings)
+        if compiled:
+            compile_program(program, draft, strings)
+        else:
+            with draft.open("wb") as file:
+                torch.export.save(program, file, extra_files=strings)
     return sum(len(graph.graph.nodes) for graph in program.graph_module.modules() if hasattr(graph, "graph"))
-
-
-class ProgramFile:
-    """A .pt2 file of `write_program`, opened as `arm_convert.exported.ExportedFile`."""
-
-    raw_pixels = False
-    precision = "float32"
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        strings: dict[str, Any] = {"spec": "", "outputs": ""}
-        began = time.perf_counter()
-        try:
-            with path.open("rb") as file:
-                self._module = torch.export.load(file, extra_files=strings).module()
-        except Exception as error:  # whatever a damaged archive raises
-            raise ValueError(f"{path}: torch.export cannot load this file ({error})") from error
-        if not strings["spec"]:
-            raise ValueError(f"{path}: holds no model specification; expected a file of `arm export`")
-        self.path = path
-        self.spec = from_json(json.loads(strings["spec"]))
-        self.outputs: tuple[str, ...] = tuple(json.loads(strings["outputs"]))
-        seconds = time.perf_counter() - began
-        self.facts: dict[str, Any] = {"bytes": path.stat().st_size, "load_seconds": seconds}
-
-    def run(self, images: npt.NDArray[Any]) -> dict[str, Array]:
-        """images: (B, H, W, 3), normalised float32."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        with torch.no_grad():
-            results = self._module(pixels)
-        return {name: result.numpy() for name, result in zip(self.outputs, results, strict=True)}
