@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from arm_cli.demo.report.demonstration import Comparison, verdict
+from arm_cli.demo.report.contents import Comparison
+from arm_cli.demo.report.demonstration import summary, verdict
 from arm_cli.main import main
 from arm_core.recipe import recipe as recipes
 
@@ -42,14 +43,24 @@ def test_the_demo_runs_every_stage_and_writes_a_report(short_recipes, no_browser
     assert {path.name for path in folder.iterdir()} == {
         "report.html",
         "pretrain",
-        *(f"{arm}-{n}-labels-seed-0" for arm in ("pretrained", "from-scratch") for n in (20, 50)),
+        "members",
+        "digits",
+        *(f"{arm}-{n}-labels-seed-0" for arm in ("pretrained", "from-scratch") for n in (10, 20)),
     }
     assert "skipped: a web page needs onnxruntime-web, which this installation does not" in result.output
     text = (folder / "report.html").read_text()
     shown = re.search(r"20 labels per class, from scratch: ([\d.]+) % after 4 steps", result.output)
     assert shown
     assert re.search(rf"<td>20</td><td>from scratch</td><td>[\d.]+</td><td>{shown[1]}</td>", text)
-    assert text.count('alt="prediction"') == 12
+    assert text.count('alt="seen so far, predicted, truth, error"') == 6
+    assert re.search(r"<title>ARM in (\d+ minutes? ?)?(\d+ seconds)?</title>", text)
+    assert "--eval-data VAL" in text
+    command = re.search(r"To classify images: arm (predict .*)", result.output)
+    assert command
+    assert command[1] in text
+    answer = CliRunner().invoke(main, [*command[1].split(), "--device", "cpu"], catch_exceptions=False)
+    assert answer.exit_code == 0
+    assert len(re.findall(r"digits/\d+-is-\d.png: \d", answer.output)) == 20
 
 
 def comparison(first, second):
@@ -61,9 +72,20 @@ def comparison(first, second):
 
 def test_the_verdict_claims_no_more_than_the_seeds_show():
     text = verdict([comparison([60.0, 70.0], [40.0, 50.0])])
-    assert "pretrained is 20.0 points ahead of from scratch, and each of its seeds is better" in text
-    assert "against nearest neighbour on raw pixels it is 5.0 points behind" in text
-    assert "but the seeds overlap" in verdict([comparison([60.0, 70.0], [40.0, 65.0])])
+    assert "pretrained is 20.0 points (95 % interval ± 0.0) ahead of from scratch" in text
+    assert "5.0 points (95 % interval ± 63.5; undecided) behind nearest neighbour on raw pixels" in text
+    assert "undecided) ahead of from scratch" in verdict([comparison([60.0, 70.0], [40.0, 65.0])])
     lost = verdict([comparison([60.0, 61.0], [80.0, 81.0])])
-    assert "from scratch is 20.0 points ahead of pretrained" in lost
-    assert "10.5 points ahead" in lost
+    assert "20.0 points (95 % interval ± 0.0) behind from scratch" in lost
+
+
+def test_the_verdict_says_when_more_labels_do_not_help():
+    fewer, more = comparison([70.0, 72.0], [40.0, 50.0]), comparison([60.0, 62.0], [40.0, 50.0])
+    assert "pretrained loses 10.0 points" in verdict([fewer, more])
+    assert "pretrained gains 10.0 points" in verdict([more, fewer])
+
+
+def test_the_first_sentence_states_the_means():
+    text = summary(comparison([60.0, 70.0], [40.0, 50.0]))
+    assert "from 5 labelled examples of each digit to read 65 % of new digits" in text
+    assert "it reads 45 % after the same training; nearest neighbour on raw pixels reads 70 %" in text

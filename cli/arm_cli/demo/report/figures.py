@@ -131,3 +131,31 @@ def points_figure(
     if any(points.label for points in series):
         figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower center", ncols=2)
     return _svg(figure, title)
+
+
+def plane_figure(
+    points: npt.NDArray[np.floating],
+    labels: npt.NDArray[np.integer],
+    *,
+    title: str,
+    width: float = 3.6,
+    height: float = 3.6,
+) -> str:
+    """Points (N, 2) as the digits of their labels (N,), SVG."""
+    figure, axes = _figure(width, height)
+    colours = _colours(10)
+    for x, y, label in zip(*points.T, labels, strict=True):
+        axes.text(x, y, str(label), color=colours[int(label) % 10], fontsize=6, ha="center", va="center")
+    low, high = points.min(0), points.max(0)
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(low[1], high[1])
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, color=INK, fontsize=9)
+    return _svg(figure, title)
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab10"](i) for i in range(count)]

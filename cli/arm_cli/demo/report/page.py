@@ -17,7 +17,7 @@ p { max-width: 46rem; }
 .lead { font-size: 1.1rem; color: #445; }
 .caption { font-size: .88rem; color: #556; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-.row > svg { flex: 1 1 24rem; max-width: 100%; height: auto; }
+.row > svg { flex: 1 1 18rem; max-width: 100%; height: auto; }
 figure > svg { max-width: 100%; height: auto; }
 figure { margin: 0; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
@@ -25,8 +25,11 @@ th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px sol
 th { font-weight: 600; }
 pre { background: #f0f1f5; padding: .9rem 1.1rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.1rem; }
-.pair { display: flex; gap: 4px; }
-.pair img { width: 96px; image-rendering: pixelated; border-radius: 3px; }
+figure > img, .pictures img { max-width: 100%; height: auto; }
+.gallery { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
+.gallery figure { width: 5.4rem; font-size: .8rem; line-height: 1.3; }
+.gallery img { width: 72px; image-rendering: pixelated; border-bottom: 4px solid #3d8b40; }
+.gallery .wrong img { border-color: #c4501b; }
 footer { margin-top: 3rem; font-size: .85rem; color: #667; }
 """
 
@@ -47,13 +50,24 @@ class Page:
         """SVG texts side by side, with a caption below."""
         self._body.append(f'<figure><div class="row">{"".join(svgs)}</div>{_caption(caption)}</figure>')
 
-    def picture_pairs(self, pairs: Iterable[tuple[str, str]], caption: str) -> None:
-        """Pairs of data URIs, shown enlarged and next to each other."""
-        shown = "".join(
-            f'<div class="pair"><img src="{a}" alt="image"><img src="{b}" alt="prediction"></div>'
-            for a, b in pairs
-        )
+    def picture(self, uri: str, description: str, caption: str) -> None:
+        """One picture, given as a data URI."""
+        shown = f'<img src="{uri}" alt="{html.escape(description)}">'
+        self._body.append(f"<figure>{shown}{_caption(caption)}</figure>")
+
+    def pictures(self, uris: Iterable[str], description: str, caption: str) -> None:
+        """Pictures side by side, given as data URIs."""
+        shown = "".join(f'<img src="{uri}" alt="{html.escape(description)}">' for uri in uris)
         self._body.append(f'<figure><div class="pictures">{shown}</div>{_caption(caption)}</figure>')
+
+    def gallery(self, answers: Iterable[tuple[str, str, bool]]) -> None:
+        """Pictures as data URIs with a text below each, and whether the text is right."""
+        shown = "".join(
+            f'<figure class="{"right" if right else "wrong"}"><img src="{uri}" alt="image">'
+            f"<figcaption>{html.escape(text)}</figcaption></figure>"
+            for uri, text, right in answers
+        )
+        self._body.append(f'<div class="gallery">{shown}</div>')
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> None:
         def cells(tag: str, values: Iterable[object]) -> str:
