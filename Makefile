@@ -11,11 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: help docs demo test test-cuda test-cuda-sanitizer lint bench-cuda bench-metal browser-runtime clean
+.PHONY: help docs demo reproduce test test-cuda test-cuda-sanitizer lint bench-cuda bench-metal browser-runtime clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
+	@echo "make reproduce   test the findings of the paper on digits, with intervals over 5 seeds (25 minutes)"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
 	@echo "make docs   build the documentation's site in site/"
 	@echo "make lint   only ruff and mypy"
@@ -27,6 +28,10 @@ help:
 	@echo "make clean  remove .venv and the caches"
 	@echo
 	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo, pytest or the benchmark)"
+
+# About 25 minutes on 2 CPU cores. The folder `reproduction` holds the runs; the same command resumes.
+reproduce: $(VENV)/reproduce.installed
+	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 demo: $(VENV)/demo.installed
 	$(BIN)/arm demo $(ARGS)
@@ -101,6 +106,10 @@ $(VENV)/pyvenv.cfg:
 # build, so that the demo can compare the two.
 $(VENV)/demo.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
 	$(INSTALL) '.[mlx,onnx]'
+	@touch $@
+
+$(VENV)/reproduce.installed: pyproject.toml constraints.txt $(VENV)/pyvenv.cfg
+	$(INSTALL) '.[probe]'
 	@touch $@
 
 # The development extra contains everything that the demo needs.

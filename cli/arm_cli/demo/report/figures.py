@@ -62,7 +62,13 @@ def loss_figure(
 
 
 def accuracy_figure(
-    curves: Sequence[Curve], lines: dict[str, float], *, title: str, width: float = 5.2, height: float = 3.4
+    curves: Sequence[Curve],
+    lines: dict[str, float],
+    *,
+    title: str,
+    axis: str = "finetuning step",
+    width: float = 5.2,
+    height: float = 3.4,
 ) -> str:
     """Accuracy in percent against steps, SVG: mean over the runs, band from lowest to highest run.
 
@@ -80,7 +86,7 @@ def accuracy_figure(
         axes.axhline(value, color=INK, linewidth=1, linestyle=style, label=label)
     axes.set_ylim(0, 100)
     axes.set_title(title, color=INK, fontsize=10)
-    axes.set_xlabel("finetuning step", color=INK, fontsize=9)
+    axes.set_xlabel(axis, color=INK, fontsize=9)
     axes.set_ylabel("test accuracy, %", color=INK, fontsize=9)
     figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower center", ncols=2)
     return _svg(figure, title)
