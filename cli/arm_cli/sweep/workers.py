@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ class _Worker:
         context = get_context("spawn")
         self.events, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_work, args=(theirs, *task), daemon=True)
+        resource_tracker.ensure_running()  # starting it would unblock the signals in the next block
         with _interrupts_blocked():
             self.process.start()
         theirs.close()
