@@ -7,13 +7,13 @@ the mean of the image). The others only change by weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
-from arm_core.engine.protocol import Array, Batch, Compile, Images, StepResult, TrainingState
+from arm_core.engine.protocol import Array, Batch, Compile, Images, StepResult, StepStopped, TrainingState
 from arm_core.model.parameters import initial_parameters, parameter_table
 from arm_core.model.spec import ClassifierSpec, ModelSpec
 from arm_core.training.run_folder import RunFolder
@@ -90,10 +90,20 @@ class ToyEngine:
         return loss, {name: g.astype(np.float32) for name, g in grads.items()}
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        total_micro_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> ToyStep:
         self._poison = step in self.poisoned_steps
-        found = [self.loss_and_gradients(batch) for batch in batches]
+        found = []
+        for batch in batches:
+            if found and stop is not None and stop():
+                raise StepStopped
+            found.append(self.loss_and_gradients(batch))
         loss = float(np.mean([loss for loss, _ in found]))
         grads = {n: np.mean([g[n] for _, g in found], 0, dtype=np.float32) for n in self.trainable}
         norm = float(np.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in grads.values())))

@@ -7,7 +7,7 @@ can therefore be compared step by step, and a run can move between them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -123,6 +123,10 @@ class OutOfMemory(ValueError):  # noqa: N818
         super().__init__(words)
 
 
+class StepStopped(Exception):  # noqa: N818
+    """A training step ended between two micro-batches because `stop` requested it; the state is unchanged."""
+
+
 def check_towards(output: str, shapes: Mapping[str, tuple[int, ...]], towards: Array) -> None:
     """Check the arguments of `Engine.input_gradient` against the shapes of the outputs of `forward`."""
     if output not in shapes:
@@ -206,13 +210,21 @@ class Engine(Protocol):
         """
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        total_micro_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> PendingStep:
         """One AdamW update from the mean gradient of the micro-batches of all ranks.
 
         step: number of this update, from 1 (bias correction).  lr: before layer-wise scales.
         total_micro_batches: the sum over all ranks; None means len(batches). Ranks can have different
         numbers, each at least one. Loss and gradient norm are those of the whole update, on every rank.
+        stop: called before each micro-batch except the first; True raises StepStopped, and the state does not
+        change. For a job of one process.
         If the loss or the gradient norm is not finite, the state does not change.
         Raises ValueError if the engine was created for inference.
         """

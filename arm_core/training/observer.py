@@ -36,7 +36,7 @@ class Observer:
         """An evaluation has processed `images` of `total` images."""
 
     def saved(self, checkpoint: Path) -> None:
-        """A checkpoint was written."""
+        """A checkpoint is being written; it is on the disk before the next one, and when training ends."""
 
     def warned(self, sentence: str) -> None:
         """A sentence for the user."""

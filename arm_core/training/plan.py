@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -12,7 +12,7 @@ from fractions import Fraction
 from arm_core.data.bad_images import BadImages, OnBadImage
 from arm_core.data.loader import EvalBatch, EvalLoader, TrainBatches, TrainLoader
 from arm_core.data.sources import ImageSource
-from arm_core.engine.protocol import Batch
+from arm_core.engine.protocol import Batch, StepStopped
 from arm_core.engine.ranks import ALONE, Ranks
 from arm_core.model.drop_path import drop_path_scale
 from arm_core.model.spec import ClassifierSpec, ModelSpec
@@ -116,10 +116,20 @@ class Plan:
             bad=self.bad_images,
         )
 
-    def next_batches(self, loader: Iterator[Batch], position: int) -> list[Batch]:
-        """This rank's micro-batches of one update, with drop path; `loader` is at `position`."""
-        with _naming_failed_batches():
-            return [self._with_drop_path(next(loader), p) for p in self._own(position)]
+    def next_batches(
+        self, loader: Iterator[Batch], position: int, stop: Callable[[], bool] | None = None
+    ) -> list[Batch]:
+        """This rank's micro-batches of one update, with drop path; `loader` is at `position`.
+
+        stop: called before each of them; True raises StepStopped.
+        """
+        batches = []
+        for p in self._own(position):
+            if stop is not None and stop():
+                raise StepStopped
+            with _naming_failed_batches():
+                batches.append(self._with_drop_path(next(loader), p))
+        return batches
 
     def image_names(self, position: int) -> list[str]:
         """Names of the images of the update at `position`, of all ranks."""

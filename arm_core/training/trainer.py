@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +17,13 @@ from typing import Any
 from arm_core.data.decode import BadImage
 from arm_core.data.loader import EvalLoader
 from arm_core.data.sources import ImageSource
-from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep
+from arm_core.engine.protocol import Batch, Engine, OutOfMemory, PendingStep, StepStopped
 from arm_core.engine.ranks import ALONE, Ranks, StopTogether, confirm, lead, together
 from arm_core.recipe.recipe import fingerprint
 from arm_core.training.checkpoint import (
     FOLDER,
     Checkpoint,
     Progress,
-    prune,
-    save_checkpoint,
     saved_steps,
     step_name,
 )
@@ -36,6 +35,7 @@ from arm_core.training.plan import BatchFailed, Plan
 from arm_core.training.records import environment
 from arm_core.training.run_folder import RunFolder
 from arm_core.training.signals import StopOnSignal
+from arm_core.training.writer import CheckpointWriter
 
 
 class Trainer:
@@ -73,6 +73,7 @@ class Trainer:
         self._data = DataRecord(run, sources, accept=accept_changed_data, warn=self.observer.warned)
         self.plan = Plan(run.recipe, run.spec, train_source, ranks=ranks, known_bad=self._data.bad_images)
         self._eval_loader = None if eval_source is None else self.plan.eval_loader(eval_source)
+        self._writer = CheckpointWriter(run, self.plan)
 
         progress = run.resumed.progress if run.resumed else None
         self.step = progress.step if progress else 0
@@ -85,15 +86,18 @@ class Trainer:
         self._clock, self._clock_images = time.monotonic(), 0
 
     def train(self) -> Outcome:
-        """Train to the end, or until SIGINT, SIGTERM or SIGHUP: then finish the step and save.
+        """Train to the end, or until SIGINT, SIGTERM or SIGHUP: then save the last complete step.
 
+        A process that trains alone drops the step that it is in; several processes finish it.
         Raises NonFiniteError if a loss or gradient is not finite, BatchFailed if a batch cannot be made,
         PeerFailed if another process of the job ended, ValueError for corrupt data and for a batch that
         exceeds the device's memory, and OSError if the disk fails. The run keeps an intact checkpoint in
         each case.
         """
         lost: BatchFailed | OutOfMemory | None = None
-        with StopOnSignal(self.observer.warned) as noted:
+        with ExitStack() as stack:
+            stack.callback(self._writer.join)  # in any case: the run is locked until everything is written
+            noted = stack.enter_context(StopOnSignal(self.observer.warned))
             stop = StopTogether(self._ranks, lambda: noted.signal)
             self._begin()
             with self.plan.open(self._position, workers=self._recipe.data.workers) as loader:
@@ -106,6 +110,7 @@ class Trainer:
                     stop.asked()
             complete = self.step >= self.plan.total_steps and not self._owes_evaluation()
             checkpoint = self._save()
+            lead(self._ranks, self._writer.wait)
         if lost:
             raise self._interrupted(lost, saved=f"saved step {self.step}, ") from lost
         return self._outcome(checkpoint, None if complete else stop.signal)
@@ -115,7 +120,12 @@ class Trainer:
         if self.step and not stop.asked():
             self._evaluate_if_due(stop)  # the run may have been interrupted before the evaluation
         while self.step < self.plan.total_steps and not stop.asked():
-            self._take_step(loader)
+            try:
+                self._take_step(loader, stop)
+            except StepStopped:
+                break
+            if self._ranks.world == 1:
+                self._writer.check()
             if self.step % self._training.log_every == 0 or self.step == self.plan.total_steps:
                 self._log()
             if stop.asked():
@@ -144,11 +154,13 @@ class Trainer:
         if self._saved_step < 0:
             self._save()  # with the initial weights, so that a run that is killed early can be resumed
 
-    def _take_step(self, loader: Iterator[Batch]) -> None:
-        batches, total = self.plan.next_batches(loader, self._position), self._training.accumulation
+    def _take_step(self, loader: Iterator[Batch], stop: StopTogether) -> None:
+        # A job of several processes finishes its step: they ask one another between steps only.
+        asked = stop.asked if self._ranks.world == 1 else None
+        batches, total = self.plan.next_batches(loader, self._position, asked), self._training.accumulation
         step = self.step + 1
         lr = self.plan.lr(step)
-        pending = self.engine.train_step(batches, step=step, lr=lr, total_micro_batches=total)
+        pending = self.engine.train_step(batches, step=step, lr=lr, total_micro_batches=total, stop=asked)
         self._pending.append((step, pending))
         self.step, self._position = step, self._position + total
         self._clock_images += self._training.batch_size
@@ -214,7 +226,7 @@ class Trainer:
         row["score"] = score
         self._data.note(self.plan.bad_images, self._ranks)
         self.run.append_metrics(row)
-        lead(self._ranks, self._prune)  # the best checkpoint may have changed
+        lead(self._ranks, self._writer.prune)  # the best checkpoint may have changed
         self.observer.logged(row)
         self._reset_clock()
 
@@ -231,12 +243,8 @@ class Trainer:
             self.engine, batches, seen=seen, stop=stop.asked, ranks=self._ranks, rounds=loader.rounds
         )
 
-    def _best(self) -> dict[str, Any] | None:
-        rows = [row for row in self.run.metrics() if "score" in row]
-        return max(rows, key=lambda row: row["score"], default=None)
-
     def _save(self) -> Path:
-        """Save the current step, unless it is already saved, and remove old checkpoints."""
+        """Begin to save the current step, unless it is already saved; old checkpoints are removed then."""
         target = self.run.path / FOLDER / step_name(self.step)
         if self._saved_step == self.step:
             return target
@@ -256,33 +264,16 @@ class Trainer:
             metadata=self.plan.model_metadata(),
         )
         confirm(self._ranks, self.step)
-        lead(self._ranks, lambda: self._write(checkpoint, target))
+        lead(self._ranks, lambda: self._start_writing(checkpoint))
         self._saved_step = self.step
         self.observer.saved(target)
         self._reset_clock()
         return target
 
-    def _write(self, checkpoint: Checkpoint, target: Path) -> None:
+    def _start_writing(self, checkpoint: Checkpoint) -> None:
         if bad := first_bad_state(checkpoint.state):
             raise self._non_finite(self.step, "the state is not finite", bad)
-        try:
-            save_checkpoint(self.run.path, checkpoint)
-        except OSError as error:
-            if not self.run.path.is_dir():
-                raise OSError(
-                    f"{self.run.path}: the folder of the run was deleted during training"
-                ) from error
-            raise OSError(
-                f"{target}: cannot be written ({error.strerror or error}); earlier checkpoints are intact. "
-                f"Free some space, then resume with: {self.run.resume_command}"
-            ) from error
-        self._prune()
-
-    def _prune(self) -> None:
-        best = self._best()
-        kept = [step for step in saved_steps(self.run.path) if self.plan.kept(step)]
-        also = [self.step, *kept, *([best["step"]] if best else [])]
-        prune(self.run.path, keep=self._training.keep, also=also)
+        self._writer.start(checkpoint)
 
     def _reset_clock(self) -> None:
         self._clock, self._clock_images = time.monotonic(), 0
@@ -300,6 +291,7 @@ class Trainer:
     def _non_finite(self, step: int, what: str, cause: str | None) -> NonFiniteError:
         start = self._position - (self.step - step + 1) * self._training.accumulation
         names = self.plan.image_names(start)
+        self._writer.join()
         steps = saved_steps(self.run.path)
         last = self.run.path / FOLDER / step_name(steps[-1]) if steps else None
         return NonFiniteError(step, what, cause, names, last, self.run.resume_command)
@@ -328,7 +320,7 @@ class Trainer:
             checkpoint=checkpoint,
             signal=signal,
             message=message,
-            best=self._best(),
+            best=self._writer.best(),
         )
 
 

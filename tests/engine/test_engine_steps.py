@@ -12,7 +12,7 @@ import pytest
 import arm_cuda
 import arm_mlx
 from arm_core.engine.optimizer import CLIP_EPS, OptimizerSettings, parameter_groups
-from arm_core.engine.protocol import Batch, EngineOptions, Precision, TrainingState
+from arm_core.engine.protocol import Batch, EngineOptions, Precision, StepStopped, TrainingState
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.reference.model import forward, prediction_target, unfold_patches
 from arm_core.model.spec import (
@@ -148,6 +148,29 @@ def test_losses_are_computed_in_float32_from_bfloat16_outputs(
 
 
 # training steps
+
+
+def test_a_step_that_is_stopped_between_micro_batches_changes_nothing(
+    backend: Any, classifier_spec: ClassifierSpec
+) -> None:
+    settings = OptimizerSettings(ema_decay=0.5)
+    stopped, other = (make(backend, classifier_spec, optimizer=settings) for _ in range(2))
+    micro = [batch(classifier_spec, seed=seed) for seed in (0, 1, 2)]
+    calls: list[int] = []
+
+    def stop() -> bool:
+        calls.append(1)
+        return len(calls) == 2
+
+    with pytest.raises(StepStopped):
+        stopped.train_step(micro, step=1, lr=0.1, stop=stop)
+    assert len(calls) == 2
+    for engine in (stopped, other):
+        engine.train_step(micro, step=1, lr=0.1, stop=lambda: False).result()
+    found, expected = stopped.export_state(), other.export_state()
+    for kind in ("parameters", "exp_avg", "exp_avg_sq", "ema"):
+        for name, value in getattr(expected, kind).items():
+            assert getattr(found, kind)[name].tobytes() == value.tobytes(), f"{kind}/{name}"
 
 
 def test_a_layer_decay_of_0_freezes_all_but_the_last_norm_and_the_head(

@@ -53,7 +53,7 @@ class SharedToy(ToyEngine):
 
     ranks: ThreadRanks
 
-    def train_step(self, batches, *, step, lr, total_micro_batches=None):
+    def train_step(self, batches, *, step, lr, total_micro_batches=None, stop=None):
         self._poison = step in self.poisoned_steps and self.ranks.rank == 1
         share = dict.fromkeys(("loss", *self.trainable), 0.0)
         for batch in batches:
@@ -228,10 +228,10 @@ def test_a_run_resumes_with_any_number_of_ranks(tmp_path, whole):
         class Killed(SharedToy):
             last = until
 
-            def train_step(self, batches, *, step, lr, total_micro_batches=None):
-                if step > self.last:
+            def train_step(self, batches, **options):
+                if options["step"] > self.last:
                     raise KeyboardInterrupt
-                return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
+                return super().train_step(batches, **options)
 
         found = run_ranks(world, lambda ranks, cls=Killed: train(path, ranks, cls=cls))
         assert all(isinstance(end, KeyboardInterrupt) for end in found) == (until < 8), found
@@ -275,12 +275,12 @@ def test_a_value_that_is_not_finite_stops_all_ranks_and_names_the_tensor(tmp_pat
 
 
 def test_a_full_disk_ends_all_ranks(tmp_path, monkeypatch):
-    from arm_core.training import trainer
+    from arm_core.training import writer
 
     def full(run, checkpoint):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(writer, "save_checkpoint", full)
     found = run_ranks(3, lambda ranks: train(tmp_path, ranks))
     assert [type(error) for error in found] == [OSError, FailedElsewhere, FailedElsewhere]
     assert "cannot be written" in str(found[0])
@@ -315,10 +315,10 @@ def test_all_ranks_refuse_a_folder_with_the_message_of_rank_0(tmp_path, whole):
 
 def test_out_of_memory_loses_no_step_and_the_message_says_what_fits(tmp_path):
     class Full(SharedToy):
-        def train_step(self, batches, *, step, lr, total_micro_batches=None):
-            if step == 5:
+        def train_step(self, batches, **options):
+            if options["step"] == 5:
                 raise OutOfMemory("GPU", 8 << 30, batches[0].images.shape, fitting=1)
-            return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
+            return super().train_step(batches, **options)
 
     (error,) = run_ranks(1, lambda ranks: train(tmp_path, ranks, cls=Full))
     assert str(error) == (
@@ -353,5 +353,5 @@ def test_a_signal_ends_the_run_of_a_single_process(tmp_path):
 
 
 class AloneToy(SharedToy):
-    def train_step(self, batches, *, step, lr, total_micro_batches=None):
-        return ToyEngine.train_step(self, batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
+    def train_step(self, batches, **options):
+        return ToyEngine.train_step(self, batches, **options)

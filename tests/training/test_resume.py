@@ -87,12 +87,12 @@ def train(path: Path, backend: str, kill_at: int | None = None, pause: float = 0
         Trainer(run, make_engine(run, backend), TRAIN, HELD_OUT, observer=Killer(kill_at, pause)).train()
 
 
-def in_another_process(*args) -> multiprocessing.Process:
+def in_another_process(*args, target=None) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["toy_engine", "arm_core.training.trainer", "arm_core.training.run_folder"]
     )
-    process = context.Process(target=train, args=args)
+    process = context.Process(target=target or train, args=args)
     process.start()
     return process
 

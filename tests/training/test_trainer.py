@@ -148,9 +148,11 @@ def test_drop_path_masks_follow_from_seed_and_position(tmp_path, recipe):
     seen: list[Batch] = []
 
     class Watched(ToyEngine):
-        def train_step(self, batches, *, step, lr, total_micro_batches):
+        def train_step(self, batches, *, step, lr, total_micro_batches, stop):
             seen.extend(batches)
-            return super().train_step(batches, step=step, lr=lr, total_micro_batches=total_micro_batches)
+            return super().train_step(
+                batches, step=step, lr=lr, total_micro_batches=total_micro_batches, stop=stop
+            )
 
     with start_run(tmp_path, recipe, recipe.spec(4)) as run:
         Trainer(run, Watched(run.spec, state_of(run), run.recipe.optimizer), TRAIN).train()
@@ -356,10 +358,10 @@ def test_a_full_disk_is_reported_with_how_to_resume(tmp_path, recipe, monkeypatc
             raise OSError(28, "No space left on device")
         return save(run, checkpoint)
 
-    from arm_core.training import trainer
+    from arm_core.training import writer
 
-    save = trainer.save_checkpoint
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    save = writer.save_checkpoint
+    monkeypatch.setattr(writer, "save_checkpoint", full)
     with pytest.raises(OSError, match=r"step-00000010: cannot be written \(No space left.*resume with: arm"):
         train(tmp_path, recipe)
     assert saved_steps(tmp_path)[-1] == 5

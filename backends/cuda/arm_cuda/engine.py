@@ -26,6 +26,7 @@ from arm_core.engine.protocol import (
     OutOfMemory,
     Precision,
     StepResult,
+    StepStopped,
     TrainingState,
     check_towards,
 )
@@ -139,11 +140,17 @@ class TorchEngine:
         return loss.item() * self._ranks.world, gradients
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        total_micro_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> PendingStep:
         settings = required(self._settings)
         with self._computing(batches[0].images, training=True):
-            share = self._accumulate(batches, total_micro_batches or len(batches))
+            share = self._accumulate(batches, total_micro_batches or len(batches), stop)
             gradients = [
                 [self._placement.local(p.grad) for p in group.owners if p.grad is not None]
                 for group in self._groups
@@ -250,11 +257,16 @@ class TorchEngine:
             fitting = self._memory.fitting(self._available) if training else None
             raise OutOfMemory(self.device, self._available, images.shape, fitting=fitting) from error
 
-    def _accumulate(self, batches: Sequence[Batch], total: int) -> Tensor:
+    def _accumulate(
+        self, batches: Sequence[Batch], total: int, stop: Callable[[], bool] | None = None
+    ) -> Tensor:
         """Compute gradients of the mean loss over the `total` micro-batches; returns this rank's share."""
         share = torch.zeros((), device=self._device)
         passes = self._placement.passes(len(batches), total)
         for i in range(passes):
+            if i and stop is not None and stop():
+                self._forget_gradients()
+                raise StepStopped
             last = i == passes - 1
             # A rank with fewer micro-batches than others repeats one with weight 0.
             batch, weight = (batches[i], 1 / total) if i < len(batches) else (batches[-1], 0.0)

@@ -22,6 +22,7 @@ from arm_core.engine.protocol import (
     Images,
     Precision,
     StepResult,
+    StepStopped,
     TrainingState,
     check_towards,
 )
@@ -133,7 +134,13 @@ class MlxEngine:
             return to_float(loss), {name: to_numpy(gradients[name]) for name in self._trainable}
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, total_micro_batches: int | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        total_micro_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> PendingStep:
         self._refuse_quantized()
         settings = required(self._settings)
@@ -143,6 +150,8 @@ class MlxEngine:
             for batch in batches[:-1]:
                 loss, gradients = self._steps.micro_step(self._put(batch), share, loss, gradients)
                 mx.async_eval(loss, gradients)  # one micro-batch's graph at a time
+                if stop is not None and stop():
+                    raise StepStopped
             now = mx.array(rates(step, lr, settings))
             loss, norm = self._steps.finish(self._put(batches[-1]), share, loss, gradients, now)
             del gradients  # so that the update can reuse their memory
