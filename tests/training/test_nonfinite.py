@@ -40,7 +40,11 @@ def test_the_images_of_a_failed_step_are_listed(tmp_path, recipe):
 
 def test_a_failure_without_a_checkpoint_is_one_sentence(tmp_path, recipe):
     class Remover(Observer):
+        def started(self, trainer):
+            self.trainer = trainer
+
         def stepped(self, step, images):
+            self.trainer._writer.join()
             shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
 
     error = fail(tmp_path, recipe, observer=Remover(), poisoned_steps=frozenset(range(3, 16)))
