@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class HubImages(ListedSource):
         self._image = image
         self._starts = np.cumsum([0, *(part.rows for part in self._parts)]).tolist()
         self._lock, self._cache, self._cached = threading.Lock(), OrderedDict[int, Any](), 0
+        self._reading: dict[int, Future[Any]] = {}
         self._warn_of_large_groups(where, paths)
         known: tuple[str, ...] = ()
         numbers: Labels = np.full(len(names), UNLABELLED, np.int64)
@@ -140,12 +142,34 @@ class HubImages(ListedSource):
             if part in self._cache:
                 self._cache.move_to_end(part)
                 return self._cache[part]
-            column = self._tables[path].read_row_group(number, columns=[self._image])[0].combine_chunks()
+            reading = self._reading.get(part)
+            first = reading is None
+            if reading is None:
+                reading = self._reading[part] = Future()
+        if not first:
+            return reading.result()
+        try:
+            column = self._read_group(path, number)
+        except BaseException as error:
+            reading.set_exception(error)
+            with self._lock:
+                del self._reading[part]
+            raise
+        reading.set_result(column)
+        with self._lock:
+            del self._reading[part]
             self._cache[part] = column
             self._cached += column.nbytes
             while self._cached > CACHED_BYTES and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
-            return column
+        return column
+
+    def _read_group(self, path: Path, number: int) -> Any:
+        """The images of a group of rows; opens the file again, so that threads read at the same time."""
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(path, metadata=self._tables[path].metadata) as file:
+            return file.read_row_group(number, columns=[self._image])[0].combine_chunks()
 
     def where(self, index: int) -> str:
         part = bisect.bisect_right(self._starts, index) - 1

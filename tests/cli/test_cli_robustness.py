@@ -15,6 +15,7 @@ from test_cli_evaluate import SIZE
 from arm_cli.main import main
 from arm_core.data import EvalTransform, Item
 from arm_core.data.imagenet import imagenet_subset, imagenet_synsets, real_labels
+from arm_core.data.objectnet import ObjectNet
 from arm_core.files.model_folder import read_model, write_model
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.reference.model import forward
@@ -236,6 +237,10 @@ def test_objectnet_takes_any_of_a_classes_own_classes_for_right(tmp_path: Path) 
     right = [*np.isin(predicted[:4], (409, 530)), *(predicted[4:] == 954)]
     assert 0 < sum(right) < 8
     assert {409, 530} & set(predicted[:4].tolist())
+    source = ObjectNet(tmp_path / "objectnet", imagenet_synsets())
+    assert (len(source), source.names[4]) == (8, "clock/0.png")
+    with Image.open(files["clock"][0]) as inner:
+        np.testing.assert_array_equal(source.item(4).image, np.asarray(inner))
     found = evaluated(place, tmp_path / "objectnet", "--labels", "objectnet")
     assert (found["images"], found["top1"]) == (8, np.mean(right))
     (tmp_path / "objectnet/mappings/pytorch_to_imagenet_2012_id.json").unlink()

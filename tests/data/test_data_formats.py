@@ -6,8 +6,11 @@ import csv
 import io
 import json
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from arm_core.data.folder import ImageFolder
 from arm_core.data.identity import differences, identity
 from arm_core.data.opening import Format, absolute, expand, open_images, together
 from arm_core.data.pack import MANIFEST, PARTIAL, PackSettings, pack
+from arm_core.data.parquet import HubImages
 from arm_core.data.shards import cache_folder
 from arm_core.data.sources import ListedSource
 
@@ -309,6 +313,43 @@ def test_parquet_with_other_columns_names_them(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"x\.parquet: cannot be read"):
         open_images(tmp_path / "x.parquet")
+
+
+def test_threads_read_a_group_of_rows_once_and_other_groups_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": {"bytes": jpeg(i), "path": None}, "label": 0} for i in range(8)]
+    write_parquet(tmp_path / "x.parquet", rows, group=4)
+    source = open_images(tmp_path / "x.parquet")
+    assert isinstance(source, HubImages)
+    read, groups, both = HubImages._read_group, list[int](), threading.Barrier(2, timeout=20)
+
+    def reading(self: HubImages, path: Path, number: int) -> Any:
+        groups.append(number)
+        both.wait()  # fails unless the other group is read at the same time
+        return read(self, path, number)
+
+    monkeypatch.setattr(HubImages, "_read_group", reading)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(source.read, range(8)))
+    assert found == [row["image"]["bytes"] for row in rows]
+    assert sorted(groups) == [0, 1]
+
+
+def test_an_error_of_a_group_reaches_all_threads_and_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "x.parquet", [{"image": {"bytes": jpeg(0), "path": None}, "label": 0}])
+    source = open_images(tmp_path / "x.parquet")
+
+    def failing(self: HubImages, path: Path, number: int) -> Any:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HubImages, "_read_group", failing)
+        with pytest.raises(OSError, match="the disk is gone"):
+            source.read(0)
+    assert source.read(0) == jpeg(0)
 
 
 def test_parquet_of_the_test_split_has_no_labels(tmp_path: Path) -> None:
