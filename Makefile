@@ -58,7 +58,8 @@ test-cuda:
 	@$(WITH_CUDA_PYTHON); export PYTHONPATH; \
 	  $$p -c 'import xdist' 2>/dev/null && workers="-n 12"; \
 	  ARM_LONG_TESTS=1 $$p -m pytest -W default $$workers -m "not sanitizer" -k "not compiled_model_trains" \
-	  tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py $(ARGS)
+	  tests/cuda tests/torch_engine/test_torch_scan.py tests/torch_engine/test_torch_execution.py \
+	  tests/engine/test_golden_engines.py tests/engine/test_engine_steps.py $(ARGS)
 
 # The three tools run in parallel; each takes minutes.
 test-cuda-sanitizer:
@@ -68,6 +69,7 @@ test-cuda-sanitizer:
 
 # Peers are built from their sdists in peers/ (pip download --no-deps mamba-ssm causal-conv1d) if nvcc is installed.
 bench-cuda:
+	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_kernels.py --sweep
 	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_scan.py $(ARGS)
 	@$(WITH_CUDA_PYTHON) $$p benchmarks/cuda_step.py $(ARGS)
 

@@ -52,7 +52,7 @@ TOLERANCE = 4e-2
 
 
 SCAN = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z")
-OURS = {"triton": "Triton", "mamba-ssm": "mamba-ssm, grouped"}
+OURS = {"triton": "Triton", "cuda": "Triton, CUDA C++ backward", "mamba-ssm": "mamba-ssm, grouped"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,7 @@ class Way:
 WAYS = (
     Way(name="Triton", scan="triton"),
     Way(name="Triton, compiled blocks", scan="triton", compile=Compile.BLOCKS),
+    Way(name="CUDA C++ backward, compiled blocks", scan="cuda", compile=Compile.BLOCKS),
     Way(name="mamba-ssm, grouped", scan="mamba-ssm"),
     Way(name="official arrangement", scan="reference", arranged=officially_arranged),
     Way(name="torch loop", scan="reference"),

@@ -31,6 +31,7 @@ from arm_core.model.parameters import initial_parameters  # noqa: E402
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec  # noqa: E402
 from arm_cuda import scan as scans  # noqa: E402
 from arm_cuda.engine import TorchEngine  # noqa: E402
+from arm_cuda.nvrtc import launch as native  # noqa: E402
 
 # K, B, L, D, N, W: both shapes of the paper, 384 pixels, widths of the large and huge models.
 CASES = [
@@ -49,15 +50,27 @@ CURVE = 2e-3
 """Relative tolerance for the losses of two float32 runs: training amplifies rounding differences."""
 
 
+def usable(scan: str, *, states: int = 16) -> None:
+    """Skip if the scan cannot run here or does not take the state size."""
+    if reason := scans.scans("cuda")[scan]:
+        pytest.skip(reason)
+    if scan == "cuda" and states not in native.STATES:
+        pytest.skip(f"scan 'cuda' does not take {states} states")
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_full_sized_shapes_match_the_float64_loop(case: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scan", ["triton", "cuda"])
+def test_full_sized_shapes_match_the_float64_loop(
+    scan: str, case: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    usable(scan, states=case[4])
     for regime in REGIMES[:2] if dtype == torch.float32 else REGIMES[:1]:
         values = inputs(case, regime, dtype, "cuda")
         expected = run("reference", in_float64(values))
-        for name, found in run("triton", values).items():
+        for name, found in run(scan, values).items():
             assert_close(found, expected[name], name, FLOAT32 if dtype == torch.float32 else TOLERANCE[dtype])
 
 
@@ -157,10 +170,19 @@ def test_fifty_training_steps_follow_the_losses_of_the_cpu() -> None:
 
 
 @pytest.mark.gpu
+def test_a_native_backward_pass_gives_the_same_bits_twice() -> None:
+    usable("cuda")
+    first, second = (run("cuda", inputs(CASES[1], device="cuda")) for _ in range(2))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
-def test_compiled_blocks_follow_the_same_losses() -> None:
+@pytest.mark.parametrize("scan", ["triton", "cuda"])
+def test_compiled_blocks_follow_the_same_losses(scan: str) -> None:
+    usable(scan)
     expected = losses("cuda", "triton", 3, Compile.NONE)
-    found = losses("cuda", "triton", 3, Compile.BLOCKS)
+    found = losses("cuda", scan, 3, Compile.BLOCKS)
     np.testing.assert_allclose(found, expected, rtol=CURVE)
 
 
@@ -174,7 +196,9 @@ import torch
 from torch_scans import inputs, run
 for case in ((2, 1, 19, 33, 8, 4), (1, 1, 5, 40, 16, 3), (1, 1, 17, 3, 32, 4), (1, 2, 18, 32, 64, 2)):
     for dtype in (torch.float32, torch.bfloat16):
-        run("triton", inputs(case, dtype=dtype, device="cuda"))
+        for scan in ("triton", "cuda"):
+            if scan == "triton" or case[4] < 64:
+                run(scan, inputs(case, dtype=dtype, device="cuda"))
 torch.cuda.synchronize()
 """
 

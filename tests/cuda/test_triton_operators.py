@@ -67,11 +67,11 @@ def test_registration_passes_the_checks_of_torch(operator: str, device: str) -> 
         u = operators.conv(*(plain[n] for n in CONV), order)
         arguments = [torch.ones_like(u), *(plain[n] for n in CONV), order]
     elif operator == "scan":
-        arguments = [*(values[n] for n in SCAN), order, True]
+        arguments = [*(values[n] for n in SCAN), order, True, "triton"]
     else:
         scanned = [plain[n] for n in SCAN]
-        out, mean, states = operators.scan(*scanned, order, True)
-        arguments = [torch.ones_like(out), mean, states, *scanned, order]
+        out, mean, states = operators.scan(*scanned, order, True, "triton")
+        arguments = [torch.ones_like(out), mean, states, *scanned, order, "triton"]
     name = {"conv": "directional_conv", "scan": "selective_scan"}.get(operator.split("_")[0])
     suffix = "_backward" if operator.endswith("backward") else ""
     registered = getattr(torch.ops.arm_cuda, f"{name}{suffix}").default

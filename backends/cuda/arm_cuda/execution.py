@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from arm_core.engine.protocol import Compile, EngineOptions
 from arm_cuda.model import PretrainModel
 
-COMPILABLE = ("triton", "reference")
+COMPILABLE = ("triton", "cuda", "reference")
 """Scans that torch can compile: plain operators, or custom operators with registered shapes."""
 
 Forward = Callable[..., dict[str, Tensor]]
@@ -27,11 +27,13 @@ Forward = Callable[..., dict[str, Tensor]]
 def choose_compile(options: EngineOptions, scan: str, device: torch.device) -> Compile:
     """The parts of the model to compile. Raises ValueError if they cannot be compiled here.
 
-    `AUTO` compiles the blocks on a GPU if the scan is `triton`, which needs the same compilers. Otherwise it
-    compiles nothing: the loop of `reference` would be unrolled, and `mamba-ssm` cannot be compiled.
+    `AUTO` compiles the blocks on a GPU if the scan is `triton` or `cuda`, which need the same compilers.
+    Otherwise it compiles nothing: the loop of `reference` would be unrolled, and `mamba-ssm` cannot be
+    compiled.
     """
     if options.compile is Compile.AUTO:
-        return Compile.BLOCKS if device.type == "cuda" and scan == "triton" else Compile.NONE
+        on_gpu = device.type == "cuda" and scan in ("triton", "cuda")
+        return Compile.BLOCKS if on_gpu else Compile.NONE
     if options.compile is Compile.NONE:
         return Compile.NONE
     if scan not in COMPILABLE:

@@ -218,6 +218,18 @@ def _triton_scan(*tensors: Tensor) -> Tensor:
     return operators.selective_scan(*tensors)
 
 
+def _native_scan(*tensors: Tensor) -> Tensor:
+    from arm_cuda.triton import operators
+
+    return operators.selective_scan(*tensors, kernel="cuda")
+
+
+def _native_unusable(device: str) -> str | None:
+    from arm_cuda.nvrtc import compiler
+
+    return compiler.unusable(device)
+
+
 IMPLEMENTATIONS: Implementations[Tensor] = Implementations(
     {
         "cpu": Implementation(
@@ -229,6 +241,12 @@ IMPLEMENTATIONS: Implementations[Tensor] = Implementations(
             directional_conv=_triton_conv,
             selective_scan=_triton_scan,
             unusable=availability.unusable,
+        ),
+        # Triton's, except for the scan's backward pass. After Triton until a GPU has measured it.
+        "cuda": Implementation(
+            directional_conv=_triton_conv,
+            selective_scan=_native_scan,
+            unusable=_native_unusable,
         ),
         "mamba-ssm": Implementation(
             directional_conv=mamba_ssm.directional_conv,

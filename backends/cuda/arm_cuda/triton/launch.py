@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from arm_cuda.nvrtc import launch as native
 from arm_cuda.triton import conv_kernels, gate_kernels, scan_kernels
 
 # Chosen from the machine code for sm_80, sm_90 and sm_100 (registers, spills, instructions per token).
@@ -153,8 +154,12 @@ def scan_forward(
 def scan_backward(
     grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
+    kernel: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u, dt, A (K, N, D), B, C, D, dt_bias and z, each in the type of its tensor."""
+    """Gradients of u, dt, A (K, N, D), B, C, D, dt_bias and z, each in the type of its tensor.
+
+    kernel: `triton`, or `cuda` for the one in `arm_cuda.nvrtc`.
+    """
     directions, batch, length, channels = u.shape
     state = A.shape[1]
     grad_out = grad_out.contiguous()
@@ -177,16 +182,21 @@ def scan_backward(
     grad_C = torch.empty_like(grad_B)
     grad_D = partial(directions, batch, channels)
     grad_bias = torch.empty_like(grad_D)
-    scratch = partial(programs, CHUNK // GROUP[state], state, LANES)
-    launch(
-        scan_kernels.scan_backward,
-        programs,
-        u, dt, A, B, C, D, dt_bias, order, states, scratch, grad_y,
-        grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias,
-        length, *B.stride()[:3], *C.stride()[:3],
-        directions=directions, channels=channels, N=state,
-        BLOCK=LANES, CHUNK=CHUNK, GROUP=GROUP[state], warps=scan_warps(A),
-    )  # fmt: skip
+    gradients = grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias
+    if kernel == "cuda":
+        native.scan_backward(
+            u, dt, A, B, C, D, dt_bias, order, states, grad_y, *gradients, chunk=CHUNK
+        )  # fmt: skip
+    else:
+        scratch = partial(programs, CHUNK // GROUP[state], state, LANES)
+        launch(
+            scan_kernels.scan_backward,
+            programs,
+            u, dt, A, B, C, D, dt_bias, order, states, scratch, grad_y, *gradients,
+            length, *B.stride()[:3], *C.stride()[:3],
+            directions=directions, channels=channels, N=state,
+            BLOCK=LANES, CHUNK=CHUNK, GROUP=GROUP[state], warps=scan_warps(A),
+        )  # fmt: skip
     return (
         grad_u,
         grad_dt,

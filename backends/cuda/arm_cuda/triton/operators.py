@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arm_core.engine.scans import HasShape, check_axes
+from arm_cuda.nvrtc import launch as native
 from arm_cuda.triton import launch
 from arm_cuda.triton.arithmetic import INTERPRETED
 
@@ -40,19 +41,27 @@ def directional_conv(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor) -> 
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor,
+    order: Tensor, *, kernel: str = "triton",
 ) -> Tensor:  # fmt: skip
-    """Same as `arm_cuda.scan.selective_scan`; B, C, z may be slices of wider rows; others are contiguous."""
+    """Same as `arm_cuda.scan.selective_scan`; B, C, z may be slices of wider rows; others are contiguous.
+
+    kernel: of the scan's backward pass, `triton` or `cuda`.
+    """
     tensors = u, dt, A, B, C, D, dt_bias, z, order
     if _checks_needed(tensors):
         _check_scan(*tensors)
         _remember(tensors)
+    if kernel == "cuda" and A.shape[2] not in native.STATES:
+        raise ValueError(
+            f"scan 'cuda': state size {A.shape[2]}; its kernel takes {', '.join(map(str, native.STATES))}; "
+            "use scan 'triton'"
+        )
     save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if _traced(u):
         rates = A.mT.contiguous()
-        result: Tensor = scan(u, dt, rates, B, C, D, dt_bias, z, order, save_for_backward)[0]
+        result: Tensor = scan(u, dt, rates, B, C, D, dt_bias, z, order, save_for_backward, kernel)[0]
     else:
-        result = _Scan.apply(save_for_backward, *tensors)
+        result = _Scan.apply(save_for_backward, kernel, *tensors)
     return result
 
 
@@ -174,19 +183,21 @@ class _Conv(torch.autograd.Function):
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, save_for_backward: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, save_for_backward: bool, kernel: str, *tensors: Tensor) -> Tensor:
         u, dt, A, B, C, D, dt_bias, z, order = tensors
         tensors = u, dt, A.mT.contiguous(), B, C, D, dt_bias, z, order
         out, mean, states = launch.scan_forward(*tensors, save_for_backward=save_for_backward)
         if save_for_backward:
             ctx.save_for_backward(mean, states, *tensors)
+            ctx.kernel = kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         backward = scan_backward if torch.is_grad_enabled() else launch.scan_backward
-        grad_u, grad_dt, grad_rates, *rest = backward(grad_out, *ctx.saved_tensors)
-        return None, grad_u, grad_dt, grad_rates.mT.contiguous(), *rest, None
+        saved = *ctx.saved_tensors, ctx.kernel
+        grad_u, grad_dt, grad_rates, *rest = backward(grad_out, *saved)
+        return None, None, grad_u, grad_dt, grad_rates.mT.contiguous(), *rest, None
 
 
 # registration: the convolution's weight as (K, W, D), A as (K, N, D)
@@ -207,17 +218,18 @@ def conv_backward(
 @torch.library.custom_op("arm_cuda::selective_scan", mutates_args=())
 def scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor, save_for_backward: bool,
+    order: Tensor, save_for_backward: bool, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """kernel: of the backward pass."""
     return launch.scan_forward(u, dt, A, B, C, D, dt_bias, z, order, save_for_backward)
 
 
 @torch.library.custom_op("arm_cuda::selective_scan_backward", mutates_args=())
 def scan_backward(
     grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
+    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch.scan_backward(grad_out, mean, states, u, dt, A, B, C, D, dt_bias, z, order)
+    return launch.scan_backward(grad_out, mean, states, u, dt, A, B, C, D, dt_bias, z, order, kernel)
 
 
 def _new(tensor: Tensor) -> Tensor:
@@ -240,7 +252,7 @@ def _(
 @scan.register_fake
 def _(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor,
-    order: Tensor, save_for_backward: bool,
+    order: Tensor, save_for_backward: bool, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     states = u.new_empty(launch.state_shape(u, A) if save_for_backward else (0,), dtype=torch.float32)
     return u.new_empty(u.shape[1:]), u.new_empty(u.shape[1:] if save_for_backward else (0,)), states
@@ -249,7 +261,7 @@ def _(
 @scan_backward.register_fake
 def _(
     grad_out: Tensor, mean: Tensor, states: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor,
+    D: Tensor, dt_bias: Tensor, z: Tensor, order: Tensor, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _new(u), _new(dt), _new(A), _new(B), _new(C), _new(D), _new(dt_bias), _new(z)
 
@@ -266,7 +278,7 @@ def _conv_gradients(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, save_for_backward = inputs
+    *tensors, save_for_backward, ctx.kernel = inputs
     assert save_for_backward, "a scan without the states of its forward has no gradient"
     _, mean, states = output
     ctx.mark_non_differentiable(mean, states)
@@ -274,7 +286,7 @@ def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _scan_gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *scan_backward(grad_out, *ctx.saved_tensors), None, None
+    return *scan_backward(grad_out, *ctx.saved_tensors, ctx.kernel), None, None, None
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
