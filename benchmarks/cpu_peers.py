@@ -3,9 +3,10 @@
     python benchmarks/cpu_peers.py [--repeats 5] [--sizes 224 384 512 768 1024] [--plot FILE.svg] [--skip-mlx]
 
 The ViT is plain torch: pre-norm blocks, `scaled_dot_product_attention`, exact GELU, class token, learned
-positions; its training step uses fused AdamW. All float32, one image at a time in inference, classifier
-steps with a batch of 2. Repeats of the models are interleaved; figures are medians with the fastest and
-slowest, and ratios of medians. `benchmarks/cpu_step.py` compares a step with its matrix products.
+positions; its training step uses fused AdamW. Inference is one image at a time, in float32; classifier steps
+have a batch of 2, in float32 and in bfloat16 (products in bfloat16, weights in float32). Repeats of the
+models are interleaved; figures are medians with the fastest and slowest, and ratios of medians.
+`benchmarks/cpu_step.py` compares a step with its matrix products.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from arm_core.data.model_config import ModelConfig
 from arm_core.engine.optimizer import OptimizerSettings
-from arm_core.engine.protocol import Batch, EngineOptions, TrainingState
+from arm_core.engine.protocol import Batch, EngineOptions, Precision, TrainingState
 from arm_core.engine.registry import installed_backends
 from arm_core.model.parameters import initial_parameters
 from arm_core.model.presets import classifier_preset
@@ -105,26 +106,36 @@ def training(size: int, repeats: int, backends: list[str]) -> dict[str, list[flo
     batch = Batch(images=images, targets=targets)
     runs: dict[str, Callable[[], object]] = {}
     for name in backends:
-        engine = installed_backends()[name].create_engine(
-            spec,
-            TrainingState(parameters=initial_parameters(spec, 0)),
-            optimizer=OptimizerSettings(clip=3.0),
-            options=EngineOptions(device="cpu"),
-        )
-        runs[f"ARM-B ({name})"] = lambda engine=engine: engine.train_step([batch], step=1, lr=1e-5).result()
-    vit = ViT(size)
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-5, fused=True)
+        for precision in (Precision.FLOAT32, Precision.BFLOAT16)[: 2 if name == "torch" else 1]:
+            engine = installed_backends()[name].create_engine(
+                spec,
+                TrainingState(parameters=initial_parameters(spec, 0)),
+                optimizer=OptimizerSettings(clip=3.0),
+                options=EngineOptions(device="cpu", precision=precision),
+            )
+            runs[f"ARM-B ({name}, {precision})"] = lambda engine=engine: engine.train_step(
+                [batch], step=1, lr=1e-5
+            ).result()
     x, y = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(targets)
 
-    def vit_step() -> object:
-        loss = -(y * F.log_softmax(vit(x), -1)).sum(-1).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vit.parameters(), 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+    def vit_step(precision: Precision) -> Callable[[], object]:
+        vit = ViT(size)
+        optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-5, fused=True)
 
-    return interleaved({**runs, "ViT-B/16": vit_step}, repeats)
+        def run() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.BFLOAT16):
+                logits = vit(x)
+            loss = -(y * F.log_softmax(logits.float(), -1)).sum(-1).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(vit.parameters(), 3.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return run
+
+    vits = {f"ViT-B/16 ({precision})": vit_step(precision) for precision in Precision}
+    return interleaved({**runs, **vits}, repeats)
 
 
 def plot(path: Path, tokens: list[int], seconds: dict[str, list[float]]) -> None:
@@ -168,9 +179,11 @@ def main() -> None:
     print(f"\nclassifier training step, batch {TRAIN_BATCH}, 224 px")
     backends = ["torch"] + ([] if arguments.skip_mlx or installed_backends()["mlx"].missing() else ["mlx"])
     steps = training(224, arguments.repeats, backends)
-    vit = statistics.median(steps["ViT-B/16"])
     for name, times in steps.items():
-        print(f"  {name:14s} {words(times)}  {statistics.median(times) / vit:.2f} of ViT-B's")
+        precision = "bfloat16" if "bfloat16" in name else "float32"
+        vit = statistics.median(steps[f"ViT-B/16 ({precision})"])
+        ratio = statistics.median(times) / vit
+        print(f"  {name:24s} {words(times)}  {ratio:.2f} of ViT-B's in {precision}")
     if arguments.plot:
         plot(arguments.plot, [(size // PATCH) ** 2 for size in arguments.sizes], medians)
 

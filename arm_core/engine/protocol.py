@@ -259,6 +259,9 @@ class Backend(Protocol):
     def cpu_products(self) -> tuple[str, str | None]:
         """The library of matrix products on the CPU, and how to make them faster (None if not possible)."""
 
+    def bfloat16_units(self) -> str | None:
+        """The units of this CPU with which bfloat16 products are faster than float32 ones, such as AMX."""
+
     def scans(self, device: str) -> Mapping[str, str | None]:
         """Scan implementations in order of preference: None if usable on the device, else the reason."""
 

@@ -98,6 +98,9 @@ class OnDevice:
     def cpu_products(self) -> tuple[str, str | None]:
         return self._backend.cpu_products()
 
+    def bfloat16_units(self) -> str | None:
+        return self._backend.bfloat16_units()
+
     def scans(self, device: str) -> Mapping[str, str | None]:
         return self._backend.scans(self._checked(device))
 

@@ -68,6 +68,7 @@ def _backend(backend: Backend) -> dict[str, Any]:
             "missing": None,
             "version": backend.version(),
             "cpu_products": library,
+            "bfloat16_units": backend.bfloat16_units(),
             "advice": advice,
             "devices": {device: dict(backend.scans(device)) for device in backend.devices()},
         }
@@ -100,7 +101,8 @@ def _print(report: dict[str, Any]) -> None:
             click.echo(f"  cannot run: {found['missing']}")
             todo.append(f"for the backend {name}: {found['missing']}")
             continue
-        click.echo(f"  {found['version']}; matrix products on the CPU by {found['cpu_products']}")
+        units = f"; bfloat16 products by {found['bfloat16_units']}" if found["bfloat16_units"] else ""
+        click.echo(f"  {found['version']}; matrix products on the CPU by {found['cpu_products']}{units}")
         if found["advice"]:
             todo.append(f"for the backend {name}: {found['advice']}")
         for device, scans in found["devices"].items():

@@ -124,6 +124,9 @@ class Broken:
     def missing(self):
         return None
 
+    def bfloat16_units(self):
+        return None
+
     def cpu_products(self):
         raise OSError("libmissing.so: cannot open shared object file")
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from arm_core.engine.scans import choose_scan  # noqa: E402
 from arm_cuda import mamba_ssm, scan  # noqa: E402
+from arm_cuda.nvrtc import compiler
 from arm_cuda.triton import availability  # noqa: E402
 
 
@@ -57,7 +58,19 @@ def test_the_requested_gpu_is_probed(gpu: SimpleNamespace, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert scan.scans("cuda")["triton"] is None
     assert scan.scans("cuda:0")["triton"] is None
-    assert probed == ["cuda:1", "cuda:3", "cuda:0"]
+    assert list(dict.fromkeys(probed)) == ["cuda:1", "cuda:3", "cuda:0"]
+
+
+def test_the_native_backward_pass_needs_the_triton_kernels_and_the_bindings(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
+    found = scan.scans("cuda")["cuda"]
+    assert found == "cuda-bindings is not installed; pip install cuda-bindings"
+    monkeypatch.setattr(compiler, "find_spec", lambda name: name)
+    assert scan.scans("cuda")["cuda"] is None
+    gpu.broken = "Triton 3.6.0 cannot run here"
+    assert scan.scans("cuda")["cuda"] == gpu.broken
 
 
 def test_the_engine_loads_numba_only_for_scans_on_the_cpu(fresh_python: Callable[[str], str]) -> None:

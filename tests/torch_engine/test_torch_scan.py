@@ -162,7 +162,9 @@ def test_a_second_derivative_of_the_cpu_scan_is_refused() -> None:
 def test_an_unknown_scan_is_refused_with_the_known_names(operator: str) -> None:
     values = inputs(CASES[2])
     names = CONV if operator == "directional_conv" else SCAN
-    with pytest.raises(ValueError, match="unknown scan 'fast'; expected cpu, triton, mamba-ssm, reference"):
+    with pytest.raises(
+        ValueError, match="unknown scan 'fast'; expected cpu, triton, cuda, mamba-ssm, reference"
+    ):
         getattr(scans, operator)(*(values[n] for n in (*names, "order")), impl="fast")
 
 

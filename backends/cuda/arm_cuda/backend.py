@@ -42,6 +42,13 @@ class TorchBackend:
         built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
         return names.get(built[1], built[1]) if built else "a library built into torch", None
 
+    def bfloat16_units(self) -> str | None:
+        import torch
+
+        found = torch.cpu.get_capabilities()
+        names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+        return next((name for key, name in names.items() if found.get(key)), None)
+
     def scans(self, device: str) -> Mapping[str, str | None]:
         from arm_cuda.scan import scans
 

@@ -48,6 +48,9 @@ class MlxBackend:
         found = blas.load()
         return found.library, found.advice
 
+    def bfloat16_units(self) -> str | None:
+        return None  # MLX converts bfloat16 matrices to float32 on a CPU
+
     def scans(self, device: str) -> Mapping[str, str | None]:
         blas.load()
         from arm_mlx.scan import scans

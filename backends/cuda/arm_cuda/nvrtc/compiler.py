@@ -19,22 +19,15 @@ from arm_cuda.triton import availability
 
 
 def unusable(device: str) -> str | None:
-    """None if the kernel and the Triton kernels run on the device, else the reason and a remedy."""
+    """None if the bindings and the Triton kernels, which do the rest, can be used; else the reason.
+
+    NVRTC compiles the kernel at its first launch, which takes a second.
+    """
     if reason := availability.unusable(device):
         return reason
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "cuda-bindings is not installed; pip install cuda-bindings"
-    return _broken(availability.numbered(device))
-
-
-@cache
-def _broken(device: torch.device) -> str | None:
-    """Compile and run a small scan with its gradients; once per device."""
-    try:
-        return availability.small_scan(device, kernel="cuda")
-    except Exception as error:  # the cause may be NVRTC or the driver
-        text = str(error).strip() or "no message"
-        return f"NVRTC cannot compile the kernel here: {type(error).__name__}: {text.splitlines()[0]}"
+    return None
 
 
 def compile_cubin(build: Build, architecture: str) -> bytes:

@@ -58,21 +58,16 @@ def _no_gpu(device: str) -> str | None:
 def _broken(device: torch.device) -> str | None:
     """Compile and run a small scan with its gradients; once per device."""
     try:
-        return small_scan(device, kernel="triton")
+        from arm_cuda.triton import operators
+
+        ones = torch.ones((1, 1, 1, 8), device=device, requires_grad=True)
+        order = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        u = operators.directional_conv(ones[0], ones[0, 0, :, :, None], ones[0, 0], order)
+        rows, vector = torch.ones_like(ones), ones[0, 0]
+        rate = -torch.ones((1, 8, 8), device=device)
+        out = operators.selective_scan(u, rows, rate, rows, rows, vector, vector, ones[0], order)
+        (gradient,) = torch.autograd.grad(out.sum(), ones)
+        return None if bool(gradient.isfinite().all()) else "its kernels give wrong results on this GPU"
     except Exception as error:  # the cause may be Triton's compiler, the driver or the C compiler
         text = str(error).strip() or "no message"
         return f"Triton {version('triton')} cannot run here: {type(error).__name__}: {text.splitlines()[0]}"
-
-
-def small_scan(device: torch.device, *, kernel: str) -> str | None:
-    """Compile and run a small scan with its gradients; None if they are finite, else a sentence."""
-    from arm_cuda.triton import operators
-
-    ones = torch.ones((1, 1, 1, 8), device=device, requires_grad=True)
-    order = torch.zeros((1, 1), dtype=torch.int32, device=device)
-    u = operators.directional_conv(ones[0], ones[0, 0, :, :, None], ones[0, 0], order)
-    rows, vector = torch.ones_like(ones), ones[0, 0]
-    rate = -torch.ones((1, 8, 8), device=device)
-    out = operators.selective_scan(u, rows, rate, rows, rows, vector, vector, ones[0], order, kernel=kernel)
-    (gradient,) = torch.autograd.grad(out.sum(), ones)
-    return None if bool(gradient.isfinite().all()) else "its kernels give wrong results on this GPU"
