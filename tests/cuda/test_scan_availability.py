@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from arm_core.engine.scans import choose_scan  # noqa: E402
 from arm_cuda import mamba_ssm, scan  # noqa: E402
-from arm_cuda.nvrtc import compiler
+from arm_cuda.nvrtc import compiler  # noqa: E402
 from arm_cuda.triton import availability  # noqa: E402
 
 
