@@ -2,7 +2,8 @@
 
 `join` reads the job from the environment that `torchrun` sets. A `Placement` defines how the tensors of an
 engine relate to those of the other ranks: one process, replicated (DistributedDataParallel) or sharded
-(FSDP2). NCCL transfers tensors of GPUs, gloo those of CPUs and everything that `Ranks.gather` exchanges.
+(FSDP2, in `arm_cuda.sharded`). NCCL transfers tensors of GPUs, gloo those of CPUs and everything that
+`Ranks.gather` exchanges.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from arm_core.engine.ranks import ALONE, Alone, PeerFailed, Ranks
@@ -163,58 +161,14 @@ class Replicated(Placement):
         return loss, squares
 
 
-class Sharded(Placement):
-    """Every rank holds a shard of each tensor; a block is gathered while it computes."""
-
-    def wrap(self, model: nn.Module, forward: Forward, device: torch.device) -> Forward:
-        mesh = init_device_mesh(device.type, (self.ranks.world,))
-        blocks = [block for name in ("layers", "decoder") for block in getattr(model, name, ())]
-        for module in (*blocks, model):
-            # The root reshards after its forward pass too: weights can change before the next one.
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, shard_placement_fn=self._axis)
-        assert isinstance(model, FSDPModule)
-        self._model = model
-        return model
-
-    def _axis(self, parameter: nn.Parameter) -> Shard:
-        """The first axis that divides evenly: a leading direction axis has only 1 to 4 entries."""
-        sizes = [size for size in parameter.shape if size % self.ranks.world == 0]
-        return Shard(list(parameter.shape).index(sizes[0]) if sizes else 0)
-
-    def passes(self, own: int, total: int) -> int:
-        return -(-total // self.ranks.world)  # all ranks take part in gathering the weights
-
-    @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        self._model.set_requires_gradient_sync(last)
-        yield
-
-    def local(self, tensor: Tensor) -> Tensor:
-        assert isinstance(tensor, DTensor)
-        return tensor.to_local()
-
-    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        # No rank broadcasts: each takes its shard from its own copy.
-        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
-
-    def whole(self, part: Tensor, parameter: Tensor) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
-
-    def totals(self, loss: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.stack([loss, squares])
-        dist.all_reduce(both)
-        return both[0], both[1]
-
-
 def choose_placement(ranks: Ranks, *, shard: bool) -> Placement:
     """How the tensors of an engine relate to those of the other ranks."""
     if ranks.world == 1:
         if shard:
             raise ValueError("--shard needs several processes; start them with torchrun")
         return Placement(ranks)
-    return Sharded(ranks) if shard else Replicated(ranks)
+    if not shard:
+        return Replicated(ranks)
+    from arm_cuda.sharded import Sharded  # FSDP2 takes a second to import
+
+    return Sharded(ranks)
