@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from reproduce_findings import Plan, base_name
 
-from arm_cli.demo.measure import features_of, images_of, training_digits
+from arm_cli.demo.measure import features_of, images_of, test_digits, training_digits
 from arm_cli.sweep.folder import SweepFolder
-from arm_core.data.digits import Digits
 from arm_core.engine.protocol import Backend, EngineOptions, TrainingState
 from arm_core.model.parameters import initial_parameters
 from arm_core.recipe.recipe import load_recipe
@@ -41,7 +40,7 @@ class Probes:
 def probe_steps(folder: SweepFolder, plan: Plan, backend: Backend) -> Probes:
     """Probe the saved checkpoints of every base pretraining run, and its random initial weights."""
     recipe = load_recipe("pretrain-digits")
-    test = images_of(Digits("test", size=recipe.spec(None).image_size), recipe)
+    test = images_of(test_digits(recipe), recipe)
     train = images_of(training_digits(recipe), recipe)
     found = Probes(knn={}, linear={})
     for seed in range(plan.seeds):

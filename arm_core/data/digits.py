@@ -7,6 +7,7 @@ larger canvas with a small affine distortion, in dark ink on light or light on d
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from importlib import resources
@@ -22,10 +23,8 @@ from arm_core.model.rng import KeyedRng
 INK = 16
 """Largest value of the stored digits."""
 
-ROTATION, SHEAR, SHIFT = 15.0, 0.15, 0.08
-"""Largest distortion in either direction: degrees, slope, and fractions of the canvas's shorter side."""
-SCALE = (0.75, 0.95)
-"""Side of the 8x8 square, as a fraction of the canvas."""
+ROTATION, SHEAR = 15.0, 0.15
+"""Largest distortion in either direction: degrees and slope."""
 BACKGROUND, CONTRAST, GRADIENT = (0.15, 0.35), (0.45, 0.65), 0.1
 """Grey of the background (mirrored for dark ink), ink against it, and its largest slope per half canvas."""
 
@@ -33,6 +32,23 @@ SPLIT_SEED = 0
 """Assigns digits to splits; results before and after a change are not comparable."""
 HELD_OUT = {"test": 40, "validation": 30}
 """Digits per class in the validation and test splits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placing:
+    """Where a digit is on the canvas."""
+
+    shift: float
+    """Largest shift in either direction, as a fraction of the canvas's shorter side."""
+    scale: tuple[float, float]
+    """Side of the 8x8 square, as a fraction of the canvas."""
+
+
+PLACINGS = {
+    "digits": Placing(shift=0.08, scale=(0.75, 0.95)),
+    "varied-digits": Placing(shift=0.12, scale=(0.6, 0.95)),
+}
+"""By the name of the data set. At more varied sizes and places, comparing pixels is of less help."""
 
 
 class Split(StrEnum):
@@ -51,6 +67,7 @@ class Digits:
     seed:   determines the distortions of the training split (by epoch and index) and the digits that
             `labels_per_class` keeps. Validation and test are the same for every seed and epoch.
     labels_per_class:  number of training digits to keep per class; a smaller choice is part of a larger one.
+    name:  `digits` or `varied-digits`, see `PLACINGS`.
 
     Items are (H, W, 3) grey pixels. Raises ValueError for an unknown split and a choice out of range.
     """
@@ -62,12 +79,14 @@ class Digits:
         size: tuple[int, int] = (24, 24),
         seed: int = 0,
         labels_per_class: int | None = None,
+        name: str = "digits",
     ) -> None:
         if split not in tuple(Split):
             raise ValueError(f"digits: split must be one of {', '.join(Split)}, found {split!r}")
         if min(size) < 8:
             raise ValueError(f"digits: the canvas must be 8x8 pixels or larger, found {size[0]}x{size[1]}")
         self._split, self._size, self._seed = Split(split), size, seed
+        self._placing = PLACINGS[name]
         self._members = split_members(self._split)
         if labels_per_class is not None:
             if self._split is not Split.TRAIN:
@@ -93,7 +112,7 @@ class Digits:
             rng = KeyedRng(self._seed, "digits", epoch, member)
         else:
             rng = KeyedRng(SPLIT_SEED, f"digits/{self._split}", member)
-        image = draw_digit(images[member], self._size, rng)
+        image = draw_digit(images[member], self._size, rng, self._placing)
         return Item(image=image, label=int(labels[member]), name=f"digit {member} ({self._split})")
 
 
@@ -134,15 +153,18 @@ def _select(members: npt.NDArray[np.int64], per_class: int, seed: int) -> npt.ND
     return np.sort(np.concatenate(chosen))
 
 
-def draw_digit(digit: Pixels, size: tuple[int, int], rng: KeyedRng) -> Pixels:
+def draw_digit(
+    digit: Pixels, size: tuple[int, int], rng: KeyedRng, placing: Placing = PLACINGS["digits"]
+) -> Pixels:
     """Draw an (8, 8) digit on a canvas: (H, W, 3) uint8 grey pixels."""
     numbers = iter(rng.uniform(10).tolist())
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(next(numbers))
 
+    shift = placing.shift
     angle, shear = math.radians(between(-ROTATION, ROTATION)), between(-SHEAR, SHEAR)
-    scale, down, right = between(*SCALE), between(-SHIFT, SHIFT), between(-SHIFT, SHIFT)
+    scale, down, right = between(*placing.scale), between(-shift, shift), between(-shift, shift)
     dark_ink = between(0, 1) < 0.5
     background, contrast = between(*BACKGROUND), between(*CONTRAST)
     slope_y, slope_x = between(-GRADIENT, GRADIENT), between(-GRADIENT, GRADIENT)

@@ -138,7 +138,7 @@ class DataSettings:
     """Sources of the images."""
 
     source: str = "folder"
-    """Name of the source: `folder` (images by class), `digits` (built in) or `synthetic`."""
+    """Name of the source: `folder` (images by class), `digits`, `varied-digits` (built in) or `synthetic`."""
     path: str | None = None
     """Training images, for the source `folder`: a folder, or what `arm_core.data.opening` reads."""
     eval_path: str | None = None

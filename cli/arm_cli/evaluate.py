@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from arm_cli.convert.options import image_size_option
-from arm_cli.evaluation_job import DIGITS
 from arm_cli.options import (
     EngineChoice,
     batch_size_option,
@@ -189,6 +188,7 @@ def _data_sets(data: tuple[str, ...], labels: str | None) -> list[DataSet]:
 
 def _data_of_run(opened: Opened) -> str:
     """The evaluation images in the recipe of the model's run."""
+    from arm_core.data.digits import PLACINGS
     from arm_core.recipe.recipe import load_recipe
     from arm_core.training.run_folder import RECIPE
 
@@ -198,8 +198,8 @@ def _data_of_run(opened: Opened) -> str:
             f"{opened.folder}: does not belong to a run with evaluation images; pass --data PATH"
         )
     data = load_recipe(path).data
-    if data.source == DIGITS:
-        return DIGITS
+    if data.source in PLACINGS:
+        return data.source
     if data.source == "folder" and data.eval_path is not None:
         return data.eval_path
     raise ValueError(f"{path}: the recipe has no evaluation images; pass --data PATH")

@@ -182,15 +182,15 @@ def open_data(
     data: str, opened: Opened, data_format: str | None = None, label_set: LabelSet | None = None
 ) -> ImageSource:
     """The images to evaluate on, their labels in the order of the model's classes."""
-    from arm_core.data.digits import Digits, Split
+    from arm_core.data.digits import PLACINGS, Digits, Split
     from arm_core.data.objectnet import ObjectNet
     from arm_core.data.opening import Format, open_images
     from arm_core.model.spec import ClassifierSpec
     from arm_core.training.robustness import LabelSet, check_classes, class_order, numbered
 
     spec, form = opened.spec, Format(data_format or "auto")
-    if data == DIGITS:
-        source: ImageSource = Digits(Split.TEST, size=spec.image_size)
+    if data in PLACINGS:
+        source: ImageSource = Digits(Split.TEST, size=spec.image_size, name=data)
     elif not isinstance(spec, ClassifierSpec):
         source = open_images(data, form=form, labels=False)
     elif label_set is None:

@@ -103,13 +103,13 @@ def probe(
 
 
 def _sources(data: str, eval_data: str | None, size: tuple[int, int]) -> tuple[ImageSource, ImageSource]:
-    from arm_core.data.digits import Digits, Split
+    from arm_core.data.digits import PLACINGS, Digits, Split
     from arm_core.data.folder import ImageFolder
 
-    if data == "digits":
+    if data in PLACINGS:
         if eval_data is not None:
-            raise ValueError("--eval-data: `digits` is evaluated on its test split; drop it")
-        return Digits(Split.TRAIN, size=size), Digits(Split.TEST, size=size)
+            raise ValueError(f"--eval-data: `{data}` is evaluated on its test split; drop it")
+        return Digits(Split.TRAIN, size=size, name=data), Digits(Split.TEST, size=size, name=data)
     if eval_data is None:
         raise ValueError("--eval-data: expected the folder of images to evaluate on")
     train = ImageFolder(data)

@@ -123,3 +123,19 @@ def test_a_digit_can_still_be_recognised() -> None:
 def test_impossible_digits_are_refused(arguments: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Digits(**arguments)
+
+
+def test_varied_digits_are_the_same_digits_at_more_varied_sizes_and_places():
+    plain, varied = (Digits("test", name=name) for name in ("digits", "varied-digits"))
+    assert (plain.members == varied.members).all()
+
+    def spread(source):
+        """Standard deviation of the height of the ink, pixels."""
+        heights = []
+        for index in range(100):
+            grey = source.item(index).image[..., 0].astype(float)
+            rows = np.flatnonzero(abs(grey - np.median(grey)).max(1) > 60)
+            heights.append(np.ptp(rows))
+        return np.std(heights)
+
+    assert spread(varied) > 1.2 * spread(plain)

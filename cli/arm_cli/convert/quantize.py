@@ -48,11 +48,11 @@ def quantize(
     """
     from pathlib import Path
 
-    from arm_cli.evaluation_job import DIGITS
     from arm_convert.quantize import quantize_model
+    from arm_core.data.digits import PLACINGS
     from arm_core.files.metadata import with_history
 
-    if data is not None and data != DIGITS and not Path(data).is_dir():
+    if data is not None and data not in PLACINGS and not Path(data).is_dir():
         raise ValueError(f"{data}: no such folder of images")
     found = resolve_model(model, weights)
     spec = found.spec

@@ -41,7 +41,14 @@ def training_digits(recipe: Recipe) -> Digits:
 
     size = recipe.spec(10).image_size
     seed, labels = recipe.training.seed, recipe.data.labels_per_class
-    return Digits("train", size=size, seed=seed, labels_per_class=labels)
+    return Digits("train", size=size, seed=seed, labels_per_class=labels, name=recipe.data.source)
+
+
+def test_digits(recipe: Recipe) -> Digits:
+    """The test digits for a recipe."""
+    from arm_core.data.digits import Digits
+
+    return Digits("test", size=recipe.spec(10).image_size, name=recipe.data.source)
 
 
 def baselines(train: ImageSource, test: ImageSource, recipe: Recipe, visits: int) -> dict[str, float]:

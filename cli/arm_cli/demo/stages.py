@@ -54,17 +54,16 @@ class Stages:
     """The stages in order; each prints its results."""
 
     def __init__(self, path: Path, choice: EngineChoice, seeds: int) -> None:
-        from arm_cli.demo.measure import training_digits
+        from arm_cli.demo.measure import test_digits, training_digits
         from arm_cli.sweep.folder import SweepFolder
         from arm_cli.sweep.members import Member
-        from arm_core.data.digits import Digits
         from arm_core.recipe.recipe import load_recipe
 
         self.folder, self.choice, self.seeds = SweepFolder(path), choice, range(seeds)
         self.backend = choice.find()
         self.pretraining = Member(name="pretrain", recipe=load_recipe("pretrain-digits"))
         self.train = training_digits(self.pretraining.recipe)
-        self.test = Digits("test", size=self.pretraining.recipe.spec(None).image_size)
+        self.test = test_digits(self.pretraining.recipe)
 
     def run(self, began: float) -> None:
         jobs = [

@@ -95,4 +95,5 @@ def _evaluated_on(member: Member, prepared: Prepared) -> Prepared:
 
     if member.evaluate_on is None:
         return prepared
-    return replace(prepared, evaluation=Digits(member.evaluate_on, size=prepared.spec.image_size))
+    name = prepared.recipe.data.source
+    return replace(prepared, evaluation=Digits(member.evaluate_on, size=prepared.spec.image_size, name=name))
