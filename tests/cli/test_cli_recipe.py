@@ -60,7 +60,7 @@ def test_recipe_diff_shows_the_settings_that_differ_and_reads_runs(tmp_path, mon
     assert found == {"model.preset": ["large", "huge"], "training.accumulation": [8, 16]}
     assert arm("pretrain", "digits", "--steps", "1", "--out", "run", "--device", "cpu").exit_code == 0
     found = json.loads(arm("recipe", "diff", "pretrain-digits", "run", "--json").stdout)
-    assert found == {"training.length": ["400 steps", "1 step"], "schedule.warmup": ["40 steps", "0 steps"]}
+    assert found == {"training.length": ["600 steps", "1 step"], "schedule.warmup": ["40 steps", "0 steps"]}
     assert "no differences" in arm("recipe", "diff", "run", "run/recipe.toml").stdout
     shown = arm("recipe", "show", "run").stdout
     (tmp_path / "again.toml").write_text(shown)
