@@ -70,19 +70,10 @@ SPECS = {
 cases = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
-def frozen_jacobian(spec, w, x, order):
-    """torch.func.jacrev of the mixer with dt, B, C, silu(z) and the sigmoid of the
-    convolution frozen, (K, T, D, T, D)."""
-    torch = pytest.importorskip("torch")
-
-    def tensor(array):
-        return torch.tensor(np.asarray(array, np.float64))
-
+def frozen_coefficients(spec, w, x, order):
+    """For each direction: tokens in scan order, sigmoid of the convolution, dt, B, C, A, D, weight, bias."""
     encoder, (length, width) = spec.encoder, x.shape
-    inner, z = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)
-    gate, into = tensor(silu(z)), tensor(w["in_proj.weight"][:width])
-    out_proj = tensor(w["out_proj.weight"])
-    jacobians = []
+    inner = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)[0]
     for k, steps in enumerate(order):
         weight, bias = w["conv.weight"][k], w["conv.bias"][k]
         W = weight.shape[-1]
@@ -92,8 +83,24 @@ def frozen_jacobian(spec, w, x, order):
             silu(conv) @ w["x_proj.weight"][k].T, [encoder.dt_rank, encoder.dt_rank + encoder.state], axis=-1
         )
         dt = softplus(low @ w["dt_proj.weight"][k].T + w["dt_proj.bias"][k])
-        opening, dt, B, C = (tensor(a) for a in (sigmoid(conv), dt, B, C))
-        A, D, weight, bias = (tensor(a) for a in (-np.exp(w["A_log"][k]), w["D"][k], weight, bias))
+        yield steps, sigmoid(conv), dt, B, C, -np.exp(w["A_log"][k]), w["D"][k], weight, bias
+
+
+def frozen_jacobian(spec, w, x, order):
+    """torch.func.jacrev of the mixer with dt, B, C, silu(z) and the sigmoid of the
+    convolution frozen, (K, T, D, T, D)."""
+    torch = pytest.importorskip("torch")
+
+    def tensor(array):
+        return torch.tensor(np.asarray(array, np.float64))
+
+    length, width = x.shape
+    z = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)[1]
+    gate, into = tensor(silu(z)), tensor(w["in_proj.weight"][:width])
+    out_proj = tensor(w["out_proj.weight"])
+    jacobians = []
+    for steps, *arrays in frozen_coefficients(spec, w, x, order):
+        opening, dt, B, C, A, D, weight, bias = map(tensor, arrays)
         back = torch.tensor(np.argsort(steps))
 
         def run(x, steps, opening, dt, B, C, A, D, weight, bias, back):
@@ -160,6 +167,52 @@ def test_shares_of_tokens_and_of_the_bias_add_up_to_one(spec, backend):
         output = parts.output
         bias = (parts.bias.mean(0) * output).sum(-1) / (output**2).sum(-1)
         np.testing.assert_allclose(found.mean[b, 0].sum(-1) + bias, 1, atol=2e-4)
+
+
+def test_maps_of_mlx_equal_mlx_derivatives_along_every_token():
+    """`mx.jvp` of the mixer with frozen coefficients, along the input of one token at a time."""
+    backend = choose_backend_or_skip("mlx")
+    import mlx.core as mx
+
+    spec = SPECS["four directions, 13 tokens"]
+    parameters, images, order = strong(spec), images_for(spec), direction_orders(spec)
+    engine = backend.create_engine(spec, TrainingState(parameters=parameters))
+    found, recorded = influence(engine, images, layers=[0]), engine.forward(images, intermediates=True)
+    w = Weights(parameters, "layers.0.")
+    x = layer_norm(recorded["tokens"].astype(np.float64), w.at("norm1"), spec.encoder.norm_eps)[0]
+    w, (length, width) = w.at("mixer"), x.shape
+    z = np.split(x @ w["in_proj.weight"].T, 2, axis=-1)[1]
+    output = mixer(spec.encoder, w, x[None], order)[0]
+    shares = np.zeros((len(order), length, length))
+    with mx.stream(mx.cpu):  # float64
+
+        def tensor(array):
+            return mx.array(np.asarray(array, np.float64), mx.float64)
+
+        gate, into, out_proj = (
+            tensor(a) for a in (silu(z), w["in_proj.weight"][:width], w["out_proj.weight"])
+        )
+        for k, (steps, *arrays) in enumerate(frozen_coefficients(spec, w, x, order)):
+            opening, dt, B, C, A, D, weight, bias = map(tensor, arrays)
+            forwards, back = mx.array(steps), mx.array(np.argsort(steps))
+            W = weight.shape[1]
+
+            def run(x, forwards=forwards, back=back, opening=opening, dt=dt, B=B, C=C, A=A, D=D,
+                    weight=weight, bias=bias, W=W):  # fmt: skip
+                tokens = mx.concatenate([mx.zeros((W - 1, width), mx.float64), (x @ into.T)[forwards]])
+                h, ys = mx.zeros((width, B.shape[1]), mx.float64), []
+                for t in range(length):
+                    u = opening[t] * (bias + (tokens[t : t + W] * weight.T).sum(0))
+                    h = mx.exp(dt[t, :, None] * A) * h + (dt[t] * u)[:, None] * B[t]
+                    ys.append(h @ C[t] + D * u)
+                return (gate * mx.stack(ys)[back]) @ out_proj.T
+
+            for s in range(length):
+                tangent = np.zeros_like(x)
+                tangent[s] = x[s]
+                _, (moved,) = mx.jvp(run, [tensor(x)], [tensor(tangent)])
+                shares[k, :, s] = (np.array(moved) * output).sum(-1) / (output**2).sum(-1)
+    assert np.abs(found.maps[0, 0] - shares).max() < TOLERANCE * np.abs(shares).max()
 
 
 def kernel_problem(length, channels, states, directions=2, W=4, dt_scale=1.0, seed=0):
