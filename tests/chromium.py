@@ -46,7 +46,9 @@ def _program() -> str | None:
 class Page:
     """One tab with one local file; `errors` collects uncaught errors, error logs and outside requests."""
 
-    def __init__(self, path: Path, *, width: int = 1000, height: int = 800) -> None:
+    def __init__(
+        self, path: Path, *, width: int = 1000, height: int = 800, flags: tuple[str, ...] = ()
+    ) -> None:
         self.errors: list[str] = []
         self.requests: list[str] = []
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -58,6 +60,7 @@ class Page:
         command = [
             program,
             *FLAGS,
+            *flags,
             f"--user-data-dir={self._profile.name}",
             f"--window-size={width},{height}",
         ]

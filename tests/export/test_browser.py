@@ -121,6 +121,39 @@ def test_the_page_gives_a_photo_the_same_class_as_the_model(tmp_path, browser):
         assert all(url.startswith(("file:", "data:", "blob:", "about:")) for url in page.requests)
 
 
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+"""Chromium's own moving test picture in place of a camera, without a question to the user."""
+
+
+def test_the_camera_is_classified_until_it_is_stopped(tmp_path, browser):
+    out = tmp_path / "page.html"
+    assert arm("export", model_folder(tmp_path / "model"), out).exit_code == 0
+    status, button = "$('status').textContent", "$('camera')"
+    with chromium.Page(out, flags=CAMERA) as page:
+        page.wait_for(READY, timeout=120)
+        page.evaluate(f"{button}.click()")
+        page.wait_for(f"/^Camera: [0-9.]+ images\\/s$/.test({status})", timeout=120)
+        assert page.evaluate(f"{button}.textContent") == "Stop the camera"
+        assert page.evaluate("document.querySelectorAll('#answers li').length") == 5
+        colours = "new Set(pen.getImageData(0, 0, view.width, view.height).data).size"
+        assert page.evaluate(colours) > 3  # a frame is shown
+        page.evaluate(f"{button}.click()")
+        assert page.evaluate(f"{button}.textContent") == "Use the camera"
+        assert page.evaluate("stream === null")
+        assert not page.errors
+
+
+def test_without_a_camera_the_page_says_so(tmp_path, browser):
+    out = tmp_path / "page.html"
+    assert arm("export", model_folder(tmp_path / "model"), out).exit_code == 0
+    with chromium.Page(out) as page:
+        page.wait_for(READY, timeout=120)
+        page.evaluate("$('camera').click()")
+        page.wait_for("$('status').textContent.startsWith('The camera cannot be used: ')", timeout=60)
+        assert page.evaluate("$('camera').textContent") == "Use the camera"
+        assert not page.errors
+
+
 def test_a_drawing_is_classified_with_the_mouse_and_with_the_keyboard(tmp_path, browser):
     out = tmp_path / "page.html"
     assert arm("export", model_folder(tmp_path / "model"), out, "--draw").exit_code == 0

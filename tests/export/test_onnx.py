@@ -172,13 +172,15 @@ def test_int8_weights_stay_close_and_shrink_the_file(tmp_path):
 def test_large_gates_do_not_spoil_an_int8_file(tmp_path):
     """In trained models a few channels of gate times scan are much larger than the others."""
     spec = ClassifierSpec(encoder=EncoderSpec(width=64, depth=6, patch=4), classes=10, image_size=(24, 24))
-    parameters, images = initial_parameters(spec, 1), normal_images(spec, 4)
+    parameters, images = noisy_parameters(spec), normal_images(spec, 4)
     for i in range(spec.encoder.depth):
-        parameters[f"layers.{i}.mixer.in_proj.weight"][[64, 70, 80]] *= 100  # rows of z
+        parameters[f"layers.{i}.mixer.in_proj.weight"][[64, 70, 80]] *= 1000  # rows of z
+        parameters[f"layers.{i}.mixer.out_proj.weight"][:, [0, 6, 16]] /= 1000
     model = build(spec, parameters, options=OnnxOptions(dynamic_batch=True))
     write_int8(model, tmp_path / "int8.onnx", force=False)
     expected = forward(spec, parameters, images)["logits"]
-    assert difference(OnnxFile(tmp_path / "int8.onnx").run(images)["logits"], expected) < 0.05
+    found = OnnxFile(tmp_path / "int8.onnx").run(images)["logits"]
+    assert difference(found, expected) < 0.08  # 0.2 if the output projection is quantized
 
 
 PICTURES = [((24, 24), (40, 56)), ((24, 24), (97, 61)), ((24, 24), (12, 9)), ((12, 20), (60, 30))]
