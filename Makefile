@@ -36,8 +36,9 @@ reproduce: $(VENV)/reproduce.installed
 demo: $(VENV)/demo.installed
 	$(BIN)/arm demo $(ARGS)
 
+# Waiting OpenMP threads would otherwise take the cores that other workers need.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

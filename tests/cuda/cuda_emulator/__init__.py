@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
@@ -23,16 +24,17 @@ def missing() -> str | None:
 
 
 @cache
-def folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 @cache
 def compiled(build: Build, source: str) -> Callable[..., int]:
-    place = Path(folder().name)
-    kernel = place / "scan_backward.cu"
+    kernel = folder() / "scan_backward.cu"
     kernel.write_text(source)
-    library = place / f"{abs(hash((build, source)))}.so"
+    library = folder() / f"{abs(hash((build, source)))}.so"
     macros = [f"-D{name}={value}" for name, value in build.macros.items()]
     subprocess.run(
         ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DEMULATED", f'-DSOURCE="{kernel}"', f"-I{HERE}",
