@@ -37,6 +37,9 @@ NOT_RUN = {
     ".venv/bin/pre-commit": "changes the hooks of the repository",
     "torchrun": "8 processes; tests/torch_engine/test_distributed.py runs torchrun with 2 and 3",
     "mlx.launch": "needs MLX's launcher; tests/mlx_engine/test_mlx_ranks.py runs it",
+    "arm sweep": "trains many models; tests/cli/test_cli_sweep.py runs small ones",
+    "arm evaluate MODEL --data VAL --data imagenet-real": "needs variants of ImageNet; "
+    "tests/cli/test_cli_robustness.py runs small ones",
     "arm models": "needs a network; tests/library/test_published.py runs it with a local hub",
     "arm pull": "needs a network; tests/library/test_published.py runs it with a local hub",
     "arm convert push": "needs a network; tests/convert/test_convert_hub.py runs it with a local hub",
@@ -70,6 +73,15 @@ STAND_INS = {
     "export.md": {"MODEL": "CLASSIFIER"},
 }
 """Names of a page and the files that are used for them."""
+
+
+FIRST = {
+    "training.md": [
+        "arm finetune tiny --data TRAIN --out RUN2",
+        "arm pretrain tiny --data IMAGES --out runs/a",
+    ],
+}
+"""Commands before those of a page: runs that it names before it makes them."""
 
 
 def blocks_of(page: Path) -> list[str]:
@@ -126,14 +138,16 @@ def words_of(command: str, page: str, number: int) -> list[str]:
     words = [names.get(word, word).split("|")[0] for word in shlex.split(command)[1:]]
     if words[0] in ("pretrain", "finetune"):
         words[1] = {"tiny": "digits", "base": "digits"}.get(words[1], words[1])
-    return words if "--resume" in words else words + SHORT.get(words[0], [])
+    if words[0] in ("pretrain", "finetune") and "--out" in words:
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # a page shows alternatives
+    return words if {"--resume", "--estimate"} & set(words) else words + SHORT.get(words[0], [])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run_in_order(page, template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for number, command in enumerate(commands_of(page)):
+    for number, command in enumerate([*FIRST.get(page.name, []), *commands_of(page)]):
         if command.startswith(tuple(NOT_RUN)):
             continue
         if is_python(command):
