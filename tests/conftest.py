@@ -1,6 +1,7 @@
 """Shared fixtures: two small models, a fresh interpreter, and skips that name the hardware."""
 
 import importlib.util
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from functools import cache
 import pytest
 
 from arm_core.model.spec import ClassifierSpec, EncoderSpec, PretrainSpec
+
+# The first run of a checkout compiles the kernels in the middle of other output, which tests compare.
+logging.getLogger("arm_core.cpu_kernels").setLevel(logging.ERROR)
 
 TINY = EncoderSpec(width=32, depth=6, patch=4)
 

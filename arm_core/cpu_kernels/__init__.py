@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from arm_core.cpu_kernels import conv, influence, scan, swiglu
+from arm_core.cpu_kernels import conv, influence, notice, scan, swiglu  # noqa: F401 (notice registers itself)
 from arm_core.cpu_kernels.shapes import F32, Orders, Sizes, dense, new, rows
 from arm_core.cpu_kernels.simd import LANES
 
