@@ -50,6 +50,9 @@ NOT_RUN = {
 }  # fmt: skip
 """Commands that are not run, by their first words, and why."""
 
+OPTIONAL = {"arm export": "onnxruntime", "--log tensorboard": "tensorboard"}
+"""Parts of commands, and the optional packages that they need."""
+
 TEXT = ("photos/", "options:", "u   = ", "o_t = ", "I_k[")
 """First words of blocks that are neither shell nor Python: folders, options of the page, formulas."""
 
@@ -155,7 +158,7 @@ def test_the_commands_of_a_page_run_in_order(page, template, tmp_path, monkeypat
                 exec(compile(command, str(page), "exec"), {})
             continue
         assert command.startswith("arm "), f"{page.name}: {command}: not an arm command; see NOT_RUN and TEXT"
-        if command.startswith("arm export") and find_spec("onnxruntime") is None:
+        if any(part in command and find_spec(name) is None for part, name in OPTIONAL.items()):
             continue
         words = words_of(command, page.name, number)
         with warnings.catch_warnings():
