@@ -13,11 +13,11 @@ FEW, MORE = 10, 50
 LABELS = 20
 """Labels per class where only one number is used."""
 
-SHORT, CONVERGED = 160, 400
+SHORT, CONVERGED = 140, 400
 """Finetuning steps: while the accuracy still rises, and where it has stopped rising."""
 
-TAUGHT = ("schedule.base_lr=0.1", "optimizer.layer_decay=0.5")
-UNTAUGHT = ("schedule.base_lr=0.05", "optimizer.layer_decay=0.75")
+TAUGHT = ("schedule.base_lr=0.1", "optimizer.layer_decay=0.55")
+UNTAUGHT = ("schedule.base_lr=0.04", "optimizer.layer_decay=0.7")
 """Tuned settings of classifiers, pretrained and from scratch (benchmarks/results/demo_tuning-*.md)."""
 
 

@@ -1,6 +1,6 @@
 """Choose learning rates and layer decays for classifiers on the digits, on validation digits.
 
-    python benchmarks/tune_demo.py --out TUNING --jobs 2 [--steps 160] [--labels 10,20] [--write FILE.md]
+    python benchmarks/tune_demo.py --out TUNING --jobs 2 [--steps 140] [--labels 10,20] [--write FILE.md]
 
 Pretrains once with `pretrain-digits`, then sweeps both starting points over the grids below. The test digits
 and the seeds of the demonstration are not used. The values that are chosen are written into the recipes
@@ -80,7 +80,7 @@ def report(arm: str, table: list[Row], labels: tuple[str, ...]) -> str:
 @click.command()
 @click.option("--out", required=True, help="Folder of the runs; the same folder resumes.")
 @click.option("--jobs", default=2, show_default=True)
-@click.option("--steps", default=160, show_default=True, help="Length of finetuning.")
+@click.option("--steps", default=140, show_default=True, help="Length of finetuning.")
 @click.option("--labels", default="10,20", show_default=True, help="Labels per class, averaged over.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--write", type=click.Path(path_type=Path), help="Also write the tables to this file.")

@@ -279,7 +279,12 @@ class Stages:
         planes = []
         start = TrainingState(parameters=initial_parameters(model.spec, recipe.training.seed))
         random = self.backend.create_engine(model.spec, start, options=self.choice.options())
-        for title, engine in (("before pretraining", random), ("after pretraining", model)):
+        classifier = self._engine(self._classifier().name)
+        for title, engine in (
+            ("before pretraining", random),
+            ("after pretraining", model),
+            ("after finetuning", classifier),
+        ):
             features = (features_of(engine, train[0]), train[1]), (features_of(engine, images), labels)
             planes.append(plane_of(title, *features))
 
@@ -293,7 +298,7 @@ class Stages:
             predicted=grey(denormalize(painted, mean, std)),
             comparisons=comparisons,
             rates={arm: _rates(self._job(arm, LABELS[0], 0).recipe) for arm in ARMS},
-            answers=answers_of(self._engine(self._classifier().name), images, labels, pictures),
+            answers=answers_of(classifier, images, labels, pictures),
             planes=planes,
             labels=labels,
             parity=parity,

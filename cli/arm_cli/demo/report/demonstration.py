@@ -74,7 +74,8 @@ def _in_words(seconds: float) -> str:
 
 def _opening(page: Page, demo: Demonstration) -> None:
     spec, middle = demo.spec, demo.spec.clusters // 2
-    truth, predicted = demo.truth[0], demo.predicted[0]
+    clearest = int(demo.truth.std((1, 2)).argmax())
+    truth, predicted = demo.truth[clearest], demo.predicted[clearest]
     shown = [
         panel(spec, truth, seen=middle, mark=middle, factor=9),
         panel(spec, with_prediction(spec, truth, predicted, middle), seen=middle + 1, mark=middle, factor=9),
@@ -224,7 +225,8 @@ def _planes(page: Page, demo: Demonstration) -> None:
     page.section(
         "Features of the digits",
         "Each point is a test digit: the mean of the encoder's outputs over its patches, projected to the "
-        "plane in which they vary most. Pretraining uses no labels; the colours show the digits.",
+        "plane in which they vary most. Pretraining uses no labels; the colours show the digits. Finetuning "
+        f"used {demo.comparisons[-1].labels} labels per class.",
     )
     page.figures(
         [
