@@ -70,6 +70,8 @@ class EvaluationState:
     def save(self) -> None:
         """Write the file. A folder that cannot be written only costs the chance to resume."""
         batches, images = self._consistent
+        if not batches:
+            return
         text = json.dumps({"sums": self.sums[:batches], "rows": self.rows[:images]})
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,15 +82,15 @@ class Job:
             world=ranks.world,
             workers=self.workers,
         )
-        before, began = sum(batch[0] for batch in state.sums), time.monotonic()
+        before = sum(ranks.gather(sum(batch[0] for batch in state.sums)))
+        began = time.monotonic()
         if before and not ranks.rank:
             echo(f"{data.path}: continues after {before} images", err=True)
-        with ProgressBar("evaluate", len(source), "images") as counter:
-            counter.advance(before * ranks.world)  # approximate: the last batch can be smaller
+        with ProgressBar("evaluate", len(source), "images", start=before) as counter:
 
             def seen(images: int) -> None:
                 state.note()
-                counter.advance(images * ranks.world)
+                counter.advance(images * ranks.world)  # approximate: the last batch can be smaller
 
             try:
                 found = evaluate(
@@ -115,7 +115,7 @@ class Job:
             source=source,
             evaluation=found,
             predictions=predictions,
-            images_per_s=max(found.images - before * ranks.world, 0) / max(seconds, 1e-9),
+            images_per_s=(found.images - before) / max(seconds, 1e-9),
             protocol=protocol,
             real_correct=self._real(data.label_set, predictions, source),
         )

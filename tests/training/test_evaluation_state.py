@@ -68,6 +68,12 @@ def test_an_interrupted_evaluation_continues_at_its_batch_with_the_same_result(t
     assert measure(tmp_path)[2] == 6
 
 
+def test_an_evaluation_without_a_finished_batch_leaves_no_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, at=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_key_starts_from_the_beginning(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path, at=3)
@@ -109,6 +115,8 @@ def test_the_file_is_written_from_time_to_time(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     state = EvaluationState({}, ALONE, tmp_path / "file")
+    state.sums.append((1, 1, 1, 0.1))
+    state.note()
     state.save()
     state.remove()
 
