@@ -191,10 +191,14 @@ def _write_page(opened: Opened, path: Path, settings: dict[str, Any]) -> dict[st
     page = PageSettings(
         title=title or ("Draw something" if draw else "What is in the picture?"),
         classes=opened.classes,
+        crop_fraction=opened.transform.fraction(opened.spec.image_size),
         draw=draw,
         int8=bool(settings["quantize"]),
     )
-    built = _build(opened, settings, preprocess=opened.transform, features=False, dynamic_batch=False)
+    built = _build(
+        opened, settings, preprocess=opened.transform, features=False, dynamic_batch=False,
+        influence=not draw and settings["precision"] == "float32",
+    )  # fmt: skip
     write_page(path, built, opened.spec, page, runtime, force=settings["force"])
     return {"runtime": runtime.version, "bytes": path.stat().st_size}
 

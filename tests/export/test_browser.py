@@ -11,6 +11,10 @@ from PIL import Image
 
 from arm_core.data.sources import Item
 from arm_core.data.transforms import EvalTransform
+from arm_core.engine.protocol import TrainingState
+from arm_core.engine.registry import installed_backends
+from arm_core.explain.influence import influence
+from arm_core.explain.layout import on_grid
 from arm_core.files.model_folder import write_model
 from arm_core.files.safetensors import as_tensors
 from arm_core.model.parameters import initial_parameters
@@ -73,7 +77,8 @@ def test_a_page_is_one_file_without_network_requests(tmp_path, fake_runtime):
     assert not re.search(r"@[A-Z]+@", text)
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
     (config,) = re.findall(r'id="config">(.*?)</script>', text)
-    assert json.loads(config) == {"classes": NAMES, "draw": False}
+    expected = {"classes": NAMES, "draw": False, "size": [24, 24], "covered": [27, 27]}
+    assert json.loads(config) == expected
     again = arm("export", tmp_path / "model", *words)
     assert again.exit_code == 2
     assert "already exists" in again.output
@@ -119,6 +124,39 @@ def test_the_page_gives_a_photo_the_same_class_as_the_model(tmp_path, browser):
         assert page.evaluate("document.querySelector('.draw').hidden")
         assert not page.errors
         assert all(url.startswith(("file:", "data:", "blob:", "about:")) for url in page.requests)
+
+
+def test_the_page_shows_the_influence_map_over_the_photo(tmp_path, browser):
+    out = tmp_path / "page.html"
+    assert arm("export", model_folder(tmp_path / "model"), out).exit_code == 0
+    pixels = np.full((30, 40, 3), 128, np.uint8)
+    pixels[5:15, 8:20] = (200, 30, 90)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    image = EvalTransform()(Item(image=pixels, label=-1, name=""), SPEC.image_size)
+    backend = next((b for b in installed_backends().values() if b.missing() is None), None)
+    if backend is None:
+        pytest.skip("needs an engine")
+    engine = backend.create_engine(SPEC, TrainingState(parameters=initial_parameters(SPEC, 0)))
+    maps = influence(engine, image[None], layers=[5]).to("class").mean[:, 0, 0]
+    expected = on_grid(SPEC, maps).ravel()
+    with chromium.Page(out) as page:
+        page.wait_for(READY, timeout=120)
+        assert page.evaluate("$('maps').hidden")
+        page.set_files("#files", tmp_path / "photo.png")
+        page.wait_for("shown?.map && !$('maps').hidden", timeout=60)
+        found = np.array(page.evaluate("Array.from(shown.map.values)"))
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # rounded pixels
+        strongest = int(np.abs(expected).argmax())
+        row, column = divmod(strongest, 6)
+        crop = 240 * 24 / 27  # the photo is shown as 320 x 240; the model reads a square in its center
+        x, y = 160 + crop * ((column + 0.5) / 6 - 0.5), 120 + crop * ((row + 0.5) / 6 - 0.5)
+        point = f"pen.getImageData({x}, {y}, 1, 1).data.join()"
+        outside = "pen.getImageData(5, 120, 1, 1).data.join()"
+        with_map, edge = page.evaluate(point), page.evaluate(outside)
+        page.evaluate("$('influence').click()")
+        assert page.evaluate(point) != with_map
+        assert page.evaluate(outside) == edge
+        assert not page.errors
 
 
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")

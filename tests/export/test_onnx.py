@@ -75,6 +75,27 @@ def test_a_classifier_computes_the_reference(tmp_path, size, directions, pooling
     assert difference(found["tokens"], expected["norm_f"]) < FLOAT32
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("directions", [1, 4])
+def test_the_influence_output_is_the_map_of_the_last_layer(tmp_path, directions, pooling):
+    from arm_core.explain.influence import influence
+    from arm_core.explain.layout import on_grid
+
+    backend = next((b for b in installed_backends().values() if b.missing() is None), None)
+    if backend is None:
+        pytest.skip("needs an engine")
+    spec = ClassifierSpec(
+        encoder=TINY, classes=7, image_size=(12, 20), scan_directions=DIRECTIONS[directions], pooling=pooling
+    )
+    parameters, images = noisy_parameters(spec), normal_images(spec)
+    state, last = TrainingState(parameters=parameters), spec.encoder.depth - 1
+    engine = backend.create_engine(spec, state, options=EngineOptions(device="cpu"))
+    maps = influence(engine, images, layers=[last]).to("class").mean[:, 0, 0]
+    found = written(tmp_path, spec, parameters, dynamic_batch=True, influence=True).run(images)
+    assert difference(found["influence"], on_grid(spec, maps)) < 2e-5
+    assert difference(found["logits"], forward(spec, parameters, images)["logits"]) < FLOAT32
+
+
 def test_one_direction_that_is_not_the_raster_order_is_put_back(tmp_path):
     spec = ClassifierSpec(
         encoder=TINY, classes=7, image_size=(12, 20), scan_directions=(Direction.COLUMN_REVERSE,)

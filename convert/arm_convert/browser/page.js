@@ -63,11 +63,11 @@ async function classify(canvas) {
   }
   const worker = idle.pop() || await new Promise((resolve) => waiting.push(resolve));
   try {
-    const { logits, milliseconds } = await ask(worker, { pixels, width, height }, [pixels.buffer]);
+    const { logits, map, milliseconds } = await ask(worker, { pixels, width, height }, [pixels.buffer]);
     const largest = Math.max(...logits);
     const exponentials = Array.from(logits, (logit) => Math.exp(logit - largest));
     const sum = exponentials.reduce((a, b) => a + b);
-    return { logits, probabilities: exponentials.map((e) => e / sum), milliseconds };
+    return { logits, map, probabilities: exponentials.map((e) => e / sum), milliseconds };
   } finally {
     release(worker);
   }
@@ -88,9 +88,27 @@ function onCanvas(source, width, height, mirrored = false) {
   return canvas;
 }
 
-function show(canvas) {
+// The photo and, if there is a map and it is selected, the influence of each patch over it.
+let shown = null;
+function show(canvas, map) {
+  shown = { canvas, map };
   view.height = Math.round(view.width * canvas.height / canvas.width);
   pen.drawImage(canvas, 0, 0, view.width, view.height);
+  $("maps").hidden = !map;
+  if (!map || !$("influence").checked) return;
+  // The model reads the center of the photo.
+  const scale = Math.max(config.covered[0] / view.height, config.covered[1] / view.width);
+  const [height, width] = config.size.map((side) => side / scale);
+  const [top, left] = [(view.height - height) / 2, (view.width - width) / 2];
+  const largest = Math.max(...map.values.map(Math.abs));
+  map.values.forEach((value, i) => {
+    const row = Math.floor(i / map.columns), column = i % map.columns;
+    pen.fillStyle = value > 0 ? "#ff7a00" : "#2050ff";
+    pen.globalAlpha = 0.75 * Math.abs(value) / largest;
+    pen.fillRect(left + column * width / map.columns, top + row * height / map.rows,
+      width / map.columns, height / map.rows);
+  });
+  pen.globalAlpha = 1;
 }
 
 function list(probabilities, note) {
@@ -114,7 +132,8 @@ async function photo(file) {
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   const canvas = onCanvas(bitmap, bitmap.width, bitmap.height);
   show(canvas);
-  const { probabilities, milliseconds } = await classify(canvas);
+  const { probabilities, map, milliseconds } = await classify(canvas);
+  show(canvas, map);
   view.setAttribute("aria-label", `${file.name}: ${config.classes[best(probabilities)]}`);
   list(probabilities, `${file.name}: ${milliseconds.toFixed(0)} ms`);
   return probabilities;
@@ -155,8 +174,8 @@ async function camera() {
   const began = performance.now();
   while (stream) {
     const canvas = onCanvas(video, video.videoWidth, video.videoHeight);
-    show(canvas);
-    const { probabilities } = await classify(canvas);
+    const { probabilities, map } = await classify(canvas);
+    show(canvas, map);
     const rate = ++frames / ((performance.now() - began) / 1000);
     if (stream) list(probabilities, `Camera: ${rate.toFixed(1)} images/s`);
   }
@@ -254,6 +273,7 @@ async function benchmark(count = 20) {
   if (config.draw) return drawing();
   $("files").addEventListener("change", () => photos($("files").files));
   $("camera").addEventListener("click", camera);
+  $("influence").addEventListener("change", () => show(shown.canvas, shown.map));
   const drop = $("drop");
   for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, (event) => {

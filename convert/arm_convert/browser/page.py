@@ -28,6 +28,8 @@ class PageSettings:
 
     title: str
     classes: tuple[str, ...]
+    crop_fraction: float = 1.0
+    """Part of a photo's side that the model reads: the map covers only this part."""
     draw: bool = False
     """A square to draw in instead of photos and the camera."""
     int8: bool = False
@@ -57,6 +59,12 @@ def write_page(
             model.write(file, force=False)
         content = file.read_bytes()
     height, width = spec.image_size
+    config = {
+        "classes": settings.classes,
+        "draw": settings.draw,
+        "size": [height, width],
+        "covered": [int(side / settings.crop_fraction) for side in (height, width)],
+    }
     megabytes = f"{len(content) / 1e6:.1f} MB"
     values = {
         "TITLE": html.escape(settings.title),
@@ -70,7 +78,7 @@ def write_page(
         "it with onnxruntime-web on the CPU.",
         "LICENSE": html.escape(runtime.license),
         # In a script element only `<` could end it.
-        "CONFIG": json.dumps({"classes": settings.classes, "draw": settings.draw}).replace("<", "\\u003c"),
+        "CONFIG": json.dumps(config).replace("<", "\\u003c"),
         "RUNTIME": base64.b64encode(runtime.script.read_bytes()).decode(),
         "WASM": _packed(runtime.wasm.read_bytes()),
         "MODEL": _packed(content),

@@ -12,8 +12,9 @@ self.onmessage = async ({ data }) => {
     } else {
       const began = performance.now();
       const image = new ort.Tensor("uint8", data.pixels, [1, data.height, data.width, 3]);
-      const { logits } = await session.run({ image });
-      self.postMessage({ id: data.id, logits: logits.data, milliseconds: performance.now() - began });
+      const { logits, influence } = await session.run({ image });
+      const map = influence && { values: influence.data, rows: influence.dims[1], columns: influence.dims[2] };
+      self.postMessage({ id: data.id, logits: logits.data, map, milliseconds: performance.now() - began });
     }
   } catch (error) {
     self.postMessage({ id: data.id, error: String(error && error.message || error) });

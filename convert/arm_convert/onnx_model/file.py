@@ -42,6 +42,8 @@ class OnnxOptions:
 
     features: bool = False
     """A classifier's features instead of its logits."""
+    influence: bool = False
+    """Also output the influence of each patch on a classifier's features in the last block; float32 only."""
     dynamic_batch: bool = False
     """Any number of images at a time; else one."""
     half: bool = False
@@ -133,7 +135,12 @@ def build(
             raise ValueError(f"preprocessing takes 3 colours, the model reads {spec.encoder.channels}")
         entry = value(IMAGE, UINT8, (size, "height", "width", 3))
         images = preprocess(g, IMAGE, options.preprocess, spec.image_size, dtype, batch=batch)
-    found = network(g, spec, parameters, images, batch=batch, dtype=dtype, features=options.features)
+    if options.influence and (options.half or not isinstance(spec, ClassifierSpec)):
+        raise ValueError("influence maps are of float32 classifiers")
+    found = network(
+        g, spec, parameters, images,
+        batch=batch, dtype=dtype, features=options.features, influence=options.influence,
+    )  # fmt: skip
     outputs = []
     for name, (tensor, shape) in found.items():
         g.nodes.append(helper.make_node("Identity", [tensor], [name], name=f"output.{name}"))

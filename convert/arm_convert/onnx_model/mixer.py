@@ -53,8 +53,31 @@ def silu(g: Builder, x: str) -> str:
     return g("Mul", x, g("Sigmoid", x))
 
 
-def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> str:
-    """Mamba-1 with K directions that share in_proj, gate and out_proj. x: (T, B, D); returns the same."""
+@dataclass(frozen=True)
+class Recorded:
+    """Tensors of a mixer that its influence map reads; (K, T, ...) are in the order of each direction."""
+
+    output: str
+    """(T, B, D), as are the two below."""
+    z: str
+    x: str
+    opening: str
+    """(K, T, B, D): sigmoid of the convolution."""
+    dt: str
+    """(K, T, B, 1, D)."""
+    B: str
+    """(K, T, B, N, 1)."""
+    C: str
+    """(K, T, B, 1, N)."""
+
+
+def mixer(
+    g: Builder, w: Weights, x: str, directions: Directions, name: str, record: list[Recorded] | None = None
+) -> str:
+    """Mamba-1 with K directions that share in_proj, gate and out_proj. x: (T, B, D); returns the same.
+
+    record: the tensors of this mixer are appended to it.
+    """
     encoder, k, dtype = directions.encoder, directions.count, directions.dtype
     tokens, width, state = directions.order.shape[1], encoder.width, encoder.state
 
@@ -63,7 +86,9 @@ def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> 
 
     projected = g("MatMul", x, weight("in_proj", w["in_proj.weight"].T), name=f"{name}.in_proj.matmul")
     x, z = g.several("Split", projected, outputs=2, axis=-1, num_outputs=2)
-    u = convolution(g, w, x, directions, name)  # (K, T, B, D)
+    conv = convolution(g, w, x, directions, name)  # (K, T, B, D)
+    opening = g("Sigmoid", conv)
+    u = g("Mul", conv, opening)
     flat = g("Reshape", u, g.ints(k, -1, width))  # one matrix product per direction
     projected = g(
         "MatMul", flat, weight("x_proj", w["x_proj.weight"].swapaxes(1, 2)), name=f"{name}.x_proj.matmul"
@@ -96,11 +121,14 @@ def mixer(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> 
     if dtype is not np.float32:
         mean = g("Cast", mean, to=TYPES[np.dtype(dtype)])
     out = g("Mul", silu(g, z), mean)
-    return g("MatMul", out, weight("out_proj", w["out_proj.weight"].T), name=f"{name}.out_proj.matmul")
+    out = g("MatMul", out, weight("out_proj", w["out_proj.weight"].T), name=f"{name}.out_proj.matmul")
+    if record is not None:
+        record.append(Recorded(output=out, z=z, x=x, opening=opening, dt=dt, B=B, C=C))
+    return out
 
 
 def convolution(g: Builder, w: Weights, x: str, directions: Directions, name: str) -> str:
-    """Depthwise causal convolution along each direction, then SiLU. x: (T, B, D); returns (K, T, B, D).
+    """Depthwise causal convolution along each direction. x: (T, B, D); returns (K, T, B, D).
 
     Each direction reads W - 1 rows of zeros and then its tokens; weight j multiplies the rows from j on.
     """
@@ -115,7 +143,7 @@ def convolution(g: Builder, w: Weights, x: str, directions: Directions, name: st
         rows = g("Slice", read, g.ints(j), g.ints(j + tokens), g.ints(1))
         terms.append(g("Mul", rows, g.constant(f"{name}.conv.weight.{j}", weight)))
     bias = g.constant(f"{name}.conv.bias", w["conv.bias"][:, None, None].astype(directions.dtype))
-    return silu(g, g("Sum", *terms, bias))
+    return g("Sum", *terms, bias)
 
 
 def scan_body(prefix: str, A: str, directions: Directions) -> onnx.GraphProto:

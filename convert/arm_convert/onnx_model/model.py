@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from arm_convert.onnx_model.builder import FLOAT, AnyArray, Builder
-from arm_convert.onnx_model.mixer import Directions, Float, mixer, silu
+from arm_convert.onnx_model.influence import influence_on
+from arm_convert.onnx_model.mixer import Directions, Float, Recorded, mixer, silu
+from arm_core.explain.layout import CLASS, token_weights
 from arm_core.model.reference.model import Weights
 from arm_core.model.spec import ClassifierSpec, ModelSpec, Pooling, PretrainSpec
 from arm_core.model.tokens import direction_orders, encoder_patches
@@ -29,6 +31,8 @@ class _Network:
     ) -> None:
         self.g, self.spec, self.dtype, self.batch = g, spec, dtype, batch
         self.w = Weights(parameters)
+        self.record: list[Recorded] = []
+        """Tensors of each block's mixer, for influence maps."""
 
     def weight(self, name: str, array: AnyArray) -> str:
         return self.g.constant(name, array.astype(self.dtype))
@@ -67,7 +71,7 @@ class _Network:
     def blocks(self, x: str) -> list[str]:
         """Output (T, B, D) of every block."""
         g, outputs = self.g, []
-        directions = Directions(
+        self.directions = directions = Directions(
             encoder=self.spec.encoder,
             order=direction_orders(self.spec),
             state=self.initial_state(x),
@@ -77,7 +81,8 @@ class _Network:
         for i in range(self.spec.encoder.depth):
             name = f"layers.{i}"
             weights = self.w.at(f"{name}.mixer")
-            branch = mixer(g, weights, self.norm(x, f"{name}.norm1"), directions, f"{name}.mixer")
+            normed = self.norm(x, f"{name}.norm1")
+            branch = mixer(g, weights, normed, directions, f"{name}.mixer", self.record)
             x = g("Add", x, branch)
             normed = self.norm(x, f"{name}.norm2")
             hidden = silu(g, self.linear(normed, f"{name}.mlp.w1"))
@@ -107,6 +112,16 @@ class _Network:
             features = g("Gather", x, g.shared(np.array(middle, np.int64)), axis=0, name="pooled")
         return {"features": features, "tokens": x}
 
+    def influence(self) -> str:
+        """(B, rows, columns): influence of each patch on the features, through the last block's mixer."""
+        assert isinstance(self.spec, ClassifierSpec)
+        g, name = self.g, f"layers.{self.spec.encoder.depth - 1}.mixer"
+        pooled = token_weights(self.spec, CLASS)
+        found = influence_on(g, self.w.at(name), self.record[-1], self.directions, pooled, name)
+        kept = np.delete(np.arange(self.spec.tokens), self.spec.class_position).astype(np.int64)
+        patches = g("Transpose", g("Gather", found, g.shared(kept), axis=0), perm=[1, 0])
+        return g("Reshape", patches, g.ints(0, *self.spec.grid))
+
     def head(self, features: str) -> str:
         return self.linear(features, "head")
 
@@ -132,12 +147,14 @@ def network(
     batch: int | None,
     dtype: Float,
     features: bool,
+    influence: bool = False,
 ) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     """Add a model's nodes; returns the tensor and the shape of each output by its name.
 
     images: a tensor (B, channels, H, W) of `dtype`, normalised.  batch: B, or None if it is not fixed.
     features: output a classifier's `features` and `tokens` instead of its `logits`. A pretraining model
     outputs `decoder_input`, like `Engine.forward`.
+    influence: also output `influence` (B, rows, columns) of a float32 classifier.
     """
     net = _Network(g, spec, parameters, batch, dtype)
     size: int | str = "batch" if batch is None else batch
@@ -156,6 +173,8 @@ def network(
             }
         else:
             outputs = {"logits": (net.head(found["features"]), (size, spec.classes))}
+        if influence:
+            outputs["influence"] = (net.influence(), (size, *spec.grid))
     if dtype is np.float32:
         return outputs
     return {name: (g("Cast", tensor, to=FLOAT), shape) for name, (tensor, shape) in outputs.items()}
