@@ -107,7 +107,8 @@ class _Pool:
                 yield from self._ended(worker)
                 continue
             worker.member = event.member if event.kind == "started" else ""
-            yield event
+            if event.kind != "waiting" or not any(other.member for other in self.workers):
+                yield event
 
     def _ended(self, worker: _Worker) -> Iterator[Event]:
         worker.process.join()
