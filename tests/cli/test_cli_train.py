@@ -227,7 +227,6 @@ def mistakes(prepared, monkeypatch):
         (f"{FINE} --epochs 1 --steps 3", "--epochs and --steps both set the length"),
         (f"{PRE} --batch-size 0", "0 is not in the range"),
         ("pretrain --resume run --batch-size 2", "training.batch_size cannot change within a run"),
-        ("pretrain --resume run --dry-run", "drop --resume"),
         (f"{FINE} --from official.pth", "arm convert import official.pth"),
         (f"{FINE} --resume run --from run", "drop --from"),
         ("finetune --resume run", "resume with: arm pretrain --resume run"),
