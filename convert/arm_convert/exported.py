@@ -146,10 +146,6 @@ def _top1(answers: npt.NDArray[np.integer], labels: Sequence[int]) -> float:
     return float((answers == np.array(labels)).mean())
 
 
-def _joined(results: Sequence[dict[str, Array]], name: str) -> Array:
-    return np.concatenate([result[name] for result in results])
-
-
 def _unequal(first: ModelSpec, second: ModelSpec) -> str:
     """Names of the fields that differ in two specs: `kind, image_size, encoder`."""
     a, b = to_json(first), to_json(second)
