@@ -225,6 +225,7 @@ def test_a_failing_member_leaves_the_others_and_is_tried_again(tmp_path):
     assert [row["failed"] for row in found["rows"]] == [1, 0]
     again = CliRunner().invoke(main, ["sweep", "--out", str(tmp_path / "sweep"), "--device", "cpu"])
     assert "3 runs, 2 of them finished" in again.stderr
+    assert "[1/1] finetune/labels_per_class-1: failed" in again.stderr
     assert again.exit_code == 1
 
 
