@@ -15,8 +15,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 .NOTPARALLEL:
 
 help:
-	@echo "make demo   pretrain, finetune and compare a small ARM in two minutes, and write a report"
-	@echo "make reproduce   test the findings of the paper on digits, with intervals over 5 seeds (25 minutes)"
+	@echo "make demo   pretrain, finetune and compare a small ARM in two to three minutes, and write a report"
+	@echo "make reproduce   test the findings of the paper on digits, with intervals over 5 seeds (40 minutes)"
 	@echo "make test   lint, type-check and run the tests, as the continuous integration does"
 	@echo "make docs   build the documentation's site in site/"
 	@echo "make lint   only ruff and mypy"
@@ -29,7 +29,7 @@ help:
 	@echo
 	@echo "Variables: PYTHON (the interpreter for .venv), ARGS (more options for arm demo, pytest or the benchmark)"
 
-# About 25 minutes on 2 CPU cores. The folder `reproduction` holds the runs; the same command resumes.
+# About 40 minutes on 2 CPU cores. The folder `reproduction` holds the runs; the same command resumes.
 reproduce: $(VENV)/reproduce.installed
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +101,7 @@ def main(
         "seeds": str(plan.seeds),
         "time": f"{(time.monotonic() - began) / 60:.1f} minutes with {jobs} jobs",
         "failed runs": ", ".join(n for n, r in results.items() if r.error) or "none",
-        "command": "make reproduce" + (" ARGS=--full" if full else ""),
+        "command": shlex.join(["python", "benchmarks/reproduce.py", *sys.argv[1:]]),
     }
     text = markdown(found, probes, facts)
     print(text)

@@ -1,4 +1,4 @@
-"""`arm demo`: the method of the paper at small scale in two minutes, with a report."""
+"""`arm demo`: the method of the paper at small scale in a few minutes, with a report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERRUPTED = 130
 def demo(out: str, seeds: int, engine: EngineChoice) -> None:
     """Pretrain a small ARM on digits, finetune it, compare it with the same network from scratch.
 
-    Takes about two minutes on two CPU cores, needs no network, and writes OUT/report.html. If
+    Takes two to three minutes on two CPU cores, needs no network, and writes OUT/report.html. If
     onnxruntime-web is available (make browser-runtime), OUT/try.html is a page to draw digits on. If the
     folder OUT already exists, OUT-2, OUT-3, ... is used instead.
     """
