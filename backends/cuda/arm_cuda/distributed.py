@@ -9,6 +9,7 @@ engine relate to those of the other ranks: one process, replicated (DistributedD
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -45,9 +46,11 @@ class TorchRanks:
         return values
 
     def close(self) -> None:
-        # No rank leaves while another waits for an answer, nor while gloo's threads hold tensors of Python,
-        # which must not be released while the interpreter ends. A barrier has no tensors.
+        # No rank leaves while another waits for an answer, nor while gloo's threads hold tensors of Python:
+        # a thread that releases one while the interpreter ends aborts the process. A barrier has no tensors.
+        # The pause lets the threads take the interpreter's lock for the release of earlier ones.
         dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
