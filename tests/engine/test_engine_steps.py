@@ -387,6 +387,7 @@ def allocated_bytes(backend: Any) -> int:
     if backend.name == "mlx":
         import mlx.core as mx
 
+        mx.synchronize()  # earlier tests may have left work
         return int(mx.get_active_memory())
     import torch
 
