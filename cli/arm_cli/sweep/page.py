@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from arm_cli.demo.report.figures import Points, points_figure
 from arm_cli.demo.report.page import Page
-from arm_cli.sweep.table import PERCENT, Difference, Row, conclusion, shown
+from arm_cli.sweep.table import DIFFERENCE_COLUMNS, PERCENT, Difference, Row, difference_rows, shown
 
 if TYPE_CHECKING:
     from arm_cli.sweep.folder import Definition, Result
@@ -43,19 +43,8 @@ def write_page(
     if compared:
         page.section("Differences", "Runs with the same seed are compared, all other settings equal.")
         page.table(
-            ["setting", "value", "against", "others equal", "difference", "pairs", "conclusion"],
-            [
-                [
-                    d.factor,
-                    d.value,
-                    d.reference,
-                    ", ".join(f"{n}={v}" for n, v in d.rest) or "-",
-                    shown(d.interval, metric, signed=True),
-                    d.interval.count,
-                    conclusion(d.interval),
-                ]
-                for d in compared
-            ],
+            DIFFERENCE_COLUMNS,
+            difference_rows(compared, metric),
             "Mean of the differences and 95 % confidence interval; undecided: the interval contains 0. "
             "With many rows, some intervals miss 0 by chance.",
         )

@@ -120,6 +120,25 @@ def shown(interval: Interval | None, metric: str, *, signed: bool = False) -> st
     return text if interval.half is None else f"{text} ± {interval.half:.{digits}f}"
 
 
+DIFFERENCE_COLUMNS = ("setting", "value", "against", "others equal", "difference", "pairs", "conclusion")
+
+
+def difference_rows(compared: Sequence[Difference], metric: str) -> list[list[object]]:
+    """The rows of a table with `DIFFERENCE_COLUMNS`."""
+    return [
+        [
+            d.factor,
+            d.value,
+            d.reference,
+            ", ".join(f"{n}={v}" for n, v in d.rest) or "-",
+            shown(d.interval, metric, signed=True),
+            d.interval.count,
+            conclusion(d.interval),
+        ]
+        for d in compared
+    ]
+
+
 def markdown(metric: str, table: Sequence[Row], compared: Sequence[Difference]) -> str:
     """Both tables as Markdown."""
     names = [name for name, _ in table[0].levels] if table else []
@@ -139,21 +158,7 @@ def markdown(metric: str, table: Sequence[Row], compared: Sequence[Difference]) 
     )
     if compared:
         lines += ["", "Paired differences, by seed; 95 % interval.", ""]
-        lines += _lines(
-            ["setting", "value", "against", "others equal", "difference", "pairs", "conclusion"],
-            [
-                [
-                    d.factor,
-                    d.value,
-                    d.reference,
-                    ", ".join(f"{n}={v}" for n, v in d.rest) or "-",
-                    shown(d.interval, metric, signed=True),
-                    d.interval.count,
-                    conclusion(d.interval),
-                ]
-                for d in compared
-            ],
-        )
+        lines += _lines(DIFFERENCE_COLUMNS, difference_rows(compared, metric))
     return "\n".join(lines) + "\n"
 
 
